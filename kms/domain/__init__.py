@@ -1,0 +1,1 @@
+"""Frozen values and pure functions: no await, clock, randomness, log or driver."""

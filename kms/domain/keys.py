@@ -1,0 +1,110 @@
+"""A key as the service sees it: one material, one purpose, one owner."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+
+from kms.domain.algorithms import KeySpec
+from kms.domain.errors import KmsError, Reason
+from kms.domain.ids import KeyId, KeyName, UserId
+from kms.domain.lifecycle import State
+
+
+class Custody(StrEnum):
+    """How the private half is kept; from weakest to strongest SEALED, WRAPPED, RESIDENT."""
+
+    SEALED = "SEALED"
+    WRAPPED = "WRAPPED"
+    RESIDENT = "RESIDENT"
+
+    def meets(self, minimum: "Custody | None") -> bool:
+        """Whether this custody is at least as strong as *minimum*."""
+        order = tuple(Custody)
+        return minimum is None or order.index(self) >= order.index(minimum)
+
+
+class Origin(StrEnum):
+    """Where the material was made."""
+
+    GENERATED = "GENERATED"
+    IMPORTED = "IMPORTED"
+
+
+@dataclass(frozen=True, slots=True)
+class KeyIdentity:
+    """What is fixed about a key before it has any material."""
+
+    key_id: KeyId
+    owner_id: UserId
+    spec: KeySpec
+    bound_to: str = ""
+    origin: Origin = Origin.GENERATED
+
+
+@dataclass(frozen=True, slots=True)
+class KeyMaterial:
+    """What the token made for a `KeyIdentity`.
+
+    `public_key` is SPKI PEM (RFC 5280), or for a symmetric key its check value: `kcv:` and the first three bytes,
+    in hex, of AES-CMAC of a zero block. `envelope` is the base64 text of `domain/envelope.py`. `hsm_key_id` is the
+    CKA_ID in hex of a RESIDENT key's token object, else None.
+    """
+
+    custody: Custody
+    public_key: str
+    envelope: str = field(repr=False)
+    hsm_key_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HeldKey:
+    """A key with its material: all that the HSM needs to use it. `version` is part of the name of any cached handle."""
+
+    identity: KeyIdentity
+    material: KeyMaterial
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRecord:
+    """A key as a reader sees it: everything but the envelope. Moments are aware datetimes by the database's clock."""
+
+    identity: KeyIdentity
+    name: KeyName
+    state: State
+    custody: Custody
+    public_key: str
+    version: int
+    usage_counter: int
+    created_at: datetime
+    metadata: Mapping[str, str]
+    hsm_key_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UsableKey:
+    """A key fetched to be used, with the state it was in when read."""
+
+    record: KeyRecord
+    held: HeldKey
+
+
+@dataclass(frozen=True, slots=True)
+class KeyFilter:
+    """Which of the caller's keys to list; None does not restrict."""
+
+    key_type: str | None = None
+    purpose: str | None = None
+    status: str | None = None
+    name_prefix: str | None = None
+
+
+def check_custody(custody: Custody, minimum: Custody | None) -> None:
+    """Raise CUSTODY_UNAVAILABLE if *custody* is weaker than *minimum*."""
+    if not custody.meets(minimum):
+        raise KmsError(
+            Reason.CUSTODY_UNAVAILABLE,
+            f"this key type can be kept {custody} at best here, which is weaker than {minimum}",
+            custody=custody,
+        )

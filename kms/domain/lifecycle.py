@@ -1,0 +1,93 @@
+"""The states of a key and what each allows: the only copy in code of the table in `docs/architecture.md`.
+
+A key's stored columns and a moment give its *state*; the SQL function `cryptography.effective_status` computes the same and is
+compared with `effective_state` exhaustively. The state decides three things: whether the key may protect
+(sign, encrypt, make data keys), process (decrypt), or only verify.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Final
+
+from kms.domain.errors import KmsError, Reason
+
+
+class State(StrEnum):
+    """Effective state at a moment. `status` maps it to the specification's five values of `key_status`."""
+
+    PRE_ACTIVE = "pre_active"
+    ACTIVE = "active"
+    INACTIVE = "inactive"
+    EXPIRED = "expired"
+    COMPROMISED = "compromised"
+    REVOKED = "revoked"
+    PENDING_DESTRUCTION = "pending_destruction"
+    DESTROYED = "destroyed"
+
+
+class Use(StrEnum):
+    """What an operation does with the private half."""
+
+    PROTECT = "protect"
+    PROCESS = "process"
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """The stored columns that decide a key's state. Moments are aware; None means never."""
+
+    status: str
+    activated_at: datetime | None = None
+    deactivated_at: datetime | None = None
+    superseded_at: datetime | None = None
+    expires_at: datetime | None = None
+    destruction_scheduled_at: datetime | None = None
+    destroyed_at: datetime | None = None
+
+
+def effective_state(key: Standing, now: datetime) -> State:
+    """Return the state of *key* at *now*. Time-driven moves hold when due, whether or not a job has run.
+
+    `destruction_scheduled_at` is the moment at which destruction falls due.
+    """
+    if key.destroyed_at is not None:
+        return State.DESTROYED
+    if key.destruction_scheduled_at is not None:
+        return State.DESTROYED if key.destruction_scheduled_at <= now else State.PENDING_DESTRUCTION
+    if key.status in ("revoked", "compromised"):
+        return State(key.status)
+    if key.status == "expired" or (key.expires_at is not None and key.expires_at <= now):
+        return State.EXPIRED
+    if key.deactivated_at is not None or key.superseded_at is not None:
+        return State.INACTIVE
+    if key.activated_at is None:
+        return State.ACTIVE if key.status == "active" else State.PRE_ACTIVE
+    return State.ACTIVE if key.activated_at <= now else State.PRE_ACTIVE
+
+
+_ALLOWED: Final[dict[State, frozenset[Use]]] = {
+    State.PRE_ACTIVE: frozenset(),
+    State.ACTIVE: frozenset({Use.PROTECT, Use.PROCESS}),
+    State.INACTIVE: frozenset({Use.PROCESS}),
+    State.EXPIRED: frozenset({Use.PROCESS}),
+    State.COMPROMISED: frozenset(),
+    State.REVOKED: frozenset(),
+    State.PENDING_DESTRUCTION: frozenset(),
+    State.DESTROYED: frozenset(),
+}
+_REFUSALS: Final[dict[State, Reason]] = {
+    State.PRE_ACTIVE: Reason.KEY_PRE_ACTIVE,
+    State.INACTIVE: Reason.KEY_INACTIVE,
+    State.EXPIRED: Reason.KEY_EXPIRED,
+    State.COMPROMISED: Reason.KEY_COMPROMISED,
+    State.REVOKED: Reason.KEY_REVOKED,
+    State.PENDING_DESTRUCTION: Reason.KEY_PENDING_DESTRUCTION,
+    State.DESTROYED: Reason.KEY_DESTROYED,
+}
+
+
+def check_use(state: State, use: Use) -> None:
+    """Raise the state's reason (KEY_EXPIRED, KEY_REVOKED, …) unless a key in *state* may be put to *use*."""
+    if use not in _ALLOWED[state]:
+        raise KmsError(_REFUSALS[state], f"a key that is {state.replace('_', ' ')} does not {use}", state=state)

@@ -1,0 +1,1 @@
+"""The HSM through PKCS#11; the only user of python-pkcs11."""

@@ -1,0 +1,1 @@
+"""X.509 and public keys, by pyca/cryptography."""

@@ -1,0 +1,1 @@
+"""Generated from proto/kms/v1; never edited."""
