@@ -53,7 +53,12 @@ def parse_envelope(text: str) -> Envelope:
         raise envelope_invalid() from None
     custody = {code: custody for custody, code in _CUSTODY_CODE.items()}.get(raw[1] if len(raw) > 1 else 0)
     # Base64 has spare bits at its end: only the canonical spelling is an envelope, so that no byte is free to vary.
-    if custody is None or raw[0] != FORMAT_VERSION or len(raw) <= _HEADER_BYTES + TAG_BYTES or base64.b64encode(raw).decode() != text:
+    if (
+        custody is None
+        or raw[0] != FORMAT_VERSION
+        or len(raw) <= _HEADER_BYTES + TAG_BYTES
+        or base64.b64encode(raw).decode() != text
+    ):
         raise envelope_invalid()
     return Envelope(custody, UUID(bytes=raw[2:18]), UUID(bytes=raw[18:34]), raw[34:_HEADER_BYTES], raw[_HEADER_BYTES:])
 
