@@ -1,0 +1,165 @@
+"""Encrypting, decrypting and making data keys."""
+
+from dataclasses import dataclass
+from typing import Final
+
+from kms.app.keyring import key_not_found, usable
+from kms.app.limits import CIPHERTEXT_BYTES_MAX, MESSAGE_BYTES_MAX, check_size
+from kms.app.ports import Hsm, Keys, PublicKeys, Sealed
+from kms.domain.algorithms import DIGEST_BYTES, Hash, KeyType, Purpose
+from kms.domain.ciphertext import AesCiphertext, Ciphertext, RsaCiphertext, ciphertext_aad, ciphertext_invalid, parse_ciphertext
+from kms.domain.errors import KmsError, Reason, malformed
+from kms.domain.ids import KeyId, KeyRef, UserId
+from kms.domain.keys import KeyIdentity, UsableKey
+from kms.domain.lifecycle import Use
+
+DATA_KEY_BYTES_DEFAULT: Final = 32
+_OAEP_STRONGEST_FIRST: Final = (Hash.SHA_512, Hash.SHA_384, Hash.SHA_256, Hash.SHA_1)
+
+
+@dataclass(frozen=True, slots=True)
+class ToEncrypt:
+    """A plaintext for a key. `oaep_hash` None takes the strongest that the token can open again."""
+
+    key: KeyRef
+    plaintext: bytes
+    aad: bytes = b""
+    oaep_hash: Hash | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToDecrypt:
+    """A ciphertext. `raw_oaep` says that it is bare RSA-OAEP made elsewhere, with the hash to open it by."""
+
+    ciphertext: bytes
+    aad: bytes
+    key: KeyRef | None
+    raw_oaep: bool
+    oaep_hash: Hash | None
+
+
+@dataclass(frozen=True, slots=True)
+class DataKey:
+    """A data key, in the clear and encrypted."""
+
+    plaintext: bytes
+    ciphertext: bytes
+    key_id: KeyId
+
+    def __repr__(self) -> str:
+        return f"<DataKey under {self.key_id}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Encryption:
+    """Encrypt, Decrypt, GenerateDataKey, GenerateRandom."""
+
+    keys: Keys
+    hsm: Hsm
+    public_keys: PublicKeys
+
+    async def encrypt(self, caller: UserId, what: ToEncrypt) -> tuple[bytes, KeyId]:
+        """Encrypt under a key of the caller; the ciphertext names its key."""
+        check_size("plaintext", what.plaintext)
+        check_size("aad", what.aad)
+        key = await usable(self.keys, caller, what.key, Use.PROTECT)
+        identity = _for_encryption(key)
+        if identity.spec.key_type is KeyType.RSA:
+            return self._encrypt_rsa(key, what).encode(), identity.key_id
+        if what.oaep_hash is not None:
+            raise malformed("oaep_hash", "expected none: this key encrypts by AES-GCM")
+        return await self._encrypt_aes(key, what.plaintext, what.aad), identity.key_id
+
+    async def decrypt(self, caller: UserId, what: ToDecrypt) -> tuple[bytes, KeyId]:
+        """Open a ciphertext with the key that it names."""
+        check_size("ciphertext", what.ciphertext, bytes_max=CIPHERTEXT_BYTES_MAX)
+        check_size("aad", what.aad)
+        if what.raw_oaep:
+            return await self._decrypt_raw(caller, what)
+        if what.oaep_hash is not None:
+            raise malformed("oaep_hash", "expected none: the ciphertext names its hash")
+        ciphertext = parse_ciphertext(what.ciphertext)
+        if what.key is not None:
+            await self._check_named(caller, what.key, ciphertext.key_id)
+        key = await usable(self.keys, caller, ciphertext.key_id, Use.PROCESS)
+        return await self._open(key, ciphertext, what.aad), key.record.identity.key_id
+
+    async def data_key(self, caller: UserId, ref: KeyRef, size_bytes: int, aad: bytes) -> DataKey:
+        """Draw a data key of 16 to 64 bytes from the token and encrypt it under an AES key of the caller."""
+        check_size("aad", aad)
+        if not 16 <= size_bytes <= 64:
+            raise malformed("size_bytes", "expected 16 to 64")
+        key = await usable(self.keys, caller, ref, Use.PROTECT)
+        identity = _for_encryption(key)
+        if identity.spec.key_type is not KeyType.AES:
+            raise KmsError(Reason.WRONG_PURPOSE, "data keys are made under AES keys", key_type=identity.spec.key_type)
+        plaintext = await self.hsm.random(size_bytes)
+        return DataKey(plaintext, await self._encrypt_aes(key, plaintext, aad), identity.key_id)
+
+    async def random(self, size_bytes: int) -> bytes:
+        """Return 1 to 65,536 random bytes from the token."""
+        if not 0 < size_bytes <= MESSAGE_BYTES_MAX:
+            raise malformed("size_bytes", f"expected 1 to {MESSAGE_BYTES_MAX}")
+        return await self.hsm.random(size_bytes)
+
+    async def _encrypt_aes(self, key: UsableKey, plaintext: bytes, aad: bytes) -> bytes:
+        key_id = key.record.identity.key_id
+        sealed = await self.hsm.encrypt(key.held, plaintext, ciphertext_aad(key_id, aad))
+        return AesCiphertext(key_id, sealed.nonce, sealed.body).encode()
+
+    def _encrypt_rsa(self, key: UsableKey, what: ToEncrypt) -> RsaCiphertext:
+        if what.aad:
+            raise malformed("aad", "expected none: RSA-OAEP carries no associated data here")
+        hash_ = what.oaep_hash or next(
+            (hash_ for hash_ in _OAEP_STRONGEST_FIRST if hash_ in self.hsm.oaep_hashes()), Hash.SHA_256
+        )
+        self._check_oaep(hash_)
+        identity = key.record.identity
+        check_size("plaintext", what.plaintext, bytes_max=identity.spec.strength_bits // 8 - 2 * DIGEST_BYTES[hash_] - 2)
+        return RsaCiphertext(identity.key_id, hash_, self.public_keys.encrypt_rsa(key.record.public_key, hash_, what.plaintext))
+
+    def _check_oaep(self, hash_: Hash) -> None:
+        if hash_ not in _OAEP_STRONGEST_FIRST:
+            raise malformed("oaep_hash", f"expected one of {', '.join(_OAEP_STRONGEST_FIRST)}")
+        if hash_ not in self.hsm.oaep_hashes():
+            # What the token cannot open again must not be encrypted either.
+            raise KmsError(
+                Reason.HSM_MECHANISM_UNSUPPORTED, f"the token does no RSA-OAEP with {hash_}", mechanism="CKM_RSA_PKCS_OAEP"
+            )
+
+    async def _check_named(self, caller: UserId, ref: KeyRef, named: KeyId) -> None:
+        record = await self.keys.find(caller, ref)
+        if record is None:
+            raise key_not_found()
+        if record.identity.key_id != named:
+            raise KmsError(Reason.INCORRECT_KEY, "the ciphertext was made with another key")
+
+    async def _decrypt_raw(self, caller: UserId, what: ToDecrypt) -> tuple[bytes, KeyId]:
+        if what.key is None:
+            raise malformed("key", "expected a key: bare RSA-OAEP does not name its own")
+        if what.oaep_hash is None:
+            raise malformed("oaep_hash", "expected the hash that the ciphertext was made with")
+        key = await usable(self.keys, caller, what.key, Use.PROCESS)
+        identity = key.record.identity
+        return await self._open(key, RsaCiphertext(identity.key_id, what.oaep_hash, what.ciphertext), what.aad), identity.key_id
+
+    async def _open(self, key: UsableKey, ciphertext: Ciphertext, aad: bytes) -> bytes:
+        identity = _for_encryption(key)
+        if isinstance(ciphertext, AesCiphertext):
+            if identity.spec.key_type is not KeyType.AES:
+                raise ciphertext_invalid()
+            sealed = Sealed(ciphertext.nonce, ciphertext.body)
+            return await self.hsm.decrypt(key.held, sealed, ciphertext_aad(identity.key_id, aad))
+        if identity.spec.key_type is not KeyType.RSA:
+            raise KmsError(Reason.WRONG_PURPOSE, "this key does not open RSA-OAEP", key_type=identity.spec.key_type)
+        if aad or len(ciphertext.body) != identity.spec.strength_bits // 8:
+            raise ciphertext_invalid()
+        self._check_oaep(ciphertext.hash)
+        return await self.hsm.decrypt_rsa(key.held, ciphertext.hash, ciphertext.body)
+
+
+def _for_encryption(key: UsableKey) -> KeyIdentity:
+    identity = key.record.identity
+    if identity.spec.purpose is not Purpose.ENCRYPTION:
+        raise KmsError(Reason.WRONG_PURPOSE, "this key does not encrypt", purpose=identity.spec.purpose)
+    return identity

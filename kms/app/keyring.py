@@ -1,0 +1,96 @@
+"""Making keys and looking at them."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+from uuid import UUID
+
+from kms.app.ports import Hsm, Keys, NewKey
+from kms.domain.algorithms import KeySpec
+from kms.domain.errors import KmsError, Reason, malformed
+from kms.domain.ids import KeyId, KeyName, KeyRef, UserId
+from kms.domain.keys import Custody, KeyFilter, KeyIdentity, KeyMaterial, KeyRecord, UsableKey
+from kms.domain.lifecycle import Use, check_use
+
+METADATA_ENTRIES_MAX: Final = 32
+METADATA_NAME_BYTES_MAX: Final = 63
+METADATA_VALUE_BYTES_MAX: Final = 255
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
+
+
+@dataclass(frozen=True, slots=True)
+class Keyring:
+    """The keys of a caller."""
+
+    keys: Keys
+    hsm: Hsm
+
+    async def create(
+        self, caller: UserId, name: KeyName, spec: KeySpec, *, custody_min: Custody | None, metadata: Mapping[str, str]
+    ) -> KeyRecord:
+        """Make a key in the token and store it, or raise NAME_TAKEN, CUSTODY_UNAVAILABLE or HSM_UNAVAILABLE."""
+        check_metadata(metadata)
+        custody = self.hsm.custody_for(spec, custody_min)
+        if await self.keys.find(caller, name) is not None:
+            raise KmsError(Reason.NAME_TAKEN, "you have a key of that name", field="name")
+        identity = KeyIdentity(KeyId(UUID(bytes=await self.hsm.random(16), version=4)), caller, spec)
+        material = await self.hsm.generate(identity, custody)
+        try:
+            return await self.keys.insert(caller, NewKey(identity, name, material, dict(metadata)))
+        except BaseException:
+            await self._discard_unless_stored(identity, material)
+            raise
+
+    async def page(self, caller: UserId, which: KeyFilter, *, after: str, limit: int) -> tuple[Sequence[KeyRecord], bool]:
+        """Return at most *limit* keys behind the name *after*, and whether there are more."""
+        found = await self.keys.page(caller, which, after=after, limit=limit + 1)
+        return found[:limit], len(found) > limit
+
+    async def _discard_unless_stored(self, identity: KeyIdentity, material: KeyMaterial) -> None:
+        # A lost connection leaves open whether the row was stored. A token object without a row is a nuisance, a row
+        # without its token object is a lost key: so the object goes only when the row is seen to be absent.
+        if material.custody is Custody.RESIDENT and await self.keys.find(identity.owner_id, identity.key_id) is None:
+            await self.hsm.discard(material)
+
+
+async def existing(keys: Keys, caller: UserId, ref: KeyRef) -> KeyRecord:
+    """Return the caller's key, or raise KEY_NOT_FOUND."""
+    record = await keys.find(caller, ref)
+    if record is None:
+        raise key_not_found()
+    return record
+
+
+async def usable(keys: Keys, caller: UserId, ref: KeyRef, use: Use) -> UsableKey:
+    """Return the caller's key, or raise KEY_NOT_FOUND or the reason why its state forbids *use*."""
+    key = await keys.find_usable(caller, ref)
+    if key is None:
+        # A destroyed key has no envelope left, but its owner is told what became of it.
+        check_use((await existing(keys, caller, ref)).state, use)
+        raise key_not_found()
+    check_use(key.record.state, use)
+    if key.record.identity.bound_to:
+        raise KmsError(Reason.WRONG_PURPOSE, "this key belongs to the service itself", bound_to=key.record.identity.bound_to)
+    return key
+
+
+def key_not_found() -> KmsError:
+    """Return the one answer for a key that does not exist and for one of somebody else."""
+    return KmsError(Reason.KEY_NOT_FOUND, "you have no such key")
+
+
+def check_metadata(metadata: Mapping[str, str]) -> None:
+    """Raise MALFORMED unless *metadata* is small and printable."""
+    fits = len(metadata) <= METADATA_ENTRIES_MAX and all(
+        0 < len(name.encode()) <= METADATA_NAME_BYTES_MAX
+        and len(value.encode()) <= METADATA_VALUE_BYTES_MAX
+        and not _CONTROL.search(name + value)
+        for name, value in metadata.items()
+    )
+    if not fits:
+        raise malformed(
+            "metadata",
+            f"expected at most {METADATA_ENTRIES_MAX} entries, names of 1 to {METADATA_NAME_BYTES_MAX} bytes, "
+            f"values of at most {METADATA_VALUE_BYTES_MAX} bytes, no control characters",
+        )

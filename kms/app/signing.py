@@ -1,0 +1,132 @@
+"""Signing in the token, verifying in the service."""
+
+from dataclasses import dataclass
+
+from kms.app.keyring import existing, usable
+from kms.app.limits import check_size
+from kms.app.ports import Hsm, Keys, PublicKeys
+from kms.domain import ecdsa
+from kms.domain.algorithms import (
+    DIGEST_BYTES,
+    EC_TYPES,
+    KeyType,
+    Purpose,
+    Scheme,
+    SignatureAlgorithm,
+    SignatureForm,
+    signature_algorithm,
+)
+from kms.domain.algorithms import Hash as HashName
+from kms.domain.errors import KmsError, Reason, malformed
+from kms.domain.ids import KeyId, KeyRef, UserId
+from kms.domain.keys import KeyIdentity
+from kms.domain.lifecycle import Use
+
+SIGNATURE_BYTES_MAX = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ToSign:
+    """What is signed: a message or a digest of one (`is_digest`), and how. None takes the key type's default."""
+
+    key: KeyRef
+    data: bytes
+    is_digest: bool
+    scheme: Scheme | None
+    hash: HashName | None
+    form: SignatureForm | None
+
+
+@dataclass(frozen=True, slots=True)
+class Signed:
+    """A signature and what made it."""
+
+    signature: bytes
+    key_id: KeyId
+    algorithm: SignatureAlgorithm
+
+
+@dataclass(frozen=True, slots=True)
+class Signing:
+    """Sign and Verify."""
+
+    keys: Keys
+    hsm: Hsm
+    public_keys: PublicKeys
+
+    async def sign(self, caller: UserId, what: ToSign) -> Signed:
+        """Sign with a key of the caller. ECDSA signatures are always low-S."""
+        check_size("message", what.data)
+        key = await usable(self.keys, caller, what.key, Use.PROTECT)
+        identity = key.record.identity
+        algorithm, form = _fitting(identity, what)
+        data = self._to_be_signed(what, algorithm)
+        signature = await self.hsm.sign(key.held, algorithm, data)
+        if form is not None:
+            signature = self._in_form(identity.spec.key_type, key.record.public_key, data, signature, form)
+        return Signed(signature, identity.key_id, algorithm)
+
+    async def verify(self, caller: UserId, what: ToSign, signature: bytes, *, require_low_s: bool) -> tuple[bool, KeyId]:
+        """Say whether *signature* is of *what* by a key of the caller, in whatever state the key is."""
+        check_size("message", what.data)
+        if not 0 < len(signature) <= SIGNATURE_BYTES_MAX:
+            raise malformed("signature", f"expected 1 to {SIGNATURE_BYTES_MAX} bytes")
+        record = await existing(self.keys, caller, what.key)
+        key_type = record.identity.spec.key_type
+        algorithm, form = _fitting(record.identity, what)
+        data = self._to_be_signed(what, algorithm)
+        if form is None:
+            return self.public_keys.is_valid(record.public_key, algorithm, data, signature), record.identity.key_id
+        parsed = _parse(key_type, signature, form)
+        valid = (parsed.is_low_s or not require_low_s) and self.public_keys.is_valid(
+            record.public_key, algorithm, data, parsed.der()
+        )
+        if valid and form is SignatureForm.RECOVERABLE:
+            valid = self.public_keys.recovery_id(record.public_key, data, parsed.raw()) == signature[-1]
+        return valid, record.identity.key_id
+
+    def _to_be_signed(self, what: ToSign, algorithm: SignatureAlgorithm) -> bytes:
+        if algorithm.hash is None:
+            if what.is_digest:
+                raise malformed("digest", "expected a message: Ed25519 signs the message itself")
+            return what.data
+        if not what.is_digest:
+            return self.public_keys.digest(algorithm.hash, what.data)
+        if len(what.data) != DIGEST_BYTES[algorithm.hash]:
+            expected = f"digest: expected {DIGEST_BYTES[algorithm.hash]} bytes for {algorithm.hash}"
+            raise KmsError(Reason.DIGEST_LENGTH, expected, field="digest")
+        return what.data
+
+    def _in_form(self, key_type: KeyType, public_key: str, digest: bytes, raw: bytes, form: SignatureForm) -> bytes:
+        signature = ecdsa.from_raw(key_type, raw).low_s()
+        if form is SignatureForm.DER:
+            return signature.der()
+        if form is SignatureForm.RAW:
+            return signature.raw()
+        # v belongs to the low-S form: the other s has the other parity.
+        return signature.raw() + bytes((self.public_keys.recovery_id(public_key, digest, signature.raw()),))
+
+
+def _fitting(identity: KeyIdentity, what: ToSign) -> tuple[SignatureAlgorithm, SignatureForm | None]:
+    """Return algorithm and form (None for signatures that have but one), or say what does not fit the key."""
+    key_type = identity.spec.key_type
+    if identity.spec.purpose is not Purpose.SIGNING:
+        raise KmsError(Reason.WRONG_PURPOSE, "this key does not sign", purpose=identity.spec.purpose)
+    algorithm = signature_algorithm(key_type, what.scheme, what.hash)
+    if key_type not in EC_TYPES:
+        if what.form is not None:
+            raise malformed("format", f"expected none: a signature by {algorithm.scheme} has one form")
+        return algorithm, None
+    if what.form is SignatureForm.RECOVERABLE and key_type is not KeyType.SECP256K1:
+        raise malformed("format", "expected DER or RAW: only secp256k1 signatures are recoverable")
+    return algorithm, what.form or SignatureForm.DER
+
+
+def _parse(key_type: KeyType, signature: bytes, form: SignatureForm) -> ecdsa.EcdsaSignature:
+    if form is SignatureForm.DER:
+        return ecdsa.from_der(key_type, signature)
+    if form is SignatureForm.RECOVERABLE:
+        if len(signature) != 65 or signature[-1] > 3:
+            raise malformed("signature", "expected r‖s‖v of 65 bytes with v from 0 to 3")
+        return ecdsa.from_raw(key_type, signature[:-1])
+    return ecdsa.from_raw(key_type, signature)
