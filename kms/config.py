@@ -1,0 +1,254 @@
+"""Configuration: one TOML file and `KMS_…` variables, read once, every fault reported together.
+
+A variable overrides the file: `KMS_HSM_TOKEN_LABEL` is `token_label` in `[hsm]`, `KMS_DEPLOYMENT_ID` the top-level id.
+Unknown names are faults in both. A secret (`pin`, `dsn`) comes from a file (`…_file`), from an inherited descriptor (`…_fd`) or
+from a variable, which is removed from the environment once read; the file itself cannot hold one.
+"""
+
+import os
+import stat
+import tomllib
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+_PREFIX: Final = "KMS_"
+_NOT_SETTINGS: Final = frozenset({"KMS_CONFIG"})
+_SECRETS: Final = frozenset({"pin", "dsn"})
+_SECRET_BYTES_MAX: Final = 4096
+Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$")]
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used. `faults` has a sentence for each fault, naming the setting."""
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__("the configuration cannot be used:\n" + "\n".join(f"  {fault}" for fault in faults))
+        self.faults = faults
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+class ServerConfig(_Section):
+    """`[server]`: where to listen, and with which certificates."""
+
+    listen: Address = "127.0.0.1:7443"
+    tls_cert_file: Path
+    tls_key_file: Path
+    client_ca_file: Path
+    client_crl_file: Path | None = None
+    call_seconds_max: Annotated[float, Field(gt=0, le=600)] = 30.0
+    calls_max: Annotated[int, Field(ge=1, le=100_000)] = 1000
+
+
+class _SecretSection(_Section):
+    """A section with one secret, which comes from exactly one of three places."""
+
+    secret_name: ClassVar[str]
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        names = [self.secret_name, f"{self.secret_name}_file", f"{self.secret_name}_fd"]
+        if sum(getattr(self, name) is not None for name in names) != 1:
+            raise ValueError(f"expected exactly one of {', '.join(names)}")
+        return self
+
+    def read_secret(self, section: str) -> bytes:
+        """Return the secret without its final line end, or raise `ConfigError`. Call it once: it may empty its source.
+
+        A file must not be open to the group or to others. A variable is removed from the environment.
+        """
+        value: SecretStr | None = getattr(self, self.secret_name)
+        file: Path | None = getattr(self, f"{self.secret_name}_file")
+        descriptor: int | None = getattr(self, f"{self.secret_name}_fd")
+        try:
+            if file is not None:
+                found = _read_private(file)
+            elif descriptor is not None:
+                found = _read_descriptor(descriptor)
+            else:
+                os.environ.pop(_variable(section, self.secret_name), None)
+                found = value.get_secret_value().encode() if value is not None else b""
+        except OSError as error:
+            raise ConfigError([f"{section}.{self.secret_name}: cannot be read: {error.strerror}"]) from None
+        if not found.strip():
+            raise ConfigError([f"{section}.{self.secret_name}: is empty"])
+        return found.rstrip(b"\r\n")
+
+
+class HsmConfig(_SecretSection):
+    """`[hsm]`: the PKCS#11 module, the token in it and how much of it to use."""
+
+    secret_name: ClassVar[str] = "pin"  # noqa: S105 - the name of a setting
+    module: Path
+    token_label: Annotated[str, Field(min_length=1, max_length=32)]
+    pin: SecretStr | None = None
+    pin_file: Path | None = None
+    pin_fd: Annotated[int, Field(ge=3)] | None = None
+    lanes: Annotated[int, Field(ge=1, le=64)] = 2
+    sessions_max: Annotated[int, Field(ge=4, le=10_000)] = 16
+    queue_max: Annotated[int, Field(ge=1, le=100_000)] = 1024
+    handles_max: Annotated[int, Field(ge=1, le=100_000)] = 1000
+    handle_idle_seconds: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    stuck_seconds: Annotated[float, Field(gt=0, le=600)] = 20.0
+    resident_keys_max: Annotated[int, Field(ge=0, le=1000)] = 4
+    allow_sealed: bool | None = None
+
+
+class _PostgresSection(_SecretSection):
+    secret_name: ClassVar[str] = "dsn"  # noqa: S105 - the name of a setting
+    dsn: SecretStr | None = None
+    dsn_file: Path | None = None
+    dsn_fd: Annotated[int, Field(ge=3)] | None = None
+
+
+class DatabaseConfig(_PostgresSection):
+    """`[database]`: the service's own login, `kms_service`."""
+
+    connections_max: Annotated[int, Field(ge=1, le=1000)] = 16
+
+
+class MigrationConfig(_PostgresSection):
+    """`[migration]`: the login that owns the schema; `kms serve` never uses it."""
+
+
+class ClientConfig(_Section):
+    """`[client]`: which server the client commands call, and as whom."""
+
+    server: Address = "127.0.0.1:7443"
+    ca_file: Path
+    cert_file: Path
+    key_file: Path
+    timeout_seconds: Annotated[float, Field(gt=0, le=600)] = 30.0
+
+
+class AuthorityConfig(_Section):
+    """`[authority]`: the development identity authority that `kms user add-service` issues certificates from."""
+
+    cert_file: Path
+    key_file: Path
+
+
+class Config(BaseSettings):
+    """All settings. A section that is absent is None; a command asks for those it needs with `load`."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,
+        env_prefix=_PREFIX,
+        env_nested_delimiter="_",
+        env_nested_max_split=1,
+    )
+
+    deployment_id: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")] = "neo-kms"
+    mode: Literal["production", "development"] = "production"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    server: ServerConfig | None = None
+    hsm: HsmConfig | None = None
+    database: DatabaseConfig | None = None
+    migration: MigrationConfig | None = None
+    client: ClientConfig | None = None
+    authority: AuthorityConfig | None = None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take variables before the file, and nothing else."""
+        return EnvSettingsSource(settings_cls), init_settings
+
+
+def load(path: Path | None, *, needs: tuple[str, ...] = ()) -> Config:
+    """Return the configuration in *path* and the environment, or raise `ConfigError` with every fault.
+
+    *needs* names the sections that must be there. Relative paths in the file are relative to the file.
+    """
+    content, faults = _read(path)
+    faults += [f"{name}: no such setting" for name in sorted(_unknown_variables(os.environ))]
+    config = None
+    try:
+        config = Config(**content)
+    except ValidationError as error:
+        faults += [_sentence(fault["loc"], fault["msg"]) for fault in error.errors(include_input=False, include_url=False)]
+    if config is not None:
+        faults += [f"[{name}]: missing, and needed here" for name in needs if getattr(config, name) is None]
+        faults += [fault for name in needs for fault in _missing_files(name, getattr(config, name))]
+    if faults or config is None:
+        raise ConfigError(faults)
+    return config
+
+
+def _read(path: Path | None) -> tuple[dict[str, Any], list[str]]:
+    """Return the file's settings with its paths made absolute, and its faults."""
+    if path is None:
+        return {}, []
+    try:
+        content = tomllib.loads(path.read_text())
+    except OSError as error:
+        return {}, [f"{path}: cannot be read: {error.strerror}"]
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return {}, [f"{path}: not TOML: {error}"]
+    faults = []
+    for section, values in content.items():
+        for name in list(values) if isinstance(values, dict) else ():
+            if name in _SECRETS:
+                instead = f"{name}_file, {name}_fd or {_variable(section, name)}"
+                faults.append(f"{section}.{name}: a secret is not kept in this file; use {instead}")
+                del values[name]
+            elif (name.endswith("_file") or name == "module") and isinstance(values[name], str):
+                values[name] = str(path.absolute().parent / values[name])
+    return content, faults
+
+
+def _variable(section: str, name: str) -> str:
+    return f"{_PREFIX}{section}_{name}".upper()
+
+
+def _sections() -> dict[str, type[_Section]]:
+    kinds = {name: typing.get_args(field.annotation) for name, field in Config.model_fields.items()}
+    return {name: kind for name, args in kinds.items() for kind in args if isinstance(kind, type) and issubclass(kind, _Section)}
+
+
+def _unknown_variables(environ: Mapping[str, str]) -> set[str]:
+    sections = _sections()
+    known = {f"{_PREFIX}{name}".upper() for name in Config.model_fields if name not in sections}
+    known |= {_variable(section, name) for section, kind in sections.items() for name in kind.model_fields}
+    return {name for name in environ if name.startswith(_PREFIX)} - known - _NOT_SETTINGS
+
+
+def _sentence(where: tuple[int | str, ...], message: str) -> str:
+    name = ".".join(map(str, where))
+    return (
+        f"{name}: no such setting" if message.startswith("Extra inputs") else f"{name}: {message.removeprefix('Value error, ')}"
+    )
+
+
+def _missing_files(section: str, values: _Section | None) -> list[str]:
+    found = {name: getattr(values, name) for name in type(values).model_fields} if values is not None else {}
+    return [
+        f"{section}.{name}: no such file: {file}" for name, file in found.items() if isinstance(file, Path) and not file.exists()
+    ]
+
+
+def _read_descriptor(descriptor: int) -> bytes:
+    with os.fdopen(descriptor, "rb") as stream:
+        return stream.read(_SECRET_BYTES_MAX)
+
+
+def _read_private(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        if os.fstat(stream.fileno()).st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise PermissionError(0, "open to the group or to others; make it mode 0400")
+        return stream.read(_SECRET_BYTES_MAX)
