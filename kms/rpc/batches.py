@@ -2,9 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, Protocol, TypeVar
-
-from google.rpc import status_pb2
+from typing import Final, TypeVar
 
 from kms.app.limits import check_batch
 from kms.domain.errors import KmsError
@@ -12,18 +10,10 @@ from kms.rpc.status import status_of
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
-Item = TypeVar("Item", covariant=True)
+Item = TypeVar("Item")
 
 # Enough to keep every lane busy, few enough that one batch does not take all database connections.
 _AT_ONCE: Final = 8
-
-
-class MakesItem(Protocol[Item]):
-    """The generated class of a batch's answer."""
-
-    def __call__(self, *, result: object = ..., error: status_pb2.Status | None = ...) -> Item:
-        """Make an item with one of the two."""
-        ...
 
 
 def check_items(items: Sequence[Request], size_bytes: Callable[[Request], int]) -> None:
@@ -32,7 +22,7 @@ def check_items(items: Sequence[Request], size_bytes: Callable[[Request], int]) 
 
 
 async def answer_each(
-    items: Sequence[Request], answer: Callable[[Request], Awaitable[Response]], make: MakesItem[Item]
+    items: Sequence[Request], answer: Callable[[Request], Awaitable[Response]], make: Callable[..., Item]
 ) -> list[Item]:
     """Answer each of *items*, a few at a time. A bug in one fails the whole call."""
     turn = asyncio.Semaphore(_AT_ONCE)

@@ -118,7 +118,9 @@ def signed(result: Signed) -> crypto_pb2.SignResponse:
         signature=result.signature,
         key_id=str(result.key_id),
         scheme=enums.number_of(enums.SCHEMES, result.algorithm.scheme),
-        hash=enums.number_of(enums.HASHES, result.algorithm.hash) if result.algorithm.hash else None,
+        hash=enums.number_of(enums.HASHES, result.algorithm.hash)
+        if result.algorithm.hash
+        else crypto_pb2.HASH_ALGORITHM_UNSPECIFIED,
     )
 
 

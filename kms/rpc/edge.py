@@ -9,7 +9,8 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextvars import ContextVar
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, cast
 from uuid import uuid4
 
 import grpc
@@ -25,7 +26,12 @@ from kms.rpc.status import INTERNAL, abort, internal_status, status_of
 
 Identify = Callable[[Mapping[str, Iterable[bytes]]], UserId]
 Context = grpc.aio.ServicerContext[Any, Any]
-MethodHandler = grpc.RpcMethodHandler[Any, Any]
+if TYPE_CHECKING:  # generic in the stubs only
+    MethodHandler = grpc.RpcMethodHandler[Any, Any]
+    Interceptor = grpc.aio.ServerInterceptor[Any, Any]
+else:
+    MethodHandler = grpc.RpcMethodHandler
+    Interceptor = grpc.aio.ServerInterceptor
 
 OURS: Final = "/kms.v1."
 REQUEST_ID: Final = "x-request-id"
@@ -39,7 +45,16 @@ def caller() -> UserId:
     return _CALLER.get().user_id
 
 
-class Edge(grpc.aio.ServerInterceptor):
+@dataclass(frozen=True, slots=True)
+class _Method:
+    """A unary method of ours as grpc found it."""
+
+    name: str
+    decode: Callable[[bytes], Message]
+    call: Callable[[Message, Context], Awaitable[Message]]
+
+
+class Edge(Interceptor):
     """Wraps every method of ours; health and reflection pass untouched."""
 
     def __init__(self, identify: Identify, access: Access, *, call_seconds_max: float) -> None:
@@ -49,21 +64,25 @@ class Edge(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[MethodHandler | None]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[MethodHandler]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> MethodHandler | None:
+    ) -> MethodHandler:
         """Return the handler, wrapped if it is ours."""
-        handler = await continuation(handler_call_details)
+        handler: MethodHandler | None = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith(OURS):
-            return handler
+            return handler  # type: ignore[return-value]  # None is how grpc says UNIMPLEMENTED; the stubs leave it out
+        decode, call = handler.request_deserializer, handler.unary_unary
+        if decode is None or call is None:
+            raise TypeError(f"{handler_call_details.method} streams, and the edge knows unary methods only")
+        method = _Method(handler_call_details.method, decode, cast(Any, call))
 
         async def handle(body: bytes, context: Context) -> Message:
-            return await self._handle(handler_call_details.method, handler, body, context)
+            return await self._handle(method, body, context)
 
         # No deserializer: grpc would answer INTERNAL to bytes that do not parse.
         return grpc.unary_unary_rpc_method_handler(handle, response_serializer=handler.response_serializer)
 
-    async def _handle(self, method: str, handler: MethodHandler, body: bytes, context: Context) -> Message:
+    async def _handle(self, method: _Method, body: bytes, context: Context) -> Message:
         request_id = _request_id(context)
         context.set_trailing_metadata(((REQUEST_ID, request_id),))
         began = time.monotonic()
@@ -72,18 +91,18 @@ class Edge(grpc.aio.ServerInterceptor):
         try:
             async with asyncio.timeout(seconds):
                 _CALLER.set(await self._access.admit(self._identify(context.auth_context())))
-                response: Message = await handler.unary_unary(_decode(handler, body), context)
+                response = await method.call(_decode(method, body), context)
         except TimeoutError:
             reason, refusal = _refused(KmsError(Reason.DEADLINE_EXCEEDED, "the call took longer than it may"))
         except KmsError as error:
             reason, refusal = _refused(error)
         except Exception:  # noqa: BLE001 - the boundary: a bug is logged here and told as "internal error"
-            _LOG.exception("bug", method=method, request_id=request_id)
+            _LOG.exception("bug", method=method.name, request_id=request_id)
             reason, refusal = INTERNAL, internal_status(request_id)
         else:
-            self._log(method, request_id, began, "OK")
+            self._log(method.name, request_id, began, "OK")
             return response
-        self._log(method, request_id, began, reason)
+        self._log(method.name, request_id, began, reason)
         return await abort(context, refusal)
 
     def _log(self, method: str, request_id: str, began: float, outcome: str) -> None:
@@ -102,12 +121,11 @@ def _refused(error: KmsError) -> tuple[str, status_pb2.Status]:
     return error.reason, status_of(error)
 
 
-def _decode(handler: MethodHandler, body: bytes) -> Message:
+def _decode(method: _Method, body: bytes) -> Message:
     try:
-        request: Message = handler.request_deserializer(body)
+        return method.decode(body)
     except DecodeError:
         raise malformed("request", "expected a protocol buffer of the request's type, with UTF-8 in its strings") from None
-    return request
 
 
 def _request_id(context: Context) -> str:
