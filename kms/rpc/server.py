@@ -1,0 +1,113 @@
+"""The gRPC server: TLS with client certificates, our services behind the edge, health and reflection."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from kms.rpc.crypto import CryptoServicer
+from kms.rpc.edge import Edge
+from kms.rpc.keys import KeyServicer
+from kms.v1 import crypto_pb2, crypto_pb2_grpc, keys_pb2, keys_pb2_grpc
+
+MESSAGE_BYTES_MAX: Final = 4 * 1024 * 1024  # a batch of 1 MiB with room for its framing
+SERVICES: Final = (
+    keys_pb2.DESCRIPTOR.services_by_name["KeyService"].full_name,
+    crypto_pb2.DESCRIPTOR.services_by_name["CryptoService"].full_name,
+)
+_HEALTH_SECONDS: Final = 0.25
+_SERVING: Final = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING: Final = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files: our certificate with its chain, our key, and the authority whose client certificates are taken."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path
+
+
+class Server:
+    """A server that listens from `start` until `stop`. Health follows *is_ready*."""
+
+    def __init__(
+        self, edge: Edge, keys: KeyServicer, crypto: CryptoServicer, *, calls_max: int, is_ready: Callable[[], bool]
+    ) -> None:
+        # Without SO_REUSEPORT a second server on the port is refused instead of taking half of the calls.
+        options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX)]
+        self._server = grpc.aio.server(interceptors=[edge], options=options, maximum_concurrent_rpcs=calls_max)
+        keys_pb2_grpc.add_KeyServiceServicer_to_server(keys, self._server)
+        crypto_pb2_grpc.add_CryptoServiceServicer_to_server(crypto, self._server)
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs leave it out
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        self._is_ready = is_ready
+        self._watch: asyncio.Task[None] | None = None
+
+    async def start(self, address: str, tls: TlsFiles) -> int:
+        """Listen on *address* (`host:port`, port 0 for a free one) and return the port. Raises OSError."""
+        try:
+            port = self._server.add_secure_port(address, _credentials(tls))
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {address}: {error}") from None
+        await self._server.start()
+        await self._report()
+        self._watch = asyncio.create_task(self._keep_reporting())
+        return port
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Turn health to NOT_SERVING, take no new call, let those in flight end within *grace_seconds*."""
+        if self._watch is not None:
+            self._watch.cancel()
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_seconds)
+
+    async def _keep_reporting(self) -> None:
+        while True:
+            await asyncio.sleep(_HEALTH_SECONDS)
+            await self._report()
+
+    async def _report(self) -> None:
+        status = _SERVING if self._is_ready() else _NOT_SERVING
+        for service in ("", *SERVICES):
+            await self._health.set(service, status)
+
+
+def _credentials(tls: TlsFiles) -> grpc.ServerCredentials:
+    """Return credentials that follow the files: a renewed certificate is used from the next handshake on."""
+    seen: list[object] = [_stamp(tls)]
+
+    def renewed() -> grpc.ServerCertificateConfiguration | None:
+        stamp = _stamp(tls)
+        if stamp is None or stamp == seen[0]:
+            return None
+        seen[0] = stamp
+        return _certificates(tls)
+
+    return grpc.dynamic_ssl_server_credentials(
+        _certificates(tls),
+        renewed,  # type: ignore[arg-type]  # None is how grpc is told "unchanged"
+        require_client_authentication=True,
+    )
+
+
+def _certificates(tls: TlsFiles) -> grpc.ServerCertificateConfiguration:
+    pair = (tls.key.read_bytes(), tls.certificate.read_bytes())
+    return grpc.ssl_server_certificate_configuration([pair], root_certificates=tls.client_ca.read_bytes())
+
+
+def _stamp(tls: TlsFiles) -> object:
+    try:
+        return tuple(
+            (found.st_mtime_ns, found.st_size, found.st_ino)
+            for found in map(Path.stat, (tls.certificate, tls.key, tls.client_ca))
+        )
+    except OSError:
+        return None  # in the middle of being replaced
