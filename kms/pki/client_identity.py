@@ -1,0 +1,110 @@
+"""Who a client certificate names, decided anew on every call: TLS looks at a certificate once, at the handshake.
+
+The user is in `peer_uri` alone. grpc's `x509_subject_alternative_name` mixes DNS and URI entries, and a DNS name can have
+the shape of the URI.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import structlog
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+
+from kms.app.access import credentials_invalid
+from kms.domain.errors import KmsError, malformed
+from kms.domain.ids import UserId, parse_identity_uri
+from kms.pki.revocations import Revocations
+
+Clock = Callable[[], datetime]
+
+_URI: Final = "peer_uri"
+_CERTIFICATE: Final = "x509_pem_cert"
+_CERTIFICATES_MAX: Final = 4096
+_LOG = structlog.get_logger("kms.pki")
+
+
+def host_clock() -> datetime:
+    """Return the moment by this host's clock: certificates are judged by it, as TLS judges them."""
+    return datetime.now(UTC)  # noqa: TID251 - the database does not know when a certificate of ours ends
+
+
+@dataclass(frozen=True, slots=True)
+class _Standing:
+    """What of a certificate is looked at on every call."""
+
+    serial_number: int
+    not_before: datetime
+    not_after: datetime
+
+
+class ClientIdentity:
+    """Finds the user of a call from what TLS knows of the peer (`Identify` of the gRPC edge)."""
+
+    def __init__(self, ca_file: Path, *, deployment: str, clock: Clock, crl_file: Path | None = None) -> None:
+        """Read the authority's certificate, and its CRL if there is one. Raises OSError, and MALFORMED for what is neither."""
+        self._authority = load_authority_certificate(ca_file)
+        self._deployment = deployment
+        self._clock = clock
+        self._revocations = None if crl_file is None else Revocations(self._authority, crl_file, now=clock())
+        self._seen: OrderedDict[bytes, _Standing] = OrderedDict()
+
+    def __call__(self, auth_context: Mapping[str, Iterable[bytes]]) -> UserId:
+        """Return the user that the certificate names, or raise CREDENTIALS_INVALID, whatever it is that does not fit.
+
+        *auth_context* is `grpc.ServicerContext.auth_context()`. The log tells the operator what the caller is not told.
+        """
+        try:
+            return self._identify(auth_context)
+        except (KmsError, ValueError, OSError, InvalidSignature) as error:
+            _LOG.warning("client refused", cause=getattr(error, "message", None) or str(error) or type(error).__name__)
+            raise credentials_invalid() from None
+
+    def _identify(self, auth_context: Mapping[str, Iterable[bytes]]) -> UserId:
+        now = self._clock()
+        standing = self._standing(_only(auth_context, _CERTIFICATE))
+        if not standing.not_before <= now <= standing.not_after:
+            raise malformed("client certificate", "expected one that is valid today")
+        if self._revocations is not None:
+            self._revocations.check(standing.serial_number, now=now)
+        return parse_identity_uri(_only(auth_context, _URI).decode("ascii"), deployment=self._deployment)
+
+    def _standing(self, pem: bytes) -> _Standing:
+        standing = self._seen.pop(pem, None) or self._read(pem)
+        self._seen[pem] = standing  # the last in the order is the last used
+        if len(self._seen) > _CERTIFICATES_MAX:
+            self._seen.popitem(last=False)
+        return standing
+
+    def _read(self, pem: bytes) -> _Standing:
+        certificate = x509.load_pem_x509_certificate(pem)
+        # A CRL speaks of its issuer's serial numbers only, so nobody may stand between.
+        try:
+            certificate.verify_directly_issued_by(self._authority)
+        except (InvalidSignature, TypeError):
+            raise malformed("client certificate", "expected one issued by the identity authority itself") from None
+        return _Standing(certificate.serial_number, certificate.not_valid_before_utc, certificate.not_valid_after_utc)
+
+
+def load_authority_certificate(ca_file: Path) -> x509.Certificate:
+    """Return the one certificate in *ca_file*. Raises OSError, and MALFORMED for none, several or no authority's."""
+    expected = f"expected the PEM certificate of one identity authority in {ca_file}"
+    try:
+        certificates = x509.load_pem_x509_certificates(ca_file.read_bytes())
+        is_authority = certificates[0].extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except (ValueError, x509.ExtensionNotFound):
+        raise malformed("server.client_ca_file", expected) from None
+    if len(certificates) != 1 or not is_authority:
+        raise malformed("server.client_ca_file", expected)
+    return certificates[0]
+
+
+def _only(auth_context: Mapping[str, Iterable[bytes]], name: str) -> bytes:
+    values = tuple(auth_context.get(name, ()))
+    if len(values) != 1:
+        raise malformed("client certificate", f"expected one {name}, found {len(values)}")
+    return values[0]
