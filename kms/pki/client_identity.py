@@ -1,7 +1,7 @@
 """Who a client certificate names, decided anew on every call: TLS looks at a certificate once, at the handshake.
 
 The user is in `peer_uri` alone. grpc's `x509_subject_alternative_name` mixes DNS and URI entries, and a DNS name can have
-the shape of the URI.
+the shape of the URI. The certificate read again must say the same: grpc ends a name at its first NUL.
 """
 
 from collections import OrderedDict
@@ -40,6 +40,7 @@ class _Standing:
     serial_number: int
     not_before: datetime
     not_after: datetime
+    uris: tuple[str, ...]
 
 
 class ClientIdentity:
@@ -60,7 +61,7 @@ class ClientIdentity:
         """
         try:
             return self._identify(auth_context)
-        except (KmsError, ValueError, OSError, InvalidSignature) as error:
+        except (KmsError, ValueError, OSError, x509.ExtensionNotFound, x509.DuplicateExtension) as error:
             _LOG.warning("client refused", cause=getattr(error, "message", None) or str(error) or type(error).__name__)
             raise credentials_invalid() from None
 
@@ -71,7 +72,10 @@ class ClientIdentity:
             raise malformed("client certificate", "expected one that is valid today")
         if self._revocations is not None:
             self._revocations.check(standing.serial_number, now=now)
-        return parse_identity_uri(_only(auth_context, _URI).decode("ascii"), deployment=self._deployment)
+        uri = _only(auth_context, _URI).decode("ascii")
+        if standing.uris != (uri,):
+            raise malformed("client certificate", "expected one URI name, without a NUL in it")
+        return parse_identity_uri(uri, deployment=self._deployment)
 
     def _standing(self, pem: bytes) -> _Standing:
         standing = self._seen.pop(pem, None) or self._read(pem)
@@ -87,7 +91,13 @@ class ClientIdentity:
             certificate.verify_directly_issued_by(self._authority)
         except (InvalidSignature, TypeError):
             raise malformed("client certificate", "expected one issued by the identity authority itself") from None
-        return _Standing(certificate.serial_number, certificate.not_valid_before_utc, certificate.not_valid_after_utc)
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        return _Standing(
+            certificate.serial_number,
+            certificate.not_valid_before_utc,
+            certificate.not_valid_after_utc,
+            tuple(names.get_values_for_type(x509.UniformResourceIdentifier)),
+        )
 
 
 def load_authority_certificate(ca_file: Path) -> x509.Certificate:
