@@ -1,0 +1,130 @@
+"""What a command answers: tables for people, JSON for programs, bytes alone for pipes and files."""
+
+import base64
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+STDOUT: Final = Path("-")
+
+
+class Encoding(StrEnum):
+    """How bytes are written: as they are, in base64 (RFC 4648 section 4), or in lower-case hexadecimal."""
+
+    RAW = "raw"
+    BASE64 = "base64"
+    HEX = "hex"
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Print *value* as one JSON object."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_fields(fields: Mapping[str, object]) -> None:
+    """Print a name and a value a line, aligned."""
+    width = max(map(len, fields), default=0)
+    for name, value in fields.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table: ruled on a terminal, else a line of tab-separated columns for each row, without headings."""
+    if not sys.stdout.isatty():
+        for row in rows:
+            print("\t".join(row))
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*headings, box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*row)
+    Console(markup=False, highlight=False).print(table)
+
+
+def text_of(data: bytes, encoding: Encoding | None) -> str:
+    """Return *data* as text: hexadecimal if that is asked for, else base64."""
+    return data.hex() if encoding is Encoding.HEX else base64.b64encode(data).decode("ascii")
+
+
+def json_bytes(name: str, data: bytes, encoding: Encoding | None, out: Path | None) -> dict[str, str]:
+    """Return *data* for a JSON answer, or write it to *out* and return where it is."""
+    if out is not None and out != STDOUT:
+        write_bytes(data, out, encoding)
+        return {f"{name}_file": str(out)}
+    used = Encoding.HEX if encoding is Encoding.HEX else Encoding.BASE64
+    return {name: text_of(data, used), "encoding": used}
+
+
+def write_bytes(data: bytes, out: Path | None, encoding: Encoding | None, *, private: bool = False) -> None:
+    """Write *data*, and nothing else, to *out* or standard output.
+
+    Without *encoding* a file or a pipe gets the bytes as they are, and a terminal gets base64.
+    """
+    to_stdout = out is None or out == STDOUT
+    if encoding is None:
+        encoding = Encoding.BASE64 if to_stdout and sys.stdout.isatty() else Encoding.RAW
+    content = data if encoding is Encoding.RAW else (text_of(data, encoding) + "\n").encode("ascii")
+    if out is None or out == STDOUT:
+        _write_stdout(content)
+    else:
+        write_file(out, content, private=private)
+
+
+def write_plaintext(data: bytes, out: Path | None, encoding: Encoding | None) -> None:
+    """Write a secret: a file gets mode 0600; a terminal gets it as text if it is plain text, else in base64."""
+    if encoding is None and (out is None or out == STDOUT) and sys.stdout.isatty() and _is_plain_text(data):
+        _write_stdout(data if data.endswith(b"\n") else data + b"\n")
+    else:
+        write_bytes(data, out, encoding, private=True)
+
+
+def write_file(path: Path, content: bytes, *, private: bool = False) -> None:
+    """Write *content* to *path*, whole or not at all, replacing what is there; *private* gives it mode 0600.
+
+    What is not a regular file (a pipe, /dev/stdout) is written to as it is. Raises OSError.
+    """
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mkstemp: mode 0600 from the start
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        if not private:
+            os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _write_stdout(content: bytes) -> None:
+    sys.stdout.flush()
+    sys.stdout.buffer.write(content)
+    sys.stdout.buffer.flush()
+
+
+def _is_plain_text(data: bytes) -> bool:
+    """Whether a terminal shows *data* as it is: text without control characters, which could steer it."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        return False
+    return all(character.isprintable() or character in "\n\t" for character in text)
+
+
+def _umask() -> int:
+    value = os.umask(0o077)
+    os.umask(value)
+    return value

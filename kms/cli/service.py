@@ -1,0 +1,87 @@
+"""`kms serve`, `migrate`, `dev`, `demo`, `version`: running the service."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kms.cli.invocation import Invocation, command
+from kms.cli.output import print_json
+
+
+def serve(invocation: Invocation) -> None:
+    """Run the service until SIGTERM or SIGINT.
+
+    Needs [server], [hsm] and [database] in the configuration. Refuses to start on a token or a database that is not as it
+    must be, and says why.
+    """
+    config = invocation.config("server", "hsm", "database")
+    from kms import wiring
+
+    wiring.serve(config)
+
+
+def migrate(
+    invocation: Invocation,
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; fail unless the schema is up to date.")] = False,
+) -> None:
+    """Bring the database's schema up to date.
+
+    Needs [migration]: the login that owns the schema, which the service itself never uses.
+    """
+    config = invocation.config("migration")
+    from kms import wiring
+
+    if check:
+        wiring.check_schema(config)
+        applied: list[str] = []
+    else:
+        applied = wiring.migrate(config)
+    if invocation.as_json:
+        print_json({"applied": applied, "up_to_date": True})
+        return
+    for name in applied:
+        print(f"applied {name}")
+    if not applied:
+        print("the schema is up to date")
+
+
+def dev(
+    invocation: Invocation,
+    directory: Annotated[Path, typer.Option(metavar="DIR", help="Where everything is kept.")] = Path(".kms-dev"),
+) -> None:
+    """Run the service with a PostgreSQL and a SoftHSM token of its own, until Ctrl-C.
+
+    For trying it out and for development: it protects nothing from this machine. Run again, it finds its keys again.
+    """
+    from kms.dev.stack import run
+
+    run(directory, as_json=invocation.as_json)
+
+
+def demo(invocation: Invocation) -> None:
+    """Show everything once on real parts, in a temporary directory that is removed at the end."""
+    from kms.dev.demo import run
+
+    sys.stdout.flush()
+    raise typer.Exit(run(as_json=invocation.as_json))
+
+
+def version(invocation: Invocation) -> None:
+    """Print the version."""
+    from kms import __version__
+
+    if invocation.as_json:
+        print_json({"version": __version__})
+    else:
+        print(f"kms {__version__}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to *app*."""
+    command(app, "serve", "kms serve --config /etc/kms/kms.toml", "KMS_HSM_PIN=… kms serve --config kms.toml")(serve)
+    command(app, "migrate", "kms migrate --config admin.toml", "kms migrate --config admin.toml --check")(migrate)
+    command(app, "dev", "kms dev", "kms dev --directory ~/kms")(dev)
+    command(app, "demo", "kms demo")(demo)
+    command(app, "version", "kms version", "kms version --json")(version)
