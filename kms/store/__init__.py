@@ -1,1 +1,1 @@
-"""PostgreSQL; the only user of psycopg."""
+"""PostgreSQL: migrations, the pool, and the ports `Keys` and `Users`. A driver's exceptions end here (`errors.py`)."""

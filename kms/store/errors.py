@@ -1,0 +1,43 @@
+"""Translation of psycopg's exceptions. What is not translated is a bug, and is raised as it is."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import psycopg
+import psycopg_pool
+from psycopg import errors as pg
+
+from kms.domain.errors import KmsError, Reason, malformed
+
+# A server that turned into a standby refuses to write: the pool's other connections lead to it as well, until it is replaced.
+_UNAVAILABLE: Final = (psycopg.OperationalError, psycopg_pool.PoolClosed, pg.ReadOnlySqlTransaction)
+_NAME_TAKEN: Final = {
+    "keys_user_id_key_name_key": "you have a key of that name",
+    "users_username_key": "there is a user of that name",
+}
+
+
+def unavailable(detail: str) -> KmsError:
+    """Return STORE_UNAVAILABLE saying *detail*, a sentence for the operator."""
+    return KmsError(Reason.STORE_UNAVAILABLE, detail)
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Raise the driver's exceptions of the block as `KmsError`: STORE_UNAVAILABLE, NAME_TAKEN, MALFORMED.
+
+    STORE_UNAVAILABLE of a write leaves open whether it was stored.
+    """
+    try:
+        yield
+    except pg.UniqueViolation as error:
+        message = _NAME_TAKEN.get(error.diag.constraint_name or "")
+        if message is None:
+            raise
+        raise KmsError(Reason.NAME_TAKEN, message, field="name") from None
+    except psycopg.DataError as error:
+        # The text of the driver may quote the value.
+        raise malformed("value", f"cannot be stored ({type(error).__name__})") from None
+    except _UNAVAILABLE as error:
+        raise unavailable("the database does not answer") from error

@@ -1,0 +1,136 @@
+"""The port `Keys`: stored keys, as the calling user sees them."""
+# ruff: noqa: S608  # queries are put together from literals alone: LiteralString, which basedpyright checks
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+from uuid import UUID
+
+from psycopg.rows import DictRow
+from psycopg.types.json import Jsonb
+
+from kms.app.ports import NewKey
+from kms.domain.algorithms import KeySpec, KeyType, Purpose
+from kms.domain.ids import KeyId, KeyName, KeyRef, UserId
+from kms.domain.keys import Custody, HeldKey, KeyFilter, KeyIdentity, KeyMaterial, KeyRecord, Origin, UsableKey
+from kms.domain.lifecycle import State
+from kms.store.pool import Pool, as_user
+
+_STATE: Final = """cryptography.effective_status(
+        key_status, activated_at, deactivated_at, superseded_at, expires_at, destruction_scheduled_at, destroyed_at,
+        clock_timestamp()
+    )"""
+_RECORD: Final = f"""id, user_id, key_name, key_type, key_purpose, key_strength, bound_to, origin, custody, public_key,
+    hsm_key_id, version, usage_counter, created_at, metadata, {_STATE} AS state"""
+
+FIND_BY_ID: Final = f"SELECT {_RECORD} FROM cryptography.keys WHERE user_id = %(caller)s AND id = %(ref)s"
+FIND_BY_NAME: Final = f"SELECT {_RECORD} FROM cryptography.keys WHERE user_id = %(caller)s AND key_name = %(ref)s"
+FIND_USABLE_BY_ID: Final = f"""
+    SELECT {_RECORD}, encrypted_private_key FROM cryptography.keys WHERE user_id = %(caller)s AND id = %(ref)s
+"""
+FIND_USABLE_BY_NAME: Final = f"""
+    SELECT {_RECORD}, encrypted_private_key FROM cryptography.keys WHERE user_id = %(caller)s AND key_name = %(ref)s
+"""
+INSERT: Final = f"""
+    INSERT INTO cryptography.keys (
+        id, user_id, key_name, key_type, key_purpose, key_curve, key_strength, bound_to, origin, custody, public_key,
+        encrypted_private_key, hsm_key_id, metadata
+    ) VALUES (
+        %(id)s, %(caller)s, %(name)s, %(type)s, %(purpose)s, %(curve)s, %(strength)s, %(bound_to)s, %(origin)s, %(custody)s,
+        %(public_key)s, %(envelope)s, %(hsm_key_id)s, %(metadata)s
+    )
+    RETURNING {_RECORD}
+"""
+# Names are ASCII and compared byte by byte: DEL is behind every character of a name, so the prefix is a range of the index.
+PAGE: Final = f"""
+    SELECT {_RECORD}
+    FROM cryptography.keys
+    WHERE user_id = %(caller)s AND key_name > %(after)s
+        AND key_name >= %(prefix)s AND key_name < %(prefix)s || chr(127)
+        AND (%(type)s::text IS NULL OR key_type = %(type)s)
+        AND (%(purpose)s::text IS NULL OR key_purpose = %(purpose)s)
+        AND (%(state)s::text IS NULL OR {_STATE} = %(state)s)
+    ORDER BY key_name
+    LIMIT %(limit)s
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredKeys:
+    """`Keys` in `cryptography.keys`."""
+
+    pool: Pool
+
+    async def insert(self, caller: UserId, key: NewKey) -> KeyRecord:
+        """Store a key that is active at once, or raise NAME_TAKEN."""
+        async with self.pool.transaction(as_user(caller)) as connection:
+            cursor = await connection.execute(INSERT, _columns(caller, key))
+            row = await cursor.fetchone()
+        assert row is not None  # noqa: S101  # INSERT … RETURNING gives a row or raises
+        return _record(row)
+
+    async def find(self, caller: UserId, ref: KeyRef) -> KeyRecord | None:
+        """Return the key, or None where the caller has none by that id or name."""
+        query = FIND_BY_ID if isinstance(ref, UUID) else FIND_BY_NAME
+        rows = await self.pool.fetch(as_user(caller), query, {"caller": caller, "ref": ref})
+        return _record(rows[0]) if rows else None
+
+    async def find_usable(self, caller: UserId, ref: KeyRef) -> UsableKey | None:
+        """Return the key with its envelope, or None. A destroyed key is found by `find` only."""
+        query = FIND_USABLE_BY_ID if isinstance(ref, UUID) else FIND_USABLE_BY_NAME
+        rows = await self.pool.fetch(as_user(caller), query, {"caller": caller, "ref": ref})
+        if not rows or rows[0]["state"] == State.DESTROYED:
+            return None
+        record = _record(rows[0])
+        material = KeyMaterial(record.custody, record.public_key, rows[0]["encrypted_private_key"], record.hsm_key_id)
+        return UsableKey(record, HeldKey(record.identity, material, record.version))
+
+    async def page(self, caller: UserId, which: KeyFilter, *, after: str, limit: int) -> Sequence[KeyRecord]:
+        """Return at most *limit* keys in the order of their names, beginning behind the name *after*."""
+        parameters = {
+            "caller": caller,
+            "after": after,
+            "prefix": which.name_prefix or "",
+            "type": which.key_type,
+            "purpose": which.purpose,
+            "state": which.status,
+            "limit": limit,
+        }
+        return [_record(row) for row in await self.pool.fetch(as_user(caller), PAGE, parameters)]
+
+
+def _columns(caller: UserId, key: NewKey) -> dict[str, Any]:
+    identity, material = key.identity, key.material
+    return {
+        "id": identity.key_id,
+        "caller": caller,
+        "name": key.name,
+        "type": identity.spec.key_type,
+        "purpose": identity.spec.purpose,
+        "curve": identity.spec.curve,
+        "strength": identity.spec.strength_bits,
+        "bound_to": identity.bound_to,
+        "origin": identity.origin,
+        "custody": material.custody,
+        "public_key": material.public_key,
+        "envelope": material.envelope,
+        "hsm_key_id": material.hsm_key_id,
+        "metadata": Jsonb(key.metadata),
+    }
+
+
+def _record(row: DictRow) -> KeyRecord:
+    spec = KeySpec(KeyType(row["key_type"]), Purpose(row["key_purpose"]), row["key_strength"])
+    identity = KeyIdentity(KeyId(row["id"]), UserId(row["user_id"]), spec, row["bound_to"], Origin(row["origin"]))
+    return KeyRecord(
+        identity=identity,
+        name=KeyName(row["key_name"]),
+        state=State(row["state"]),
+        custody=Custody(row["custody"]),
+        public_key=row["public_key"],
+        version=row["version"],
+        usage_counter=row["usage_counter"],
+        created_at=row["created_at"],
+        metadata=row["metadata"],
+        hsm_key_id=row["hsm_key_id"],
+    )

@@ -1,0 +1,196 @@
+"""Connections to PostgreSQL, and transactions that say for whom they act.
+
+The service's login has no rights of its own. Each transaction first takes a role and names a user, by one statement, until
+its end; row security does the rest. Without that statement, or with a wrong one, there are no rows.
+"""
+
+import select
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Final, LiteralString
+
+import psycopg
+from psycopg import AsyncConnection
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.rows import DictRow, dict_row
+from psycopg_pool import AsyncConnectionPool
+
+from kms.domain.ids import UserId
+from kms.store.errors import translated, unavailable
+
+ACT_AS: Final = "SELECT set_config('role', %s, true), set_config('app.user_id', %s, true)"
+CONFIGURE: Final = """
+    SELECT set_config('synchronous_commit', 'on', false), set_config('timezone', 'UTC', false),
+        set_config('statement_timeout', '30s', false), set_config('lock_timeout', '10s', false),
+        set_config('idle_in_transaction_session_timeout', '60s', false)
+"""
+
+# A server that vanished without a word is noticed within about 15 seconds.
+_CONNECTION_DEFAULTS: Final[Mapping[str, Any]] = {
+    "application_name": "kms",
+    "connect_timeout": 5,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 5,
+    "tcp_user_timeout": 15_000,
+}
+_IDLE_CONNECTIONS: Final = 2
+_RECONNECT_SECONDS: Final = 3.0
+_CLOSE_SECONDS: Final = 5.0
+
+Parameters = Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Acting:
+    """A database role, and the user for whom it acts (empty: nobody)."""
+
+    role: LiteralString
+    user_id: str = ""
+
+
+AS_JOB: Final = Acting("job_runner")
+AS_ADMINISTRATOR: Final = Acting("admin_users")
+BEFORE_LOGIN: Final = Acting("none")
+
+
+def as_user(user_id: UserId) -> Acting:
+    """Act as the user: his rows and no others."""
+    return Acting("authenticated_users", str(user_id))
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Connections of the service. Both methods raise STORE_UNAVAILABLE; the pool recovers when the database does."""
+
+    _connections: AsyncConnectionPool[AsyncConnection[DictRow]]
+
+    async def fetch(self, acting: Acting, query: LiteralString, parameters: Parameters | None = None) -> list[DictRow]:
+        """Return the rows of one query that only reads: one round trip, one transaction."""
+        with translated():
+            async with self._connections.connection() as connection:
+                # Between two synchronisations of a pipeline the server runs one implicit transaction.
+                async with connection.pipeline():
+                    await connection.execute(ACT_AS, (acting.role, acting.user_id))
+                    cursor = await connection.execute(query, parameters)
+                return await cursor.fetchall()
+
+    @asynccontextmanager
+    async def transaction(self, acting: Acting) -> AsyncIterator[AsyncConnection[DictRow]]:
+        """Run the block in one transaction, committed at its end or rolled back when it raises.
+
+        The connection is in pipeline mode: a statement is sent at once, its error comes when its rows are fetched.
+        """
+        with translated():
+            async with self._connections.connection() as connection, connection.pipeline(), connection.transaction():
+                await connection.execute(ACT_AS, (acting.role, acting.user_id))
+                yield connection
+
+
+@asynccontextmanager
+async def open_pool(dsn: str, connections_max: int, *, wait_seconds: float = 5.0) -> AsyncIterator[Pool]:
+    """Connect to *dsn* and yield the pool; a call waits at most *wait_seconds* for a connection.
+
+    Raises STORE_UNAVAILABLE if nobody answers there, or if the login has rights that the service must not have.
+    """
+    settings = connection_settings(dsn)
+    await _check_login(settings)
+    connections = AsyncConnectionPool(
+        connection_class=AsyncConnection[DictRow],
+        kwargs={**settings, "autocommit": True, "row_factory": dict_row},
+        min_size=min(_IDLE_CONNECTIONS, connections_max),
+        max_size=connections_max,
+        timeout=wait_seconds,
+        reconnect_timeout=_RECONNECT_SECONDS,
+        configure=_configure,
+        check=_check_alive,
+        name="kms",
+        open=False,
+    )
+    try:
+        await connections.open()
+        yield Pool(connections)
+    finally:
+        await connections.close(_CLOSE_SECONDS)
+
+
+def connection_settings(dsn: str) -> dict[str, Any]:
+    """Return libpq's settings in *dsn* with our defaults below them, or raise STORE_UNAVAILABLE for one that is none."""
+    try:
+        return {**_CONNECTION_DEFAULTS, **conninfo_to_dict(dsn)}
+    except psycopg.ProgrammingError:
+        # libpq's message quotes the string, which holds a password.
+        expected = "expected postgresql://user@host/database or 'host=… user=… dbname=…'"
+        raise unavailable(f"the connection string cannot be read: {expected}") from None
+
+
+async def _configure(connection: AsyncConnection[DictRow]) -> None:
+    await connection.execute(CONFIGURE)
+
+
+async def _check_alive(connection: AsyncConnection[Any]) -> None:
+    """Raise OperationalError for a connection that the server has closed.
+
+    An idle connection has nothing to say: only one that can be read is worth a round trip.
+    """
+    waiting = select.poll()
+    waiting.register(connection.pgconn.socket, select.POLLIN)
+    if waiting.poll(0):
+        await AsyncConnectionPool.check_connection(connection)
+
+
+LOGIN: Final = """
+    SELECT r.rolname AS name, r.rolsuper OR r.rolbypassrls OR r.rolcreaterole OR r.rolcreatedb OR r.rolreplication AS is_mighty,
+        EXISTS (SELECT FROM pg_catalog.pg_class AS c WHERE c.relowner = r.oid)
+            OR EXISTS (SELECT FROM pg_catalog.pg_namespace AS n WHERE n.nspowner = r.oid)
+            OR EXISTS (SELECT FROM pg_catalog.pg_proc AS p WHERE p.proowner = r.oid)
+            OR EXISTS (SELECT FROM pg_catalog.pg_database AS d WHERE d.datdba = r.oid) AS is_owner,
+        EXISTS (SELECT FROM pg_catalog.pg_auth_members AS m WHERE m.member = r.oid AND (m.inherit_option OR m.admin_option))
+            AS is_heir,
+        ARRAY(
+            SELECT g.rolname::text
+            FROM pg_catalog.pg_auth_members AS m JOIN pg_catalog.pg_roles AS g ON g.oid = m.roleid
+            WHERE m.member = r.oid AND m.set_option
+        ) AS roles
+    FROM pg_catalog.pg_roles AS r
+    WHERE r.rolname = session_user
+"""
+_ROLES: Final = {"authenticated_users", "admin_users", "auditor_users", "job_runner"}
+
+
+async def _check_login(settings: Mapping[str, Any]) -> None:
+    with translated():
+        try:
+            connection = await AsyncConnection[DictRow].connect(**settings, autocommit=True, row_factory=dict_row)
+        except psycopg.OperationalError as error:
+            raise unavailable(f"no connection to the database: {error}") from None
+        async with connection:
+            login = await (await connection.execute(LOGIN)).fetchone()
+    if login is None or login["is_mighty"] or login["is_owner"] or login["is_heir"] or not set(login["roles"]) <= _ROLES:
+        name = "?" if login is None else login["name"]
+        raise unavailable(
+            f"the login {name} may do more than the service should: row security would not hold for it; use kms_service"
+        )
+    if set(login["roles"]) != _ROLES:
+        raise unavailable(f"the login {login['name']} cannot take the service's roles; run `kms migrate`, and use kms_service")
+
+
+SERVER: Final = """
+    SELECT current_setting('server_version_num')::int AS version, current_setting('server_encoding') AS encoding,
+        current_setting('fsync')::bool AND current_setting('full_page_writes')::bool AS is_durable,
+        pg_is_in_recovery() AS is_standby
+"""
+
+
+async def check_server(pool: Pool, *, allow_unsafe: bool = False) -> None:
+    """Raise STORE_UNAVAILABLE for a server that the service must not use; *allow_unsafe* lets `fsync = off` pass."""
+    server = (await pool.fetch(BEFORE_LOGIN, SERVER))[0]
+    if server["version"] < 160_000:
+        raise unavailable(f"PostgreSQL 16 or later is needed, not {server['version'] // 10_000}")
+    if server["encoding"] != "UTF8":
+        raise unavailable(f"the database's encoding must be UTF8, not {server['encoding']}")
+    if server["is_standby"]:
+        raise unavailable("the database is a standby, which cannot write")
+    if not server["is_durable"] and not allow_unsafe:
+        raise unavailable("the database may lose what it has confirmed: set fsync = on and full_page_writes = on")

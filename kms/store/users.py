@@ -1,0 +1,35 @@
+"""The port `Users`: who may call; and the making of users that are services."""
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from kms.app.ports import User
+from kms.domain.errors import malformed
+from kms.domain.ids import UserId
+from kms.store.pool import AS_ADMINISTRATOR, BEFORE_LOGIN, Pool
+
+FIND_BY_URI: Final = "SELECT id, username, version FROM authentication.find_user_by_uri(%(id)s)"
+CREATE_SERVICE: Final = "SELECT authentication.create_service_user(%(name)s) AS id"
+_SERVICE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,99}")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredUsers:
+    """`Users` in `authentication.users`."""
+
+    pool: Pool
+
+    async def find(self, user_id: UserId) -> User | None:
+        """Return the user in good standing, or None for one that is unknown, locked or deleted."""
+        rows = await self.pool.fetch(BEFORE_LOGIN, FIND_BY_URI, {"id": user_id})
+        return User(UserId(rows[0]["id"]), rows[0]["username"], rows[0]["version"]) if rows else None
+
+    async def create_service(self, name: str) -> UserId:
+        """Make a user that is known by its client certificate alone. Raises MALFORMED or NAME_TAKEN."""
+        if not _SERVICE_NAME.fullmatch(name):
+            raise malformed("name", "expected 3 to 100 of A-Z a-z 0-9 . _ -, beginning with a letter or digit")
+        async with self.pool.transaction(AS_ADMINISTRATOR) as connection:
+            row = await (await connection.execute(CREATE_SERVICE, {"name": name})).fetchone()
+        assert row is not None  # noqa: S101  # a function that returns no set gives a row or raises
+        return UserId(row["id"])

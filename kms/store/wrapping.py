@@ -1,0 +1,94 @@
+"""The token's own keys as the database knows them: which envelopes name them, where they were seen, whether a copy exists."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final, Literal
+from uuid import UUID
+
+from kms.domain.errors import KmsError, Reason
+from kms.store.errors import unavailable
+from kms.store.pool import AS_JOB, Pool
+
+READ: Final = """
+    SELECT id, kind, generation, token_serial, created_at, backup_confirmed_at
+    FROM cryptography.wrapping_keys
+    ORDER BY kind, generation
+"""
+# Two services that register at once do the same: the loser waits for the winner and then finds nothing to change.
+REGISTER: Final = """
+    INSERT INTO cryptography.wrapping_keys AS known (id, kind, generation, token_serial)
+    VALUES (%(id)s, %(kind)s, %(generation)s, %(serial)s)
+    ON CONFLICT (kind, generation) DO UPDATE SET token_serial = excluded.token_serial WHERE known.id = excluded.id
+    RETURNING id
+"""
+CONFIRM_BACKUP: Final = "UPDATE cryptography.wrapping_keys SET backup_confirmed_at = clock_timestamp() RETURNING id"
+
+Kind = Literal["kek", "sealing"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenKey:
+    """A wrapping key found in the token. `key_id` is its CKA_ID; generations count from 1 per kind."""
+
+    key_id: UUID
+    kind: Kind
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class WrappingKey:
+    """A wrapping key that the database knows. `token_serial` is where it was last seen."""
+
+    key_id: UUID
+    kind: Kind
+    generation: int
+    token_serial: str
+    created_at: datetime
+    backup_confirmed_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWrappingKeys:
+    """`cryptography.wrapping_keys`."""
+
+    pool: Pool
+
+    async def read(self) -> Sequence[WrappingKey]:
+        """Return what is known, by kind and generation."""
+        rows = await self.pool.fetch(AS_JOB, READ)
+        return [
+            WrappingKey(
+                row["id"], row["kind"], row["generation"], row["token_serial"], row["created_at"], row["backup_confirmed_at"]
+            )
+            for row in rows
+        ]
+
+    async def register(self, found: Sequence[TokenKey], serial: str) -> None:
+        """Record the keys of the token with *serial*: all of them, or none and an error.
+
+        Raises HSM_KEK_MISSING where the database knows another key by that kind and generation: it is another token.
+        """
+        async with self.pool.transaction(AS_JOB) as connection:
+            for key in sorted(found, key=lambda key: (key.kind, key.generation)):
+                parameters = {"id": key.key_id, "kind": key.kind, "generation": key.generation, "serial": serial}
+                row = await (await connection.execute(REGISTER, parameters)).fetchone()
+                if row is None:
+                    raise _other_token(key)
+
+    async def confirm_backup(self) -> int:
+        """Record that a tested copy of the token exists, for all keys known by now; return their number."""
+        async with self.pool.transaction(AS_JOB) as connection:
+            confirmed = await (await connection.execute(CONFIRM_BACKUP)).fetchall()
+            if not confirmed:
+                raise unavailable("the database knows no wrapping key of the token; run `kms hsm init` first")
+        return len(confirmed)
+
+
+def _other_token(key: TokenKey) -> KmsError:
+    return KmsError(
+        Reason.HSM_KEK_MISSING,
+        f"the token's {key.kind} key of generation {key.generation} is not the one that this database's keys were wrapped with; "
+        "this is another token, or another database",
+        kind=key.kind,
+    )

@@ -1,0 +1,24 @@
+-- Prepares a database to be migrated by a role that is no superuser. A superuser runs it once, in the new database:
+--     createdb kms && psql -1 -d kms -f schema/bootstrap.sql && psql -d kms -c '\password kms_migrator'
+-- It can be run again.
+
+DO $$
+DECLARE
+    name TEXT;
+BEGIN
+    IF to_regrole('kms_migrator') IS NULL THEN
+        CREATE ROLE kms_migrator LOGIN CREATEROLE NOSUPERUSER NOCREATEDB NOREPLICATION NOBYPASSRLS;
+    END IF;
+
+    -- Roles that a migration of another database of this cluster has made are another's: give it the use of them.
+    FOREACH name IN ARRAY ARRAY[
+        'authenticated_users', 'admin_users', 'auditor_users', 'job_runner', 'kms_login', 'kms_lifecycle', 'kms_service'
+    ] LOOP
+        IF to_regrole(name) IS NOT NULL THEN
+            EXECUTE format('GRANT %I TO kms_migrator WITH ADMIN TRUE, INHERIT FALSE, SET TRUE', name);
+        END IF;
+    END LOOP;
+
+    -- The owner may make schemas, trusted extensions, and say who connects.
+    EXECUTE format('ALTER DATABASE %I OWNER TO kms_migrator', current_database());
+END $$;
