@@ -1,14 +1,14 @@
 """A PostgreSQL 17 of our own, from a wheel, in one directory: for development, the demonstration and tests.
 
 The server listens on a Unix socket only. The superuser is known by the operating system's user (`peer`), everyone else
-by SCRAM, so no password is ever an argument. It lives no longer than the process that started it: a shell between the two
-waits for the end of a pipe, which the kernel closes however that process dies.
+by SCRAM, so no password is ever an argument. It lives no longer than the process that started it.
 """
 
 import os
 import pwd
 import secrets
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from kms.dev.bound_process import bound
 from kms.dev.postgres_binaries import Account, reachable_binaries, server_account
 from kms.domain.errors import KmsError, Reason
 from kms.pki.private_file import write_private
@@ -32,10 +33,6 @@ _STOP_SECONDS: Final = 30.0
 _POLL_SECONDS: Final = 0.02
 _SOCKET_PATH_BYTES_MAX: Final = 100  # sun_path has 108, of which PostgreSQL wants some for the lock file's suffix
 _SOCKET_NAME: Final = ".s.PGSQL.5432"
-
-# $1… is the server's command line; standard input is the pipe. SIGINT is PostgreSQL's fast shutdown.
-_WATCH: Final = 'exec 3<&0 </dev/null; "$@" 3<&- & server=$!; (read -r _ <&3; kill -INT $server) & watch=$!; exec 3<&-; \
-wait $server; code=$?; kill $watch 2>/dev/null; exit $code'
 
 _SETTINGS: Final[Mapping[str, str]] = {
     "listen_addresses": "",
@@ -161,7 +158,7 @@ def _socket_directory(directory: Path, account: Account) -> Iterator[Path]:
 
 def _start(server: EmbeddedPostgres, data: Path, account: Account, settings: Mapping[str, str]) -> subprocess.Popen[bytes]:
     options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
-    command = ["/bin/sh", "-c", _WATCH, "kms-postgres", str(server.bin_directory / "postgres"), "-D", str(data), *options]
+    command = bound([str(server.bin_directory / "postgres"), "-D", str(data), *options], signal.SIGINT)  # fast shutdown
     with open(os.open(server.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as log:
         return account.start(command, log=log)
 

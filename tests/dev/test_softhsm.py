@@ -13,7 +13,6 @@ from kms.domain.errors import KmsError, Reason
 from kms.domain.secret import Secret
 from kms.hsm.new_token import new_token
 
-
 LOGIN = """
 import sys, pkcs11
 token = pkcs11.lib(sys.argv[1]).get_token(token_label=sys.argv[2])
