@@ -2,15 +2,19 @@
 -- security, and say nothing; so each belongs to a role that has a policy and column grants for exactly what it does.
 
 -- The user whom the URI of a client certificate names, if in good standing. Runs before there is a caller.
+-- PL/pgSQL, because PostgreSQL plans the body of an SQL function when it is made, and the migrating role may not read the table.
 CREATE FUNCTION authentication.find_user_by_uri(uri_user_id UUID)
 RETURNS TABLE (id UUID, username VARCHAR, version INTEGER)
-LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
+BEGIN
+    RETURN QUERY
     SELECT u.id, u.username, u.version
     FROM authentication.users AS u
     WHERE u.id = uri_user_id
         AND u.deleted_at IS NULL
-        AND (u.locked_until IS NULL OR u.locked_until <= clock_timestamp())
+        AND (u.locked_until IS NULL OR u.locked_until <= clock_timestamp());
+END;
 $$;
 
 -- A user that is a service: known by its client certificate, without a password. Raises unique_violation for a taken name.
