@@ -1,0 +1,197 @@
+"""Where a lane does its work: one session and the keys loaded in it.
+
+A bench belongs to one thread at a time. It decides what an error means: a session at fault is replaced and the work done
+once more; only when the token opens its canaries well is a caller's input or a stored row to blame.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import pkcs11
+
+from kms.domain.envelope import envelope_invalid, parse_envelope
+from kms.domain.errors import KmsError
+from kms.domain.ids import KeyId
+from kms.domain.keys import HeldKey
+from kms.hsm.connection import Connection
+from kms.hsm.envelopes import Handle, open_key
+from kms.hsm.errors import ALTERED_INPUT, UNSUPPORTED, Fate, MisfitError, fate_of, translate, unavailable, unsupported
+from kms.hsm.link import Link
+from kms.hsm.session import TokenSession
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _Loaded:
+    """A handle with the whole record it was loaded for; mutable for the moment of its last use."""
+
+    held: HeldKey
+    handle: Handle
+    used_at: float
+
+
+class Bench:
+    """A session of the current connection, opened when first needed, and a bounded LRU of loaded keys."""
+
+    def __init__(self, link: Link, *, handles_max: int, idle_seconds: float) -> None:
+        self._link = link
+        self._handles_max = handles_max
+        self._idle_seconds = idle_seconds
+        self._connection: Connection | None = None
+        self._session: TokenSession | None = None
+        self._loaded: OrderedDict[KeyId, _Loaded] = OrderedDict()
+
+    @property
+    def handles(self) -> int:
+        """How many keys are loaded."""
+        return len(self._loaded)
+
+    def has(self, key_id: KeyId) -> bool:
+        """Whether any version of the key is loaded here. May be asked from another thread; the answer is a hint."""
+        return key_id in self._loaded
+
+    def holds(self, held: HeldKey) -> bool:
+        """Whether the key is loaded here. May be asked from another thread; the answer is a hint."""
+        loaded = self._loaded.get(held.identity.key_id)
+        return loaded is not None and loaded.held.version == held.version
+
+    def run(self, work: Callable[[TokenSession], T], mechanism: str) -> T:
+        """Return what *work* returns on this bench's session, tried once more on a fresh one.
+
+        *mechanism* is named by HSM_MECHANISM_UNSUPPORTED. Raises HSM_UNAVAILABLE.
+        """
+        with self._link.use() as connection:
+            return self._twice(connection, lambda: work(self._open(connection)), mechanism)
+
+    def use(self, held: HeldKey, work: Callable[[TokenSession, Handle], T], mechanism: str) -> T:
+        """Return what *work* returns with the loaded key. Raises as the port says of every method with a `HeldKey`."""
+        with self._link.use() as connection:
+            return self._twice(connection, lambda: work(self._open(connection), self._load(connection, held)), mechanism)
+
+    def use_on_input(self, held: HeldKey, work: Callable[[Handle], T], invalid: Callable[[], KmsError], mechanism: str) -> T:
+        """Like `use`, for *work* on input that may be altered: *invalid* is raised where the token is well and refuses it."""
+
+        def attempt() -> T:
+            handle = self._load(connection, held)
+            try:
+                return work(handle)
+            except ALTERED_INPUT:
+                # The final call ended its operation: session and handles stay, or one client could empty the cache.
+                connection.check_token_well(self._open(connection), parse_envelope(held.material.envelope))
+                raise invalid() from None
+
+        with self._link.use() as connection:
+            return self._twice(connection, attempt, mechanism)
+
+    def drop(self, key_id: KeyId) -> None:
+        """Forget a key that changed."""
+        loaded = self._loaded.pop(key_id, None)
+        if loaded is not None:
+            self._give_up(loaded)
+
+    def drop_idle(self) -> None:
+        """Forget the keys that nobody used for the idle time."""
+        if not self._loaded or not self._link.is_up:
+            return
+        with self._link.use() as connection:
+            if connection is not self._connection:
+                self._forget()
+                return
+            oldest_kept = time.monotonic() - self._idle_seconds
+            while self._loaded and next(iter(self._loaded.values())).used_at < oldest_kept:
+                self._give_up(self._loaded.popitem(last=False)[1])
+
+    def close(self) -> None:
+        """Close the session, if the connection it belongs to still lives."""
+        try:
+            with self._link.use() as connection:
+                if connection is self._connection:
+                    self._recycle()
+        except KmsError:
+            pass  # with the connection went the session
+        self._forget()
+
+    def _twice(self, connection: Connection, attempt: Callable[[], T], mechanism: str) -> T:
+        try:
+            return attempt()
+        except pkcs11.PKCS11Error:
+            self._recycle()
+        try:
+            return attempt()
+        except UNSUPPORTED:
+            self._recycle()
+            raise unsupported(mechanism) from None
+        except pkcs11.PKCS11Error as error:
+            self._recycle()
+            raise translate(error) from None
+
+    def _open(self, connection: Connection) -> TokenSession:
+        if self._connection is not connection:
+            self._forget()
+            self._connection = connection
+        if self._session is None:
+            self._session = connection.open_session()
+        return self._session
+
+    def _load(self, connection: Connection, held: HeldKey) -> Handle:
+        session = self._open(connection)
+        try:
+            return self._load_plainly(session, held)
+        except MisfitError:
+            self._blame(connection, held)
+        # The row is good: this session was at fault.
+        self._recycle()
+        try:
+            return self._load_plainly(self._open(connection), held)
+        except MisfitError:
+            raise unavailable() from None
+
+    def _load_plainly(self, session: TokenSession, held: HeldKey) -> Handle:
+        key_id = held.identity.key_id
+        loaded = self._loaded.get(key_id)
+        if loaded is not None:
+            if loaded.held == held:
+                loaded.used_at = time.monotonic()
+                self._loaded.move_to_end(key_id)
+                return loaded.handle
+            self.drop(key_id)
+        handle = open_key(session, held)
+        self._loaded[key_id] = _Loaded(held, handle, time.monotonic())
+        if len(self._loaded) > self._handles_max:
+            self._give_up(self._loaded.popitem(last=False)[1])
+        return handle
+
+    def _blame(self, connection: Connection, held: HeldKey) -> None:
+        """Raise ENVELOPE_INVALID if a fresh session refuses the row too and the canaries open there; return if it does not."""
+        envelope = parse_envelope(held.material.envelope)
+        with connection.spare_session() as fresh:
+            try:
+                open_key(fresh, held).drop()
+            except MisfitError:
+                connection.check_canaries(fresh, envelope)
+                raise envelope_invalid() from None
+
+    def _after(self, error: pkcs11.PKCS11Error) -> None:
+        if fate_of(error) is Fate.RECYCLE:
+            self._recycle()
+
+    def _give_up(self, loaded: _Loaded) -> None:
+        try:
+            loaded.handle.drop()
+        except pkcs11.PKCS11Error as error:
+            self._after(error)
+
+    def _recycle(self) -> None:
+        # Closing a session destroys its objects, so the handles need no destroying one by one.
+        session, connection = self._session, self._connection
+        self._forget()
+        if session is not None and connection is not None:
+            connection.close_session(session)
+
+    def _forget(self) -> None:
+        self._session = None
+        self._loaded.clear()

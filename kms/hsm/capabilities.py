@@ -1,0 +1,145 @@
+"""What this token can do, found out by doing it: each key type made, kept, opened, used and destroyed once."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, TypeVar, cast
+from uuid import UUID
+
+import pkcs11
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+from kms.domain.algorithms import Hash, KeySpec, KeyType, Purpose
+from kms.domain.errors import KmsError
+from kms.domain.ids import KeyId, UserId
+from kms.domain.keys import Custody, HeldKey, KeyIdentity
+from kms.hsm import mechanisms, templates
+from kms.hsm.connection import Connection
+from kms.hsm.envelopes import make_key, open_key, unwrap_for_use
+from kms.hsm.errors import MisfitError
+from kms.hsm.public_keys import check_fits, decrypt_oaep, oaep_padding, read_public_key
+from kms.hsm.session import TokenSession, encrypt_gcm
+
+T = TypeVar("T")
+
+RSA_SIGNING: Final = KeySpec(KeyType.RSA, Purpose.SIGNING, 2048)
+RSA_ENCRYPTION: Final = KeySpec(KeyType.RSA, Purpose.ENCRYPTION, 2048)
+PROBED: Final = (
+    KeySpec(KeyType.SECP256K1, Purpose.SIGNING, 256),
+    KeySpec(KeyType.SECP256R1, Purpose.SIGNING, 256),
+    KeySpec(KeyType.ED25519, Purpose.SIGNING, 256),
+    KeySpec(KeyType.AES, Purpose.ENCRYPTION, 256),
+)
+_NOBODY: Final = UUID(int=0)
+_TIMED_ROUNDS: Final = 4
+_TIMED_CALLS: Final = 100
+_TIMED_BYTES: Final = 1024
+_CHALLENGE: Final = b"neo-kms: does this hash work?"
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """The custodies each key type and purpose was shown to work in, the OAEP hashes, and the p99 of a short operation."""
+
+    custodies: Mapping[tuple[KeyType, Purpose], frozenset[Custody]]
+    oaep_hashes: frozenset[Hash]
+    short_p99_seconds: float
+
+    def of(self, spec: KeySpec) -> frozenset[Custody]:
+        """Return the custodies that work for *spec*'s type and purpose."""
+        return self.custodies.get((spec.key_type, spec.purpose), frozenset())
+
+
+def find_capabilities(connection: Connection) -> Capabilities:
+    """Make, wrap, unwrap, use and destroy a throw-away key of each type; time short operations.
+
+    Whatever the token refuses counts as not working. SEALED is tried only for types that cannot be wrapped.
+    """
+    custodies = {(spec.key_type, spec.purpose): _with_residence(_best(connection, spec)) for spec in PROBED}
+    works, oaep = _probe(connection, _probe_rsa) or (frozenset(), frozenset())
+    for purpose in (Purpose.SIGNING, Purpose.ENCRYPTION):
+        custodies[KeyType.RSA, purpose] = _with_residence(Custody.WRAPPED if purpose in works else None)
+    connection.oaep_hashes = oaep
+    return Capabilities(MappingProxyType(custodies), oaep, _probe(connection, _short_p99) or 1.0)
+
+
+def _with_residence(best: Custody | None) -> frozenset[Custody]:
+    # A key that can be made and used can also stay: the same calls with another template, which a start does not write.
+    return frozenset() if best is None else frozenset((best, Custody.RESIDENT))
+
+
+def _best(connection: Connection, spec: KeySpec) -> Custody | None:
+    for custody in (Custody.WRAPPED, Custody.SEALED):
+        if _probe(connection, lambda session, custody=custody: _round_trip(session, spec, custody)):  # type: ignore[misc]  # mypy does not type the default
+            return custody
+    return None
+
+
+def _probe(connection: Connection, trial: Callable[[TokenSession], T]) -> T | None:
+    """Return what *trial* returns, or None where the token refuses; a session of its own, since a refusal may spoil it."""
+    session = connection.open_session()
+    try:
+        return trial(session)
+    except (pkcs11.PKCS11Error, MisfitError, KmsError):
+        return None
+    finally:
+        connection.close_session(session)
+
+
+def _round_trip(session: TokenSession, spec: KeySpec, custody: Custody) -> bool:
+    identity = KeyIdentity(KeyId(_NOBODY), UserId(_NOBODY), spec)
+    held = HeldKey(identity, make_key(session, identity, custody), version=1)
+    open_key(session, held).drop()
+    return True
+
+
+def _probe_rsa(session: TokenSession) -> tuple[frozenset[Purpose], frozenset[Hash]]:
+    # One pair for both purposes, since making it is the longest part of a start.
+    capabilities = templates.pair_capabilities(Purpose.SIGNING) | templates.pair_capabilities(Purpose.ENCRYPTION)
+    public, private = session.raw.generate_keypair(
+        pkcs11.KeyType.RSA,
+        RSA_SIGNING.strength_bits,
+        capabilities=capabilities,
+        public_template=dict(templates.SESSION_PUBLIC),
+        private_template=dict(templates.CREATION),
+    )
+    public_key = read_public_key(RSA_SIGNING, public)
+    wrapped = session.kek(session.kek_id).wrap_key(private, mechanism=mechanisms.WRAP)
+    for made in (public, private):
+        made.destroy()
+    key = unwrap_for_use(session, RSA_SIGNING, session.kek_id, wrapped)
+    check_fits(key, RSA_SIGNING, public_key, frozenset())
+    key.destroy()
+    hashes = _oaep_hashes(session, wrapped, cast("rsa.RSAPublicKey", load_pem_public_key(public_key.encode())))
+    return frozenset((Purpose.SIGNING, *((Purpose.ENCRYPTION,) if hashes else ()))), hashes
+
+
+def _oaep_hashes(session: TokenSession, wrapped: bytes, public: rsa.RSAPublicKey) -> frozenset[Hash]:
+    found = set()
+    for hash_ in mechanisms.RSA_HASH:
+        key = unwrap_for_use(session, RSA_ENCRYPTION, session.kek_id, wrapped)
+        try:
+            if decrypt_oaep(key, hash_, public.encrypt(_CHALLENGE, oaep_padding(hash_))) == _CHALLENGE:
+                found.add(hash_)
+        except pkcs11.PKCS11Error:
+            continue
+        finally:
+            key.destroy()
+    return frozenset(found)
+
+
+def _short_p99(session: TokenSession) -> float:
+    # The lowest of a few rounds: what another process takes from us meanwhile is not the token's slowness.
+    return min(_timed_round(session) for _ in range(_TIMED_ROUNDS))
+
+
+def _timed_round(session: TokenSession) -> float:
+    key = session.sealing_keys[session.sealing_key_id]
+    plaintext, taken = bytes(_TIMED_BYTES), []
+    for _ in range(_TIMED_CALLS):
+        before = time.perf_counter()
+        encrypt_gcm(session.raw, key, plaintext, b"neo-kms probe")
+        taken.append(time.perf_counter() - before)
+    return sorted(taken)[_TIMED_CALLS * 99 // 100]

@@ -1,0 +1,127 @@
+"""`kms hsm init` and what goes with it: making the token's own keys, describing a token, trying a copy of one.
+
+Each function has the module to itself while it runs: they are for commands, not for a process that serves.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+from uuid import UUID
+
+import pkcs11
+
+from kms.domain.errors import KmsError, Reason
+from kms.hsm.connection import as_token_session, check_complete, login
+from kms.hsm.errors import MisfitError, translate, unavailable
+from kms.hsm.module import load_module
+from kms.hsm.settings import HsmSettings
+from kms.hsm.wrapping_keys import (
+    Inventory,
+    Kind,
+    WrappingKey,
+    check_attributes,
+    check_canary,
+    make_canary,
+    make_wrapping_key,
+    take_inventory,
+)
+
+T = TypeVar("T")
+_FIRST: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDescription:
+    """What a token says of itself, and what of ours it holds."""
+
+    label: str
+    serial: str
+    model: str
+    manufacturer: str
+    module: str
+    wrapping_keys: tuple[WrappingKey, ...]
+    canaries: int
+
+
+def init(settings: HsmSettings) -> TokenDescription:
+    """Make the first KEK, sealing key and canary in the token, and return what it holds then.
+
+    An interrupted run is completed. Raises NAME_TAKEN, touching nothing, if the token already has them all; HSM_UNAVAILABLE.
+    """
+
+    def make(token: pkcs11.Token, session: pkcs11.Session) -> TokenDescription:
+        inventory = take_inventory(session)
+        check_attributes(inventory)
+        if inventory.canaries:
+            raise KmsError(Reason.NAME_TAKEN, "the token already has wrapping keys of ours: they are never overwritten")
+        for kind in (Kind.KEK, Kind.SEALING):
+            if inventory.newest(kind) is None:
+                make_wrapping_key(session, kind, _new_id(session), _FIRST)
+        made = take_inventory(session)
+        check_attributes(made)
+        make_canary(as_token_session(session, made, frozenset()), _FIRST)
+        return _described(settings, token, take_inventory(session))
+
+    return _with_token(settings, make)
+
+
+def describe(settings: HsmSettings) -> TokenDescription:
+    """Return what the token says and holds. Raises HSM_UNAVAILABLE."""
+    return _with_token(settings, lambda token, session: _described(settings, token, take_inventory(session)))
+
+
+def check_copy(settings: HsmSettings) -> TokenDescription:
+    """Return what a copy of a token holds, having opened every canary in it.
+
+    Raises HSM_KEK_MISSING for a copy without all keys and HSM_UNAVAILABLE for one that does not open what it should.
+    """
+
+    def check(token: pkcs11.Token, session: pkcs11.Session) -> TokenDescription:
+        inventory = take_inventory(session)
+        check_attributes(inventory)
+        check_complete(inventory)
+        opened = as_token_session(session, inventory, frozenset())
+        try:
+            for canary in inventory.canaries:
+                check_canary(opened, canary)
+        except MisfitError:
+            raise unavailable("the copy does not open its canary: it is not a usable copy of the token") from None
+        return _described(settings, token, inventory)
+
+    return _with_token(settings, check)
+
+
+def _new_id(session: pkcs11.Session) -> UUID:
+    return UUID(bytes=session.generate_random(128), version=4)
+
+
+def _described(settings: HsmSettings, token: pkcs11.Token, inventory: Inventory) -> TokenDescription:
+    return TokenDescription(
+        label=token.label,
+        serial=token.serial.decode("ascii", errors="replace"),
+        model=token.model,
+        manufacturer=token.manufacturer_id,
+        module=load_module(settings.module).library.library_description,
+        wrapping_keys=tuple(sorted(inventory.keys, key=lambda key: (key.kind, key.generation))),
+        canaries=len(inventory.canaries),
+    )
+
+
+def _with_token(settings: HsmSettings, work: Callable[[pkcs11.Token, pkcs11.Session], T]) -> T:
+    with _logged_in(settings) as (token, session):
+        try:
+            return work(token, session)
+        except pkcs11.PKCS11Error as error:
+            raise translate(error) from None
+
+
+@contextmanager
+def _logged_in(settings: HsmSettings) -> Iterator[tuple[pkcs11.Token, pkcs11.Session]]:
+    module = load_module(settings.module)
+    module.claim()
+    try:
+        yield login(module, settings)
+    finally:
+        module.finalise()
+        module.release()

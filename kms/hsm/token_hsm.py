@@ -1,0 +1,348 @@
+"""The port `Hsm` over a PKCS#11 token."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import pkcs11
+from pkcs11 import Attribute, ObjectClass
+
+from kms.app.ports import Sealed
+from kms.domain.algorithms import Hash, KeySpec, KeyType, Purpose, SignatureAlgorithm
+from kms.domain.ciphertext import ciphertext_invalid
+from kms.domain.errors import KmsError, Reason
+from kms.domain.keys import Custody, HeldKey, KeyIdentity, KeyMaterial, check_custody
+from kms.hsm import operations, templates
+from kms.hsm.bench import Bench
+from kms.hsm.capabilities import Capabilities, find_capabilities
+from kms.hsm.connection import Connection, connect
+from kms.hsm.envelopes import Handle, find_resident, make_key
+from kms.hsm.errors import PinRefusedError, translate, unavailable, unsupported
+from kms.hsm.hardening import protect_memory
+from kms.hsm.lanes import LaneSet
+from kms.hsm.link import Link
+from kms.hsm.module import Module, load_module
+from kms.hsm.public_keys import decrypt_oaep
+from kms.hsm.session import TokenSession, decrypt_gcm, encrypt_gcm
+from kms.hsm.settings import HsmSettings
+from kms.hsm.watch import Watch
+from kms.hsm.wrapping_keys import WrappingKey
+
+T = TypeVar("T")
+
+_INLINE_BYTES_MAX: Final = 16 * 1024
+_RETRY_PAUSE_SECONDS: Final = 0.1
+_CLOSE_SECONDS: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class HsmStatus:
+    """What an operator sees of the HSM. `sessions` are ours, open now; `custodies` is what each key type can have."""
+
+    is_available: bool
+    token_label: str
+    serial: str
+    model: str
+    module: str
+    sessions: int
+    lanes: int
+    lanes_abandoned: int
+    handles: int
+    custodies: Mapping[tuple[KeyType, Purpose], frozenset[Custody]]
+    oaep_hashes: frozenset[Hash]
+    short_p99_seconds: float
+    runs_short_operations_inline: bool
+    is_memory_locked: bool
+    resident_keys: int
+    wrapping_keys: tuple[WrappingKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WrappingKeys:
+    """The token's own keys, for registration. The serial is recorded and warned about when it changes, never required."""
+
+    token_serial: str
+    keys: tuple[WrappingKey, ...]
+
+
+class TokenHsm:
+    """The `Hsm` port, made by `open_hsm`. Its coroutines run on the event loop it was opened in."""
+
+    def __init__(self, settings: HsmSettings, link: Link, capabilities: Capabilities, *, is_memory_locked: bool) -> None:
+        self._settings = settings
+        self._link = link
+        self._capabilities = capabilities
+        self._is_memory_locked = is_memory_locked
+        self._lanes = LaneSet(link, settings)
+        self._lanes.inline_wanted = capabilities.short_p99_seconds < settings.inline_p99_seconds
+        self._watch = Watch(link, self._lanes, settings, asyncio.get_running_loop())
+        self._resident_keys = 0
+        self._is_closed = False
+
+    async def start(self) -> None:
+        """Count the resident keys and begin to watch. `open_hsm` has called it."""
+        self._resident_keys = await _result(self._lanes.submit(lambda bench: bench.run(_count_resident, "a search")))
+        await asyncio.to_thread(self._lanes.after_return)
+        self._watch.start()
+
+    async def close(self) -> None:
+        """Log out and give the module back. What waits fails with HSM_UNAVAILABLE; a second call does nothing."""
+        if not self._is_closed:
+            self._is_closed = True
+            await asyncio.to_thread(self._close)
+
+    def is_available(self) -> bool:
+        """Whether the token answered when it was last looked at."""
+        return self._link.is_up
+
+    def status(self) -> HsmStatus:
+        """Return the state of things."""
+        connection = self._link.last
+        return HsmStatus(
+            is_available=self._link.is_up,
+            token_label=connection.token.label,
+            serial=_serial(connection),
+            model=connection.token.model,
+            module=connection.module.library.library_description,
+            sessions=connection.sessions if self._link.is_up else 0,
+            lanes=self._settings.lanes,
+            lanes_abandoned=self._lanes.abandoned(),
+            handles=self._lanes.handles,
+            custodies=self._capabilities.custodies,
+            oaep_hashes=self._capabilities.oaep_hashes,
+            short_p99_seconds=self._capabilities.short_p99_seconds,
+            runs_short_operations_inline=self._lanes.inline_wanted,
+            is_memory_locked=self._is_memory_locked,
+            resident_keys=self._resident_keys,
+            wrapping_keys=connection.wrapping_keys,
+        )
+
+    def wrapping_keys(self) -> WrappingKeys:
+        """Return the KEKs and sealing keys that the token holds, and its serial."""
+        return WrappingKeys(_serial(self._link.last), self._link.last.wrapping_keys)
+
+    def oaep_hashes(self) -> frozenset[Hash]:
+        """Return the hashes with which the token does RSA-OAEP."""
+        return self._capabilities.oaep_hashes
+
+    def custody_for(self, spec: KeySpec, minimum: Custody | None) -> Custody:
+        """Return the custody in which a key of *spec* would be made, or raise CUSTODY_UNAVAILABLE."""
+        works = self._capabilities.of(spec)
+        if not works:
+            raise unsupported(f"{spec.key_type} keys for {spec.purpose}")
+        if minimum is Custody.RESIDENT:
+            return self._residence()
+        best = max(works - {Custody.RESIDENT}, key=tuple(Custody).index)
+        check_custody(best, minimum)
+        if best is Custody.SEALED and not self._settings.allow_sealed:
+            raise KmsError(
+                Reason.CUSTODY_UNAVAILABLE,
+                f"this HSM can keep a {spec.key_type} key only SEALED, which is not allowed here; RESIDENT may be asked for",
+                custody=Custody.SEALED,
+            )
+        return best
+
+    async def generate(self, identity: KeyIdentity, custody: Custody) -> KeyMaterial:
+        """Make a key in the token and return its envelope."""
+        if custody is Custody.RESIDENT:
+            return await self._generate_resident(identity)
+        return await _result(self._submit_generation(identity, custody))
+
+    async def discard(self, material: KeyMaterial) -> None:
+        """Remove the token object of a RESIDENT key that was never stored."""
+        if material.custody is Custody.RESIDENT and material.hsm_key_id is not None:
+            await _result(self._submit_discard(material.hsm_key_id))
+
+    async def sign(self, key: HeldKey, algorithm: SignatureAlgorithm, data: bytes) -> bytes:
+        """Sign a digest, for Ed25519 a message."""
+        operations.check_signing(key.identity.spec, algorithm, data)
+
+        def work(bench: Bench) -> bytes:
+            return bench.use(key, lambda _, handle: operations.sign(handle, algorithm, data), _named(algorithm))
+
+        return await self._run(key, work)
+
+    async def encrypt(self, key: HeldKey, plaintext: bytes, aad: bytes) -> Sealed:
+        """Encrypt by AES-GCM under a fresh nonce from the token."""
+        operations.check_encryption(key.identity.spec, aad)
+
+        def work(session: TokenSession, handle: Handle) -> Sealed:
+            return Sealed(*encrypt_gcm(session.raw, handle.key, plaintext, aad))
+
+        if self._is_inline(plaintext) and (done := self._lanes.inline.use_if_well(key, work)) is not None:
+            return done
+        return await self._run(key, lambda bench: bench.use(key, work, "AES-GCM"))
+
+    async def decrypt(self, key: HeldKey, sealed: Sealed, aad: bytes) -> bytes:
+        """Open what `encrypt` made, or raise CIPHERTEXT_INVALID."""
+        operations.check_encryption(key.identity.spec, aad)
+        if not operations.check_sealed(sealed.nonce, sealed.body):
+            raise ciphertext_invalid()
+
+        def work(handle: Handle) -> bytes:
+            return decrypt_gcm(handle.key, sealed.nonce, sealed.body, aad)
+
+        if self._is_inline(sealed.body):
+            done = self._lanes.inline.use_if_well(key, lambda _, handle: work(handle))
+            if done is not None:
+                return done
+        return await self._run(key, lambda bench: bench.use_on_input(key, work, ciphertext_invalid, "AES-GCM"))
+
+    async def decrypt_rsa(self, key: HeldKey, hash_: Hash, body: bytes) -> bytes:
+        """Open RSA-OAEP, or raise CIPHERTEXT_INVALID."""
+        fits = operations.check_rsa_decryption(key.identity.spec, body)
+        mechanism = f"RSA-OAEP with {hash_}"
+        if hash_ not in self._capabilities.oaep_hashes:
+            raise unsupported(mechanism)
+        if not fits:
+            raise ciphertext_invalid()
+
+        def work(handle: Handle) -> bytes:
+            return decrypt_oaep(handle.key, hash_, body)
+
+        return await self._run(key, lambda bench: bench.use_on_input(key, work, ciphertext_invalid, mechanism))
+
+    async def random(self, size_bytes: int) -> bytes:
+        """Return random bytes from the token."""
+        operations.check_random(size_bytes)
+
+        def work(session: TokenSession) -> bytes:
+            return session.raw.generate_random(size_bytes * 8)
+
+        if self._lanes.inline_wanted and (done := self._lanes.inline.run_if_well(work)) is not None:
+            return done
+        return await _result(self._lanes.submit(lambda bench: bench.run(work, "random numbers")))
+
+    async def _run(self, key: HeldKey, work: Callable[[Bench], T]) -> T:
+        self._refuse_if_away()
+        return await _result(self._lanes.submit(work, key))
+
+    def _refuse_if_away(self) -> None:
+        if not self._link.is_up:
+            raise unavailable()
+
+    def _is_inline(self, data: bytes) -> bool:
+        return self._lanes.inline_wanted and len(data) <= _INLINE_BYTES_MAX
+
+    def _submit_generation(self, identity: KeyIdentity, custody: Custody) -> "Future[KeyMaterial]":
+        self._refuse_if_away()
+
+        def work(bench: Bench) -> KeyMaterial:
+            return bench.run(lambda session: make_key(session, identity, custody), f"{identity.spec.key_type} generation")
+
+        # RSA generation takes seconds: in a lane of its own it delays no signature.
+        return self._lanes.generate(work) if identity.spec.key_type is KeyType.RSA else self._lanes.submit(work)
+
+    async def _generate_resident(self, identity: KeyIdentity) -> KeyMaterial:
+        self._residence()
+        self._resident_keys += 1  # counted before it is there, so that two at once cannot pass the limit
+        future = self._submit_generation(identity, Custody.RESIDENT)
+        try:
+            return await _result(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(self._discard_unwanted)
+            raise
+        except KmsError:
+            self._resident_keys -= 1
+            raise
+
+    def _discard_unwanted(self, future: "Future[KeyMaterial]") -> None:
+        if future.cancelled() or future.exception() is not None:
+            self._resident_keys -= 1
+        elif (hsm_key_id := future.result().hsm_key_id) is not None:
+            self._submit_discard(hsm_key_id)
+
+    def _submit_discard(self, hsm_key_id: str) -> "Future[None]":
+        def work(session: TokenSession) -> None:
+            for found in find_resident(session, bytes.fromhex(hsm_key_id)):
+                found.destroy()
+                self._resident_keys -= 1
+
+        return self._lanes.submit(lambda bench: bench.run(work, "discarding a key"))
+
+    def _residence(self) -> Custody:
+        if self._resident_keys >= self._settings.resident_keys_max:
+            raise KmsError(
+                Reason.CUSTODY_UNAVAILABLE,
+                f"the token holds {self._resident_keys} RESIDENT keys, and no more than "
+                f"{self._settings.resident_keys_max} are allowed",
+                custody=Custody.RESIDENT,
+            )
+        return Custody.RESIDENT
+
+    def _close(self) -> None:
+        self._watch.stop()
+        self._lanes.close(_CLOSE_SECONDS)
+        self._link.close(_CLOSE_SECONDS)
+
+
+async def open_hsm(settings: HsmSettings) -> TokenHsm:
+    """Connect to the token, find out what it can do, and return the port.
+
+    Raises MALFORMED for settings that do not fit each other, HSM_UNAVAILABLE if the token does not answer (after some
+    attempts) or must not be used, HSM_KEK_MISSING where `kms hsm init` has not been run. Forbids core dumps of the process.
+    """
+    settings.check()
+    is_memory_locked = protect_memory()
+    module = load_module(settings.module)
+    module.claim()
+    try:
+        connection = await _connect_patiently(module, settings)
+        capabilities = await asyncio.to_thread(_find_capabilities, connection)
+    except BaseException:
+        module.finalise()
+        module.release()
+        raise
+    hsm = TokenHsm(settings, Link(module, settings, connection), capabilities, is_memory_locked=is_memory_locked)
+    try:
+        await hsm.start()
+    except BaseException:
+        await hsm.close()
+        raise
+    return hsm
+
+
+async def _connect_patiently(module: Module, settings: HsmSettings) -> Connection:
+    pause = _RETRY_PAUSE_SECONDS
+    for _ in range(settings.start_attempts - 1):
+        try:
+            return await asyncio.to_thread(connect, module, settings)
+        except PinRefusedError:
+            raise
+        except KmsError as error:
+            if error.reason is not Reason.HSM_UNAVAILABLE:
+                raise
+        await asyncio.sleep(pause)
+        pause *= 2
+    return await asyncio.to_thread(connect, module, settings)
+
+
+def _find_capabilities(connection: Connection) -> Capabilities:
+    try:
+        return find_capabilities(connection)
+    except pkcs11.PKCS11Error as error:
+        raise translate(error) from None
+
+
+def _count_resident(session: TokenSession) -> int:
+    found: list[Any] = []
+    for kind in (ObjectClass.PRIVATE_KEY, ObjectClass.SECRET_KEY):
+        found += session.raw.get_objects(
+            {Attribute.CLASS: kind, Attribute.TOKEN: True, Attribute.LABEL: templates.RESIDENT_LABEL}
+        )
+    return len(found)
+
+
+async def _result(future: "Future[T]") -> T:
+    # Cancelling the waiting cancels work that was not begun; work in progress ends unheard.
+    return await asyncio.wrap_future(future)
+
+
+def _serial(connection: Connection) -> str:
+    return connection.token.serial.decode("ascii", errors="replace")
+
+
+def _named(algorithm: SignatureAlgorithm) -> str:
+    return f"{algorithm.scheme} with {algorithm.hash}" if algorithm.hash else str(algorithm.scheme)

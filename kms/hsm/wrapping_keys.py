@@ -1,0 +1,209 @@
+"""The token's own keys: KEKs, sealing keys and the canaries that tell a broken token from an altered envelope.
+
+They are token objects named `neo-kms kek <generation>`, `neo-kms seal <generation>` and `neo-kms canary <generation>`; a key is
+named in envelopes by its CKA_ID, a UUID of ours. The newest generation makes new envelopes.
+"""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final
+from uuid import UUID
+
+import pkcs11
+from pkcs11 import Attribute, MechanismFlag, ObjectClass
+
+from kms.domain.envelope import Envelope, lengths_prefixed, parse_envelope
+from kms.domain.errors import KmsError, Reason
+from kms.domain.keys import Custody
+from kms.hsm import mechanisms, templates
+from kms.hsm.errors import ALTERED_INPUT, MisfitError
+from kms.hsm.public_keys import check_value
+from kms.hsm.session import TokenSession
+from kms.hsm.templates import Template
+
+APPLICATION: Final = "neo-kms"
+_LABEL: Final = re.compile(r"neo-kms (kek|seal|canary) ([1-9][0-9]{0,5})")
+_KEY_BITS: Final = 256
+
+
+class Kind(StrEnum):
+    """What a token object of ours is for. A key wraps keys or seals envelopes, never both."""
+
+    KEK = "kek"
+    SEALING = "seal"
+    CANARY = "canary"
+
+
+_DEMANDS: Final[dict[Kind, Template]] = {Kind.KEK: templates.WRAPPING_DEMANDS, Kind.SEALING: templates.SEALING_DEMANDS}
+_CAPABILITIES: Final[dict[Kind, MechanismFlag]] = {
+    Kind.KEK: templates.WRAPPING_CAPABILITIES,
+    Kind.SEALING: templates.SEALING_CAPABILITIES,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class WrappingKey:
+    """A KEK or sealing key that the token holds."""
+
+    kind: Kind
+    key_id: UUID
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """A known envelope: an AES key made once, under one KEK and one sealing key, with its check value."""
+
+    generation: int
+    envelope: Envelope
+    check_value: str
+
+    def encode(self) -> bytes:
+        """Return what the token object holds."""
+        return f"{self.envelope.encode()} {self.check_value}".encode()
+
+    def names(self, kek_id: UUID, sealing_key_id: UUID) -> bool:
+        """Whether this canary was made with that KEK or that sealing key."""
+        return self.envelope.kek_id == kek_id or self.envelope.sealing_key_id == sealing_key_id
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """What of ours the token holds, as one session sees it: keys with their objects, canaries, names that cannot be read."""
+
+    keys: dict[WrappingKey, Any]
+    canaries: tuple[Canary, ...]
+
+    def of(self, kind: Kind) -> dict[UUID, Any]:
+        """Return the objects of one kind by id."""
+        return {key.key_id: item for key, item in self.keys.items() if key.kind is kind}
+
+    def newest(self, kind: Kind) -> WrappingKey | None:
+        """Return the key of the highest generation, or None."""
+        found = [key for key in self.keys if key.kind is kind]
+        return max(found, key=lambda key: key.generation, default=None)
+
+
+def take_inventory(session: pkcs11.Session) -> Inventory:
+    """Return what the token holds. Cheap as long as the token has few objects; raises HSM_UNAVAILABLE for an ambiguous one."""
+    keys: dict[WrappingKey, Any] = {}
+    for item in list(session.get_objects({Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.TOKEN: True})):
+        named = _name(item)
+        if named is not None and named[0] is not Kind.CANARY:
+            keys[WrappingKey(named[0], _uuid(item), named[1])] = item
+    canaries = []
+    for item in list(session.get_objects({Attribute.CLASS: ObjectClass.DATA, Attribute.TOKEN: True})):
+        named = _name(item)
+        if named is not None and named[0] is Kind.CANARY:
+            canaries.append(_read_canary(named[1], bytes(item[Attribute.VALUE])))
+    _refuse_doubles(keys)
+    return Inventory(keys, tuple(sorted(canaries, key=lambda canary: canary.generation)))
+
+
+def check_attributes(inventory: Inventory) -> None:
+    """Raise HSM_UNAVAILABLE if a key of ours could do what its purpose excludes, or left the token's keeping."""
+    for key, item in inventory.keys.items():
+        wrong = [name.name for name, value in _DEMANDS[key.kind].items() if _attribute(item, name) != value]
+        if wrong:
+            raise KmsError(
+                Reason.HSM_UNAVAILABLE,
+                f"the token's {key.kind} key {key.key_id} has wrong attributes ({', '.join(wrong)}): it is not used",
+            )
+
+
+def make_wrapping_key(session: pkcs11.Session, kind: Kind, key_id: UUID, generation: int) -> None:
+    """Make a KEK or a sealing key as a token object: AES-256, one purpose, not extractable, not modifiable, not copyable."""
+    session.generate_key(
+        pkcs11.KeyType.AES,
+        _KEY_BITS,
+        id=key_id.bytes,
+        label=f"neo-kms {kind} {generation}",
+        store=True,
+        capabilities=_CAPABILITIES[kind],
+        template=dict(templates.TOKEN_KEY),
+    )
+
+
+def make_canary(session: TokenSession, generation: int) -> Canary:
+    """Make the canary of the session's current KEK and sealing key and keep it in the token."""
+    key = session.raw.generate_key(
+        pkcs11.KeyType.AES, _KEY_BITS, capabilities=MechanismFlag.SIGN, template=dict(templates.CREATION)
+    )
+    value = check_value(key)
+    wrapped = session.kek(session.kek_id).wrap_key(key, mechanism=mechanisms.WRAP)
+    key.destroy()
+    nonce, sealed = session.seal(wrapped, _canary_data(session.kek_id, session.sealing_key_id))
+    envelope = Envelope(Custody.WRAPPED, session.kek_id, session.sealing_key_id, nonce, sealed)
+    canary = Canary(generation, envelope, value)
+    session.raw.create_object(
+        {
+            Attribute.CLASS: ObjectClass.DATA,
+            Attribute.TOKEN: True,
+            Attribute.PRIVATE: True,
+            Attribute.APPLICATION: APPLICATION,
+            Attribute.LABEL: f"neo-kms {Kind.CANARY} {generation}",
+            Attribute.VALUE: canary.encode(),
+        }
+    )
+    return canary
+
+
+def check_canary(session: TokenSession, canary: Canary) -> None:
+    """Open *canary*. Raises `MisfitError` if it does not open to what it was, HSM_KEK_MISSING, or the binding's errors."""
+    envelope = canary.envelope
+    aad = _canary_data(envelope.kek_id, envelope.sealing_key_id)
+    try:
+        wrapped = session.unseal(envelope.sealing_key_id, envelope.nonce, envelope.sealed, aad)
+        key = session.kek(envelope.kek_id).unwrap_key(
+            ObjectClass.SECRET_KEY,
+            pkcs11.KeyType.AES,
+            wrapped,
+            mechanism=mechanisms.WRAP,
+            capabilities=MechanismFlag.SIGN,
+            template=dict(templates.USE),
+        )
+    except ALTERED_INPUT:
+        raise MisfitError from None
+    try:
+        if check_value(key) != canary.check_value:
+            raise MisfitError
+    finally:
+        key.destroy()
+
+
+def _canary_data(kek_id: UUID, sealing_key_id: UUID) -> bytes:
+    return lengths_prefixed(b"canary", kek_id.bytes, sealing_key_id.bytes)
+
+
+def _name(item: Any) -> tuple[Kind, int] | None:  # noqa: ANN401  # the binding makes a class for each object
+    match = _LABEL.fullmatch(_attribute(item, Attribute.LABEL) or "")
+    return None if match is None else (Kind(match[1]), int(match[2]))
+
+
+def _attribute(item: Any, name: Attribute) -> Any:  # noqa: ANN401  # as above
+    try:
+        return item[name]
+    except (pkcs11.AttributeTypeInvalid, pkcs11.AttributeSensitive, UnicodeDecodeError, IndexError):
+        return None
+
+
+def _uuid(item: Any) -> UUID:  # noqa: ANN401  # as above
+    value = bytes(_attribute(item, Attribute.ID) or b"")
+    if len(value) != 16:
+        raise KmsError(Reason.HSM_UNAVAILABLE, "the token has a wrapping key whose CKA_ID is not a UUID of 16 bytes")
+    return UUID(bytes=value)
+
+
+def _read_canary(generation: int, value: bytes) -> Canary:
+    envelope, _, check = value.decode("ascii", errors="replace").partition(" ")
+    try:
+        return Canary(generation, parse_envelope(envelope), check)
+    except KmsError:
+        raise KmsError(Reason.HSM_UNAVAILABLE, f"the token's canary {generation} cannot be read; restore the token") from None
+
+
+def _refuse_doubles(keys: dict[WrappingKey, Any]) -> None:
+    names = [(key.kind, key.generation) for key in keys] + [(key.kind, key.key_id) for key in keys]
+    if len(set(names)) != len(names):
+        raise KmsError(Reason.HSM_UNAVAILABLE, "the token has two wrapping keys of one generation or one id")
