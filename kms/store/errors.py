@@ -37,7 +37,8 @@ def translated() -> Iterator[None]:
             raise
         raise KmsError(Reason.NAME_TAKEN, message, field="name") from None
     except psycopg.DataError as error:
-        # The text of the driver may quote the value.
-        raise malformed("value", f"cannot be stored ({type(error).__name__})") from None
+        if error.sqlstate is not None:
+            raise
+        raise malformed("text", "expected no NUL character") from None
     except _UNAVAILABLE as error:
         raise unavailable("the database does not answer") from error
