@@ -9,7 +9,7 @@ from kms.cli.output import print_json
 def init(invocation: Invocation) -> None:
     """Make the service's own keys in the token: those that wrap and seal all others, and a canary under each.
 
-    Refuses a token that has them: nothing is ever overwritten. Back up the token afterwards.
+    Refuses a token that has them: nothing is ever overwritten. Copy the token afterwards.
     """
     config = invocation.config("hsm")
     from kms import wiring
@@ -18,7 +18,7 @@ def init(invocation: Invocation) -> None:
     if invocation.as_json:
         print_json({"initialised": True})
     else:
-        print("The token has its keys. Back it up now, then run: kms hsm backup-confirmed")
+        print("The token has its keys. Copy it now, then run with the copy: kms hsm backup-confirmed")
 
 
 def probe(invocation: Invocation) -> None:
@@ -31,15 +31,19 @@ def probe(invocation: Invocation) -> None:
 
 
 def backup_confirmed(invocation: Invocation) -> None:
-    """Say that the token has been backed up. Without it nothing stored can ever be opened on another token."""
-    config = invocation.config("hsm")
+    """Test a copy of the token and put on record that it exists.
+
+    Run it with the copy, not the original, in [hsm]. Needs [database] too. In production `kms serve` refuses to start
+    without that record: losing the token loses every key.
+    """
+    config = invocation.config("hsm", "database")
     from kms import wiring
 
     wiring.confirm_backup(config)
     if invocation.as_json:
         print_json({"backup_confirmed": True})
     else:
-        print("The backup is noted.")
+        print("The copy opens what the token sealed; it is on record.")
 
 
 def register(app: typer.Typer) -> None:
@@ -47,4 +51,4 @@ def register(app: typer.Typer) -> None:
     tokens = group(app, "hsm", "Prepare and examine the token.")
     command(tokens, "init", "kms hsm init --config kms.toml")(init)
     command(tokens, "probe", "kms hsm probe --config kms.toml", "kms hsm probe --config kms.toml --json")(probe)
-    command(tokens, "backup-confirmed", "kms hsm backup-confirmed --config kms.toml")(backup_confirmed)
+    command(tokens, "backup-confirmed", "kms hsm backup-confirmed --config copy.toml")(backup_confirmed)

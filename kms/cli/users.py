@@ -28,9 +28,9 @@ def add_service(
     """Make a user that is a program, with a client certificate from the development authority.
 
     Writes the certificate, its private key (mode 0400) and a configuration for this command to a new directory. Needs
-    [migration] and [authority]. With an authority of your own, issue a certificate whose one URI name is the one printed.
+    [database] and [authority]. With an authority of your own, issue a certificate whose one URI name is the one printed.
     """
-    config = invocation.config("migration", "authority")
+    config = invocation.config("database", "authority")
     from kms import wiring
     from kms.pki.authority import issue_client, load_authority
 

@@ -24,7 +24,7 @@ from kms.cli.client import Client, connect
 from kms.cli.failures import CallError
 from kms.cli.words import key_fields, number, word
 from kms.dev import second_opinion
-from kms.dev.served import Served, served
+from kms.dev.stack import Stack, dev_stack
 from kms.domain.algorithms import Hash, KeyType, Purpose, Scheme, SignatureForm
 from kms.domain.errors import KmsError
 from kms.rpc import enums
@@ -98,11 +98,13 @@ def run(*, as_json: bool = False) -> int:
         directory = Path(name)
         directory.chmod(0o711)  # PostgreSQL's user passes through it to its data
         report.line("Neo KMS: a demonstration on real parts. It takes some tens of seconds and leaves nothing behind.")
-        report.heading("Starting PostgreSQL, a SoftHSM token and the server …")
-        with served(directory) as running, connect(running.client) as client:
-            report.line(f"  the server listens on {running.client.server}; the client is known by its certificate")
-            demonstrate(client, report)
-            _show_stored(running, report)
+        report.heading("PostgreSQL, a SoftHSM token with its wrapping keys, certificates: made and started")
+        with dev_stack(directory, port=0) as stack:
+            report.heading(f"The server: kms serve, in a process of its own, on {stack.address}")
+            with stack.serving(), connect(stack.client) as client:
+                report.line("  healthy; the client is known by its certificate")
+                demonstrate(client, report)
+            _show_stored(stack, report)
         report.heading("Stopped; nothing is left running.")
     return _conclude(report, as_json=as_json)
 
@@ -164,7 +166,9 @@ def _encrypt(client: Client, report: Report) -> None:
         sealed = client.call(client.crypto.Encrypt, crypto_pb2.EncryptRequest(key=name, plaintext=SECRET, aad=aad)).ciphertext
         opened = client.call(client.crypto.Decrypt, crypto_pb2.DecryptRequest(ciphertext=sealed, aad=aad)).plaintext
         how = "AES-GCM with associated data" if aad else "RSA-OAEP"
-        report.check(opened == SECRET and SECRET not in sealed, f"{name:<9} {how}: {len(SECRET)} bytes, sealed {len(sealed)}, opened")
+        report.check(
+            opened == SECRET and SECRET not in sealed, f"{name:<9} {how}: {len(SECRET)} bytes, sealed {len(sealed)}, opened"
+        )
         damaged = sealed[:-1] + bytes((sealed[-1] ^ 1,))
         report.check(_refused(client, damaged, aad), f"{name:<9} one flipped bit: CIPHERTEXT_INVALID")
         if aad:
@@ -195,9 +199,9 @@ def _use_data_key(client: Client, report: Report) -> None:
     report.check(len(set(drawn)) > 1, "32 random bytes from the token (GenerateRandom)")
 
 
-def _show_stored(running: Served, report: Report) -> None:
+def _show_stored(stack: Stack, report: Report) -> None:
     report.heading("What PostgreSQL has of it: an envelope a row, which only this token opens")
-    with psycopg.connect(running.superuser_dsn) as connection:
+    with psycopg.connect(stack.superuser_dsn) as connection:
         rows = connection.execute(_STORED).fetchall()
     for name, custody, version, envelope in rows:
         shown = f"{envelope[:_ENVELOPE_CHARACTERS]}… ({len(envelope)})"
@@ -222,7 +226,11 @@ def _conclude(report: Report, *, as_json: bool) -> int:
     seconds = time.monotonic() - report.began
     if as_json:
         checks = [{"check": " ".join(text.split()), "passed": passed} for text, passed in report.checks]
-        print(json.dumps({"passed": not report.failed, "seconds": round(seconds, 1), "checks": checks}, indent=2, ensure_ascii=False))
+        print(
+            json.dumps(
+                {"passed": not report.failed, "seconds": round(seconds, 1), "checks": checks}, indent=2, ensure_ascii=False
+            )
+        )
     elif report.failed:
         report.line(f"\n{len(report.failed)} of {len(report.checks)} checks FAILED:")
         for text in report.failed:
