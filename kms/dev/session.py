@@ -1,0 +1,88 @@
+"""`kms dev`: the embedded stack, staying up until it is told to stop."""
+
+import json
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from kms.dev.embedded_stack import default_directory, dev_stack
+from kms.dev.stack import Stack
+
+
+def run(directory: Path | None = None, *, as_json: bool = False) -> None:
+    """Run the stack in *directory* (by default `default_directory()`) until Ctrl-C or SIGTERM; say how to use it once it serves.
+
+    With *as_json* that is one JSON object a line, first `serving`, then `stopped`. Raises `KmsError`, saying why, if something
+    does not start or ends by itself.
+    """
+    where = (directory or default_directory()).absolute()
+    with suppress(KeyboardInterrupt), _termination_interrupts():
+        if not as_json:
+            _say(f"Starting PostgreSQL, a SoftHSM token and the service in {where} …")
+        with dev_stack(where) as stack, stack.serving() as service:
+            _say(json.dumps(_described(stack)) if as_json else _instructions(stack))
+            service.wait()
+    _say('{"state": "stopped"}' if as_json else "\nStopped. `kms dev` finds everything again.")
+
+
+@contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    """Make SIGTERM end the block as Ctrl-C does: through every `finally`."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _described(stack: Stack) -> dict[str, str | dict[str, str]]:
+    return {
+        "state": "serving",
+        "server": stack.address,
+        "directory": str(stack.files.directory),
+        "config_file": str(stack.files.configuration),
+        "client_config_file": str(stack.files.client_configuration),
+        "log_file": str(stack.files.service_log),
+        "environment": stack.variables,
+    }
+
+
+def _instructions(stack: Stack) -> str:
+    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in stack.variables.items())
+    kms = _command()
+    return f"""
+The service runs at {stack.address}, for this machine only. Ctrl-C stops it.
+Its log is {stack.files.service_log}
+
+In another terminal:
+
+  export {variables}
+  {kms} key create payments --type secp256k1
+  {kms} sign payments --message 'pay 5 to Bob' --encoding hex
+  {kms} key create backups --type aes
+  printf secret | {kms} encrypt backups --out secret.kms
+  {kms} decrypt --in secret.kms
+  {kms} key list
+  {kms} user add-service billing
+"""
+
+
+def _command() -> str:
+    """Return how to call this very program: by its name where the shell finds it, else by its path."""
+    program = Path(sys.executable).with_name("kms")
+    found = shutil.which("kms")
+    return "kms" if found is not None and Path(found) == program else shlex.quote(str(program))
