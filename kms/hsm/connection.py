@@ -180,8 +180,7 @@ def connect(module: Module, settings: HsmSettings) -> Connection:
 
 def check_complete(inventory: Inventory) -> None:
     """Raise HSM_KEK_MISSING unless each KEK and sealing key has a canary, and there is one of each."""
-    for kind in (Kind.KEK, Kind.SEALING):
-        keys = inventory.of(kind)
+    for keys in (inventory.of(Kind.KEK), inventory.of(Kind.SEALING)):
         if not keys or not all(any(c.names(key, key) for c in inventory.canaries) for key in keys):
             raise _not_initialised()
 

@@ -6,7 +6,7 @@ Each function has the module to itself while it runs: they are for commands, not
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Final, TypeVar
 from uuid import UUID
 
 import pkcs11
@@ -28,7 +28,7 @@ from kms.hsm.wrapping_keys import (
 )
 
 T = TypeVar("T")
-_FIRST: int = 1
+_FIRST: Final = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def init(settings: HsmSettings) -> TokenDescription:
         check_attributes(inventory)
         if inventory.canaries:
             raise KmsError(Reason.NAME_TAKEN, "the token already has wrapping keys of ours: they are never overwritten")
-        for kind in (Kind.KEK, Kind.SEALING):
+        for kind in Kind:
             if inventory.newest(kind) is None:
                 make_wrapping_key(session, kind, _new_id(session), _FIRST)
         made = take_inventory(session)

@@ -28,13 +28,16 @@ _KEY_BITS: Final = 256
 
 
 class Kind(StrEnum):
-    """What a token object of ours is for. A key wraps keys or seals envelopes, never both."""
+    """What a token key of ours is for. A key wraps keys or seals envelopes, never both."""
 
     KEK = "kek"
-    SEALING = "seal"
-    CANARY = "canary"
+    SEALING = "sealing"
 
 
+_WORDS: Final[dict[str, Kind]] = {"kek": Kind.KEK, "seal": Kind.SEALING}
+_LABELS: Final[dict[Kind, str]] = {Kind.KEK: "neo-kms kek {}", Kind.SEALING: "neo-kms seal {}"}
+_CANARY: Final = "canary"
+_CANARY_LABEL: Final = "neo-kms canary {}"
 _DEMANDS: Final[dict[Kind, Template]] = {Kind.KEK: templates.WRAPPING_DEMANDS, Kind.SEALING: templates.SEALING_DEMANDS}
 _CAPABILITIES: Final[dict[Kind, MechanismFlag]] = {
     Kind.KEK: templates.WRAPPING_CAPABILITIES,
@@ -90,12 +93,12 @@ def take_inventory(session: pkcs11.Session) -> Inventory:
     keys: dict[WrappingKey, Any] = {}
     for item in list(session.get_objects({Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.TOKEN: True})):
         named = _name(item)
-        if named is not None and named[0] is not Kind.CANARY:
-            keys[WrappingKey(named[0], _uuid(item), named[1])] = item
+        if named is not None and named[0] in _WORDS:
+            keys[WrappingKey(_WORDS[named[0]], _uuid(item), named[1])] = item
     canaries = []
     for item in list(session.get_objects({Attribute.CLASS: ObjectClass.DATA, Attribute.TOKEN: True})):
         named = _name(item)
-        if named is not None and named[0] is Kind.CANARY:
+        if named is not None and named[0] == _CANARY:
             canaries.append(_read_canary(named[1], bytes(item[Attribute.VALUE])))
     _refuse_doubles(keys)
     return Inventory(keys, tuple(sorted(canaries, key=lambda canary: canary.generation)))
@@ -118,7 +121,7 @@ def make_wrapping_key(session: pkcs11.Session, kind: Kind, key_id: UUID, generat
         pkcs11.KeyType.AES,
         _KEY_BITS,
         id=key_id.bytes,
-        label=f"neo-kms {kind} {generation}",
+        label=_LABELS[kind].format(generation),
         store=True,
         capabilities=_CAPABILITIES[kind],
         template=dict(templates.TOKEN_KEY),
@@ -142,7 +145,7 @@ def make_canary(session: TokenSession, generation: int) -> Canary:
             Attribute.TOKEN: True,
             Attribute.PRIVATE: True,
             Attribute.APPLICATION: APPLICATION,
-            Attribute.LABEL: f"neo-kms {Kind.CANARY} {generation}",
+            Attribute.LABEL: _CANARY_LABEL.format(generation),
             Attribute.VALUE: canary.encode(),
         }
     )
@@ -176,9 +179,9 @@ def _canary_data(kek_id: UUID, sealing_key_id: UUID) -> bytes:
     return lengths_prefixed(b"canary", kek_id.bytes, sealing_key_id.bytes)
 
 
-def _name(item: Any) -> tuple[Kind, int] | None:  # noqa: ANN401  # the binding makes a class for each object
+def _name(item: Any) -> tuple[str, int] | None:  # noqa: ANN401  # the binding makes a class for each object
     match = _LABEL.fullmatch(_attribute(item, Attribute.LABEL) or "")
-    return None if match is None else (Kind(match[1]), int(match[2]))
+    return None if match is None else (match[1], int(match[2]))
 
 
 def _attribute(item: Any, name: Attribute) -> Any:  # noqa: ANN401  # as above
