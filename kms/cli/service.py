@@ -49,13 +49,18 @@ def migrate(
 
 def dev(
     invocation: Invocation,
-    directory: Annotated[Path, typer.Option(metavar="DIR", help="Where everything is kept.")] = Path(".kms-dev"),
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where everything is kept. Default: ~/.local/share/neo-kms/dev, for root /var/lib/neo-kms/dev"
+        ),
+    ] = None,
 ) -> None:
     """Run the service with a PostgreSQL and a SoftHSM token of its own, until Ctrl-C.
 
     For trying it out and for development: it protects nothing from this machine. Run again, it finds its keys again.
     """
-    from kms.dev.stack import run
+    from kms.dev.session import run
 
     run(directory, as_json=invocation.as_json)
 

@@ -36,7 +36,7 @@ def dev_stack(directory: Path, *, port: int = PORT, settings: Mapping[str, str] 
     """
     directory = directory.absolute()
     directory.mkdir(mode=0o711, parents=True, exist_ok=True)  # PostgreSQL's user passes through it to its data
-    files = StackFiles(directory)
+    files = StackFiles(directory, token=directory / "token")
     with embedded_postgres(files.postgres, settings) as postgres:
         address = f"127.0.0.1:{port or free_port()}"
         yield prepared(files, _database(postgres), listen=address, address=address)

@@ -20,9 +20,13 @@ Settings = Mapping[str, str | Path]
 
 @dataclass(frozen=True, slots=True)
 class StackFiles:
-    """The paths below one directory, and the writing of those files that are made anew at every start."""
+    """The paths below one directory, and the writing of those files that are made anew at every start.
+
+    The token is in a directory of its own, so that a copy of it is no copy of the rest.
+    """
 
     directory: Path
+    token: Path
 
     @property
     def configuration(self) -> Path:
@@ -33,11 +37,6 @@ class StackFiles:
     def postgres(self) -> Path:
         """The database's directory."""
         return self.directory / "postgres"
-
-    @property
-    def token(self) -> Path:
-        """The token's directory: apart from the database, so that a copy of one is no copy of the other."""
-        return self.directory / "token"
 
     @property
     def service_log(self) -> Path:
@@ -73,12 +72,12 @@ class StackFiles:
         """Make the authority on first use, and a new server certificate: it is never found expired."""
         now = host_clock()
         authority = make_authority(self.directory / "authority", now=now)
-        issue_server(authority, _HOSTS, now=now).write(self._secret("server.crt"), self._secret("server.key"))
+        issue_server(authority, _HOSTS, now=now).write(self.secret("server.crt"), self.secret("server.key"))
 
     def write_secrets(self, *, service_dsn: str, migration_dsn: str) -> None:
         """Write the connection strings, each to a file of mode 0400."""
-        write_private(self._secret("service.dsn"), service_dsn.encode())
-        write_private(self._secret("migration.dsn"), migration_dsn.encode())
+        write_private(self.secret("service.dsn"), service_dsn.encode())
+        write_private(self.secret("migration.dsn"), migration_dsn.encode())
 
     def client_config(self, address: str) -> ClientConfig:
         """Return that user's way to the service at *address*."""
@@ -89,13 +88,13 @@ class StackFiles:
         sections: dict[str, Settings] = {
             "server": {
                 "listen": listen,
-                "tls_cert_file": self._secret("server.crt"),
-                "tls_key_file": self._secret("server.key"),
+                "tls_cert_file": self.secret("server.crt"),
+                "tls_key_file": self.secret("server.key"),
                 "client_ca_file": self.authority_cert,
             },
             "hsm": {"module": token.module, "token_label": token.label, "pin_file": token.pin_file},
-            "database": {"dsn_file": self._secret("service.dsn")},
-            "migration": {"dsn_file": self._secret("migration.dsn")},
+            "database": {"dsn_file": self.secret("service.dsn")},
+            "migration": {"dsn_file": self.secret("migration.dsn")},
             "authority": {"cert_file": self.authority_cert, "key_file": self.authority_cert.with_name(KEY_FILE)},
             "client": {
                 "server": address,
@@ -110,7 +109,8 @@ class StackFiles:
             lines += ["", f"[{name}]", *_lines(values)]
         self.configuration.write_text("".join(line + "\n" for line in lines))
 
-    def _secret(self, name: str) -> Path:
+    def secret(self, name: str) -> Path:
+        """Return the path of a file that nobody else may read; its directory is made if it is not there."""
         directory = self.directory / "secrets"
         directory.mkdir(mode=0o700, exist_ok=True)
         return directory / name
