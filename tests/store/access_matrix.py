@@ -1,0 +1,89 @@
+"""The matrix role × table × right of `schema/README.md`, from the catalog.
+
+    python -m tests.store.access_matrix
+
+writes it anew, after a migration that changes rights.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from kms.dev.postgres import temporary_postgres
+from kms.store.migrate import migrate
+
+README = Path(__file__).parents[2] / "schema" / "README.md"
+BEGIN = "<!-- matrix: written by python -m tests.store.access_matrix -->"
+END = "<!-- end of matrix -->"
+
+_RIGHTS = b"""
+    SELECT c.oid::regclass::text AS name, r.rolname::text AS role, a.attname::text AS attribute,
+        has_column_privilege(r.oid, c.oid, a.attnum, 'SELECT'), has_column_privilege(r.oid, c.oid, a.attnum, 'INSERT'),
+        has_column_privilege(r.oid, c.oid, a.attnum, 'UPDATE'), has_table_privilege(r.oid, c.oid, 'DELETE')
+    FROM pg_class AS c
+        JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+        CROSS JOIN pg_roles AS r
+    WHERE c.relkind IN ('r', 'p', 'v', 'm') AND c.relnamespace::regnamespace::text !~ '^(pg_|information_schema)'
+        AND r.rolname = ANY ($1)
+    ORDER BY 1, 2, a.attnum
+"""
+_FUNCTIONS = b"""
+    SELECT p.oid::regprocedure::text, pg_get_userbyid(p.proowner)::text,
+        ARRAY(
+            SELECT r.rolname::text FROM pg_roles AS r
+            WHERE r.rolname = ANY ($1) AND r.oid <> p.proowner AND has_function_privilege(r.oid, p.oid, 'EXECUTE') ORDER BY 1
+        )
+    FROM pg_proc AS p
+    WHERE p.prosecdef AND p.pronamespace::regnamespace::text !~ '^(pg_|information_schema)'
+    ORDER BY 1
+"""
+_ROLES = b"""
+    SELECT rolname::text FROM pg_roles
+    WHERE rolname ~ '^kms_' AND rolname <> 'kms_migrator' OR rolname ~ '_(users|runner)$'
+    ORDER BY 1
+"""
+
+
+def matrix(connection: psycopg.Connection[Any]) -> str:
+    """Return the matrix of the connection's database as two Markdown tables."""
+    cursor = psycopg.RawCursor(connection)
+    roles = [row[0] for row in cursor.execute(_ROLES).fetchall()]
+    columns: dict[tuple[str, str], list[tuple[str, list[bool]]]] = {}
+    for table, role, attribute, *rights in cursor.execute(_RIGHTS, [roles]).fetchall():
+        columns.setdefault((table, role), []).append((attribute, rights))
+    lines = ["| table | role | SELECT | INSERT | UPDATE | DELETE |", "|---|---|---|---|---|---|"]
+    for (table, role), found in columns.items():
+        cells = [_cell(found, right) for right in range(3)] + ["yes" if found[0][1][3] else "–"]
+        if cells != ["–"] * 4:
+            lines.append(f"| `{table}` | `{role}` | {' | '.join(cells)} |")
+    lines += ["", "| definer function | belongs to | may be called by |", "|---|---|---|"]
+    for function, owner, callers in cursor.execute(_FUNCTIONS, [roles]).fetchall():
+        lines.append(f"| `{function}` | `{owner}` | {', '.join(f'`{name}`' for name in callers) or '–'} |")
+    return "\n".join(lines)
+
+
+def _cell(found: list[tuple[str, list[bool]]], right: int) -> str:
+    granted = [name for name, rights in found if rights[right]]
+    withheld = [name for name, rights in found if not rights[right]]
+    if not granted or not withheld:
+        return "all" if granted else "–"
+    return f"all but {', '.join(withheld)}" if len(withheld) < len(granted) else ", ".join(granted)
+
+
+def with_matrix(text: str, tables: str) -> str:
+    """Return the README's text with the matrix replaced."""
+    head, _, rest = text.partition(BEGIN)
+    return f"{head}{BEGIN}\n\n{tables}\n\n{END}{rest.partition(END)[2]}"
+
+
+def main() -> None:
+    """Write the matrix into the README."""
+    with temporary_postgres() as server:
+        migrate(server.superuser_dsn())
+        with psycopg.connect(server.superuser_dsn()) as connection:
+            README.write_text(with_matrix(README.read_text(), matrix(connection)))
+
+
+if __name__ == "__main__":
+    main()

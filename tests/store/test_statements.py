@@ -1,0 +1,74 @@
+"""Every SQL constant of the store is valid against the migrated schema, and the SQL mirror of the states is exact."""
+
+import importlib
+import itertools
+import pkgutil
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+
+import psycopg
+import pytest
+from psycopg.pq import ExecStatus
+
+import kms.store
+from kms.domain.lifecycle import Standing, effective_state
+from tests.fixtures.postgres import Database
+
+_STATEMENT = re.compile(r"\s*(SELECT|INSERT|UPDATE|DELETE|WITH)\b")
+_PARAMETER = re.compile(r"%\((\w+)\)s|%s")
+_NOW = datetime(2030, 1, 1, tzinfo=UTC)
+
+
+def statements() -> Iterator[tuple[str, str]]:
+    for module in pkgutil.iter_modules(kms.store.__path__, "kms.store."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if isinstance(value, str) and name.strip("_").isupper() and _STATEMENT.match(value):
+                yield f"{module.name}.{name}", value
+
+
+def numbered(statement: str) -> str:
+    """Return the statement with $1, $2 … for psycopg's parameters."""
+    numbers: dict[str, int] = {}
+    positions = itertools.count()
+    return _PARAMETER.sub(
+        lambda match: f"${numbers.setdefault(match[1] or str(next(positions)), len(numbers) + 1)}", statement
+    )
+
+
+def test_the_search_for_statements_finds_them() -> None:
+    found = dict(statements())
+    assert {"kms.store.keys.PAGE", "kms.store.pool.ACT_AS", "kms.store.users.FIND_BY_URI", "kms.store.migrate.RECORD"} <= set(found)
+
+
+@pytest.mark.parametrize(("name", "statement"), list(statements()), ids=lambda value: value if value.startswith("kms.") else "")
+def test_every_statement_prepares(database: Database, name: str, statement: str) -> None:
+    with psycopg.connect(database.admin_dsn) as connection:
+        result = connection.pgconn.prepare(b"probe", numbered(statement).encode())
+        assert result.status == ExecStatus.COMMAND_OK, f"{name}: {result.error_message.decode()}"
+
+
+def test_a_statement_with_an_unknown_column_would_not_prepare(database: Database) -> None:
+    with psycopg.connect(database.admin_dsn) as connection:
+        result = connection.pgconn.prepare(b"probe", b"SELECT no_such_column FROM cryptography.keys")
+        assert result.status == ExecStatus.FATAL_ERROR
+
+
+def test_the_state_in_sql_is_the_state_in_python_for_every_combination(database: Database) -> None:
+    moments = (None, _NOW - timedelta(days=1), _NOW, _NOW + timedelta(days=1))
+    statuses = ("active", "inactive", "expired", "compromised", "revoked")
+    rows = list(itertools.product(statuses, *[moments] * 6))
+    query = b"""
+        SELECT cryptography.effective_status(status, activated, deactivated, superseded, expires, scheduled, destroyed, $1)
+        FROM unnest(
+            $2::text[], $3::timestamptz[], $4::timestamptz[], $5::timestamptz[], $6::timestamptz[], $7::timestamptz[],
+            $8::timestamptz[]
+        ) WITH ORDINALITY AS row (status, activated, deactivated, superseded, expires, scheduled, destroyed, number)
+        ORDER BY number
+    """
+    with psycopg.RawCursor(psycopg.connect(database.admin_dsn)) as cursor:
+        cursor.execute(query, (_NOW, *(list(column) for column in zip(*rows, strict=True))))
+        found = [row[0] for row in cursor.fetchall()]
+        cursor.connection.close()
+    assert found == [effective_state(Standing(*row), _NOW) for row in rows]
+    assert len(found) == 5 * 4**6
