@@ -1,0 +1,235 @@
+"""The only module that knows everything: builds the parts from the configuration and joins them.
+
+Each public function is what one `kms` command does. All raise `KmsError` or `ConfigError` with a sentence that says what
+to do.
+"""
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Final, TypeVar
+
+import structlog
+import uvloop
+
+from kms.app.access import Access
+from kms.app.encryption import Encryption
+from kms.app.keyring import Keyring
+from kms.app.signing import Signing
+from kms.config import Config, ConfigError, ServerConfig
+from kms.domain.errors import KmsError, Reason
+from kms.domain.ids import UserId
+from kms.domain.secret import Secret
+from kms.hsm import provision
+from kms.hsm.settings import HsmSettings
+from kms.hsm.token_hsm import HsmStatus, TokenHsm, open_hsm
+from kms.hsm.wrapping_keys import Kind, WrappingKey
+from kms.pki.client_identity import ClientIdentity, host_clock
+from kms.pki.public_keys import PublicKeyOperations
+from kms.rpc.crypto import CryptoServicer
+from kms.rpc.edge import Edge
+from kms.rpc.keys import KeyServicer
+from kms.rpc.server import Server, TlsFiles
+from kms.store import migrate as migrations
+from kms.store.keys import StoredKeys
+from kms.store.pool import Pool, check_server, open_pool
+from kms.store.users import StoredUsers
+from kms.store.watch import watched
+from kms.store.wrapping import Kind as StoredKind
+from kms.store.wrapping import StoredWrappingKeys, TokenKey
+
+Section = TypeVar("Section")
+_STORED_KINDS: Final[dict[Kind, StoredKind]] = {Kind.KEK: "kek", Kind.SEALING: "sealing"}
+_LOG = structlog.get_logger("kms")
+
+
+def serve(config: Config) -> None:
+    """Run the service until SIGTERM or SIGINT, then let the calls in flight end."""
+    _configure_log(config.log_level)
+    uvloop.run(_serve(config))
+
+
+def migrate(config: Config) -> list[str]:
+    """Bring the database to the schema of this program; return the names of the files that were run."""
+    return migrations.migrate(_migration_dsn(config))
+
+
+def check_schema(config: Config) -> None:
+    """Raise STORE_UNAVAILABLE unless the database is at the schema of this program."""
+    waiting = migrations.check(_migration_dsn(config))
+    if waiting:
+        raise KmsError(Reason.STORE_UNAVAILABLE, f"{len(waiting)} migrations are pending, from {waiting[0]}: run `kms migrate`")
+
+
+def set_service_password(config: Config, password: Secret) -> None:
+    """Give the login `kms_service` its password."""
+    migrations.set_service_password(_migration_dsn(config), password)
+
+
+def hsm_init(config: Config) -> provision.TokenDescription:
+    """Make the KEK, the sealing key and their canary in the token. Raises NAME_TAKEN where it has them already."""
+    return provision.init(_hsm_settings(config))
+
+
+def hsm_probe(config: Config) -> HsmStatus:
+    """Return what the token can do, tried on throw-away keys."""
+    return asyncio.run(_hsm_probe(config))
+
+
+def confirm_backup(config: Config) -> None:
+    """Open the canaries of the token that is configured, a copy, and record that a tested copy exists."""
+    found = provision.check_copy(_hsm_settings(config))
+    asyncio.run(_confirm_backup(config, found))
+
+
+def add_service(config: Config, name: str) -> UserId:
+    """Make a user that is a program, known by its client certificate. Raises MALFORMED or NAME_TAKEN."""
+    return asyncio.run(_add_service(config, name))
+
+
+async def _hsm_probe(config: Config) -> HsmStatus:
+    hsm = await open_hsm(_hsm_settings(config))
+    try:
+        return hsm.status()
+    finally:
+        await hsm.close()
+
+
+async def _serve(config: Config) -> None:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    server_config = _needed(config.server)
+    async with running(config) as port:
+        _LOG.info("serving", address=server_config.listen, port=port, deployment=config.deployment_id, mode=config.mode)
+        await stopping.wait()
+        _LOG.info("draining", seconds=server_config.call_seconds_max)
+    _LOG.info("stopped")
+
+
+@asynccontextmanager
+async def running(config: Config) -> AsyncIterator[int]:
+    """Serve within the block; yield the port. Leaving it drains: calls in flight end, no new one is taken."""
+    server_config = _needed(config.server)
+    tls = TlsFiles(server_config.tls_cert_file, server_config.tls_key_file, server_config.client_ca_file)
+    identity = ClientIdentity(
+        server_config.client_ca_file, deployment=config.deployment_id, clock=host_clock, crl_file=server_config.client_crl_file
+    )
+    async with AsyncExitStack() as stack:
+        pool = await stack.enter_async_context(_ready_pool(config))
+        hsm = await open_hsm(_hsm_settings(config))
+        stack.push_async_callback(hsm.close)
+        await _check_token(config, hsm, StoredWrappingKeys(pool))
+        store_answers = await stack.enter_async_context(watched(pool))
+        server = _server(pool, hsm, identity, server_config, is_ready=lambda: hsm.is_available() and store_answers())
+        port = await server.start(server_config.listen, tls)
+        stack.push_async_callback(server.stop, server_config.call_seconds_max)
+        yield port
+
+
+def _server(pool: Pool, hsm: TokenHsm, identity: ClientIdentity, config: ServerConfig, *, is_ready: Callable[[], bool]) -> Server:
+    keys, public_keys = StoredKeys(pool), PublicKeyOperations()
+    edge = Edge(identity, Access(StoredUsers(pool)), call_seconds_max=config.call_seconds_max)
+    return Server(
+        edge,
+        KeyServicer(Keyring(keys, hsm)),
+        CryptoServicer(Signing(keys, hsm, public_keys), Encryption(keys, hsm, public_keys)),
+        calls_max=config.calls_max,
+        is_ready=is_ready,
+    )
+
+
+@asynccontextmanager
+async def _ready_pool(config: Config) -> AsyncIterator[Pool]:
+    """Yield the pool of a database that is as the service needs it, or raise STORE_UNAVAILABLE saying what to run."""
+    database = _needed(config.database)
+    dsn = database.read_secret("database").decode()
+    async with open_pool(dsn, database.connections_max) as pool:
+        await check_server(pool, allow_unsafe=config.mode == "development")
+        await migrations.check_schema(pool)
+        yield pool
+
+
+async def _check_token(config: Config, hsm: TokenHsm, known: StoredWrappingKeys) -> None:
+    """Record the token's keys. Raises HSM_KEK_MISSING for another token, and in production for one without a tested copy."""
+    serial, found = hsm.wrapping_keys().token_serial, _token_keys(hsm.wrapping_keys().keys)
+    serials = {key.token_serial for key in await known.read()}
+    if serials - {serial}:
+        _LOG.warning("another token serial", seen=serial, before=sorted(serials - {serial}))
+    await known.register(found, serial)
+    unconfirmed = [key for key in await known.read() if key.backup_confirmed_at is None]
+    if unconfirmed and config.mode == "production":
+        raise KmsError(
+            Reason.HSM_UNAVAILABLE,
+            "no tested copy of the token is on record, and losing the token loses every key: copy it, then run "
+            "`kms hsm backup-confirmed` with the copy in the configuration",
+        )
+
+
+async def _confirm_backup(config: Config, found: provision.TokenDescription) -> None:
+    async with _ready_pool(config) as pool:
+        known = StoredWrappingKeys(pool)
+        before = {key.key_id for key in await known.read()}
+        # A copy may have a serial of its own; only where the database knows nothing yet is it written down.
+        if not before:
+            await known.register(_token_keys(found.wrapping_keys), found.serial)
+        elif not before <= {key.key_id for key in found.wrapping_keys}:
+            raise KmsError(Reason.HSM_KEK_MISSING, "this is no copy of the token: keys that the database knows are not in it")
+        await known.confirm_backup()
+
+
+def _token_keys(keys: tuple[WrappingKey, ...]) -> list[TokenKey]:
+    return [TokenKey(key.key_id, _STORED_KINDS[key.kind], key.generation) for key in keys]
+
+
+async def _add_service(config: Config, name: str) -> UserId:
+    async with _ready_pool(config) as pool:
+        return await StoredUsers(pool).create_service(name)
+
+
+def _hsm_settings(config: Config) -> HsmSettings:
+    hsm = _needed(config.hsm)
+    return HsmSettings(
+        module=hsm.module,
+        token_label=hsm.token_label,
+        pin=Secret(hsm.read_secret("hsm")),
+        lanes=hsm.lanes,
+        sessions_max=hsm.sessions_max,
+        queue_max=hsm.queue_max,
+        handles_max=hsm.handles_max,
+        handle_idle_seconds=hsm.handle_idle_seconds,
+        stuck_seconds=hsm.stuck_seconds,
+        resident_keys_max=hsm.resident_keys_max,
+        allow_sealed=config.mode == "development" if hsm.allow_sealed is None else hsm.allow_sealed,
+    )
+
+
+def _migration_dsn(config: Config) -> str:
+    return _needed(config.migration).read_secret("migration").decode()
+
+
+def _needed(section: Section | None) -> Section:
+    """Return the section; `load(needs=…)` has told the user by name if it is missing."""
+    if section is None:
+        raise ConfigError(["a section of the configuration that this command needs is missing"])
+    return section
+
+
+def _configure_log(level: str) -> None:
+    """Write one JSON object a line to standard error."""
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
