@@ -27,7 +27,10 @@ def probe(invocation: Invocation) -> None:
     from kms import wiring
 
     found = wiring.hsm_probe(config)
-    print(found)
+    if invocation.as_json:
+        print_json(found.as_json())
+    else:
+        print(found)
 
 
 def backup_confirmed(invocation: Invocation) -> None:

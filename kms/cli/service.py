@@ -1,6 +1,5 @@
 """`kms serve`, `migrate`, `dev`, `demo`, `version`: running the service."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -69,7 +68,6 @@ def demo(invocation: Invocation) -> None:
     """Show everything once on real parts, in a temporary directory that is removed at the end."""
     from kms.dev.demo import run
 
-    sys.stdout.flush()
     raise typer.Exit(run(as_json=invocation.as_json))
 
 

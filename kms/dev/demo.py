@@ -24,7 +24,8 @@ from kms.cli.client import Client, connect
 from kms.cli.failures import CallError
 from kms.cli.words import key_fields, number, word
 from kms.dev import second_opinion
-from kms.dev.stack import Stack, dev_stack
+from kms.dev.embedded_stack import dev_stack
+from kms.dev.stack import Stack
 from kms.domain.algorithms import Hash, KeyType, Purpose, Scheme, SignatureForm
 from kms.domain.errors import KmsError
 from kms.rpc import enums
@@ -34,7 +35,7 @@ MESSAGE: Final = b"pay 5 to Bob"
 SECRET: Final = b"the combination of the safe is 12-34-56"
 AAD: Final = b"safe 7"
 _NONCE: Final = bytes(12)  # the data key of this demonstration encrypts once
-_ENVELOPE_CHARACTERS: Final = 44
+_ENVELOPE_CHARACTERS: Final = 24  # of each end
 _KEYS: Final = (
     ("ethereum", KeyType.SECP256K1, Purpose.SIGNING, 256),
     ("web", KeyType.SECP256R1, Purpose.SIGNING, 256),
@@ -58,8 +59,8 @@ _STORED: Final = """
 """
 _NEXT: Final = """
 How to go on:
-  kms dev             the same, staying up: it prints commands to paste
-  kms --help          all commands, each with examples
+  ./run dev           the same, staying up: it prints commands to paste
+  ./run kms --help    all commands, each with examples
   README.md           what is there, and how to run it for real"""
 
 
@@ -204,8 +205,8 @@ def _show_stored(stack: Stack, report: Report) -> None:
     with psycopg.connect(stack.superuser_dsn) as connection:
         rows = connection.execute(_STORED).fetchall()
     for name, custody, version, envelope in rows:
-        shown = f"{envelope[:_ENVELOPE_CHARACTERS]}… ({len(envelope)})"
-        report.line(f"  {name:<9} {custody:<8} version {version}  {shown}")
+        shown = f"{envelope[:_ENVELOPE_CHARACTERS]}…{envelope[-_ENVELOPE_CHARACTERS:]}"
+        report.line(f"  {name:<9} {custody:<8} version {version}  {shown}  ({len(envelope)} characters)")
     report.check({row[0] for row in rows} == {name for name, *_ in _KEYS}, f"{len(rows)} rows, one for each key")
     report.check(all(row[3] for row in rows), "every private key is in an envelope")
 
