@@ -23,9 +23,9 @@ from kms.config import Config, ConfigError, ServerConfig
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import UserId
 from kms.domain.secret import Secret
-from kms.hsm import provision
+from kms.hsm import probe, provision
 from kms.hsm.settings import HsmSettings
-from kms.hsm.token_hsm import HsmStatus, TokenHsm, open_hsm
+from kms.hsm.token_hsm import TokenHsm, open_hsm
 from kms.hsm.wrapping_keys import Kind, WrappingKey
 from kms.pki.client_identity import ClientIdentity, host_clock
 from kms.pki.public_keys import PublicKeyOperations
@@ -74,9 +74,9 @@ def hsm_init(config: Config) -> provision.TokenDescription:
     return provision.init(_hsm_settings(config))
 
 
-def hsm_probe(config: Config) -> HsmStatus:
+def hsm_probe(config: Config) -> probe.Report:
     """Return what the token can do, tried on throw-away keys."""
-    return asyncio.run(_hsm_probe(config))
+    return probe.examine(_hsm_settings(config))
 
 
 def confirm_backup(config: Config) -> None:
@@ -88,14 +88,6 @@ def confirm_backup(config: Config) -> None:
 def add_service(config: Config, name: str) -> UserId:
     """Make a user that is a program, known by its client certificate. Raises MALFORMED or NAME_TAKEN."""
     return asyncio.run(_add_service(config, name))
-
-
-async def _hsm_probe(config: Config) -> HsmStatus:
-    hsm = await open_hsm(_hsm_settings(config))
-    try:
-        return hsm.status()
-    finally:
-        await hsm.close()
 
 
 async def _serve(config: Config) -> None:
