@@ -107,7 +107,7 @@ def run(*, as_json: bool = False) -> int:
                 demonstrate(client, report)
             _show_stored(stack, report)
         report.heading("Stopped; nothing is left running.")
-    return _conclude(report, as_json=as_json)
+    return conclude(report, as_json=as_json)
 
 
 def demonstrate(client: Client, report: Report) -> None:
@@ -223,7 +223,8 @@ def _refused(client: Client, ciphertext: bytes, aad: bytes) -> bool:
     return False
 
 
-def _conclude(report: Report, *, as_json: bool) -> int:
+def conclude(report: Report, *, as_json: bool) -> int:
+    """Say how it ended, and return the exit code: 0 only if every check held."""
     seconds = time.monotonic() - report.began
     if as_json:
         checks = [{"check": " ".join(text.split()), "passed": passed} for text, passed in report.checks]
