@@ -73,7 +73,7 @@ class TokenHsm:
     def __init__(self, settings: HsmSettings, link: Link, capabilities: Capabilities, *, is_memory_locked: bool) -> None:
         self._settings = settings
         self._link = link
-        self._capabilities = capabilities
+        self.capabilities = capabilities
         self._is_memory_locked = is_memory_locked
         self._lanes = LaneSet(link, settings)
         self._lanes.inline_wanted = capabilities.short_p99_seconds < settings.inline_p99_seconds
@@ -110,9 +110,9 @@ class TokenHsm:
             lanes=self._settings.lanes,
             lanes_abandoned=self._lanes.abandoned(),
             handles=self._lanes.handles,
-            custodies=self._capabilities.custodies,
-            oaep_hashes=self._capabilities.oaep_hashes,
-            short_p99_seconds=self._capabilities.short_p99_seconds,
+            custodies=self.capabilities.custodies,
+            oaep_hashes=self.capabilities.oaep_hashes,
+            short_p99_seconds=self.capabilities.short_p99_seconds,
             runs_short_operations_inline=self._lanes.inline_wanted,
             is_memory_locked=self._is_memory_locked,
             resident_keys=self._resident_keys,
@@ -125,11 +125,11 @@ class TokenHsm:
 
     def oaep_hashes(self) -> frozenset[Hash]:
         """Return the hashes with which the token does RSA-OAEP."""
-        return self._capabilities.oaep_hashes
+        return self.capabilities.oaep_hashes
 
     def custody_for(self, spec: KeySpec, minimum: Custody | None) -> Custody:
         """Return the custody in which a key of *spec* would be made, or raise CUSTODY_UNAVAILABLE."""
-        works = self._capabilities.of(spec)
+        works = self.capabilities.of(spec)
         if not works:
             raise unsupported(f"{spec.key_type} keys for {spec.purpose}")
         if minimum is Custody.RESIDENT:
@@ -194,7 +194,7 @@ class TokenHsm:
         """Open RSA-OAEP, or raise CIPHERTEXT_INVALID."""
         fits = operations.check_rsa_decryption(key.identity.spec, body)
         mechanism = f"RSA-OAEP with {hash_}"
-        if hash_ not in self._capabilities.oaep_hashes:
+        if hash_ not in self.capabilities.oaep_hashes:
             raise unsupported(mechanism)
         if not fits:
             raise ciphertext_invalid()
@@ -278,9 +278,10 @@ class TokenHsm:
         self._link.close(_CLOSE_SECONDS)
 
 
-async def open_hsm(settings: HsmSettings) -> TokenHsm:
+async def open_hsm(settings: HsmSettings, *, known: Capabilities | None = None) -> TokenHsm:
     """Connect to the token, find out what it can do, and return the port.
 
+    *known* is what an earlier opening of such a token found out (`TokenHsm.capabilities`); it spares the trials.
     Raises MALFORMED for settings that do not fit each other, HSM_UNAVAILABLE if the token does not answer (after some
     attempts) or must not be used, HSM_KEK_MISSING where `kms hsm init` has not been run. Forbids core dumps of the process.
     """
@@ -290,7 +291,8 @@ async def open_hsm(settings: HsmSettings) -> TokenHsm:
     module.claim()
     try:
         connection = await _connect_patiently(module, settings)
-        capabilities = await asyncio.to_thread(_find_capabilities, connection)
+        capabilities = await asyncio.to_thread(_find_capabilities, connection) if known is None else known
+        connection.oaep_hashes = capabilities.oaep_hashes
     except BaseException:
         module.finalise()
         module.release()
