@@ -31,14 +31,14 @@ def numbered(statement: str) -> str:
     """Return the statement with $1, $2 … for psycopg's parameters."""
     numbers: dict[str, int] = {}
     positions = itertools.count()
-    return _PARAMETER.sub(
-        lambda match: f"${numbers.setdefault(match[1] or str(next(positions)), len(numbers) + 1)}", statement
-    )
+    return _PARAMETER.sub(lambda match: f"${numbers.setdefault(match[1] or str(next(positions)), len(numbers) + 1)}", statement)
 
 
 def test_the_search_for_statements_finds_them() -> None:
     found = dict(statements())
-    assert {"kms.store.keys.PAGE", "kms.store.pool.ACT_AS", "kms.store.users.FIND_BY_URI", "kms.store.migrate.RECORD"} <= set(found)
+    assert {"kms.store.keys.PAGE", "kms.store.pool.ACT_AS", "kms.store.users.FIND_BY_URI", "kms.store.migrate.RECORD"} <= set(
+        found
+    )
 
 
 @pytest.mark.parametrize(("name", "statement"), list(statements()), ids=lambda value: value if value.startswith("kms.") else "")
@@ -57,7 +57,11 @@ def test_a_statement_with_an_unknown_column_would_not_prepare(database: Database
 def test_the_state_in_sql_is_the_state_in_python_for_every_combination(database: Database) -> None:
     moments = (None, _NOW - timedelta(days=1), _NOW, _NOW + timedelta(days=1))
     statuses = ("active", "inactive", "expired", "compromised", "revoked")
-    rows = list(itertools.product(statuses, *[moments] * 6))
+    combinations = [(status, days) for status in statuses for days in itertools.product(moments, repeat=6)]
+    columns = [
+        [status for status, _ in combinations],
+        *(list(column) for column in zip(*(days for _, days in combinations), strict=True)),
+    ]
     query = b"""
         SELECT cryptography.effective_status(status, activated, deactivated, superseded, expires, scheduled, destroyed, $1)
         FROM unnest(
@@ -67,8 +71,8 @@ def test_the_state_in_sql_is_the_state_in_python_for_every_combination(database:
         ORDER BY number
     """
     with psycopg.RawCursor(psycopg.connect(database.admin_dsn)) as cursor:
-        cursor.execute(query, (_NOW, *(list(column) for column in zip(*rows, strict=True))))
+        cursor.execute(query, (_NOW, *columns))
         found = [row[0] for row in cursor.fetchall()]
         cursor.connection.close()
-    assert found == [effective_state(Standing(*row), _NOW) for row in rows]
+    assert found == [effective_state(Standing(status, *days), _NOW) for status, days in combinations]
     assert len(found) == 5 * 4**6

@@ -1,0 +1,389 @@
+"""Row security and rights, seen from outside as the service's own login, and found from the catalog.
+
+Tables, partitions and functions are looked up, so that a new one without its rule fails here.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+from uuid import UUID
+
+import psycopg
+import pytest
+from psycopg import errors, sql
+
+from tests.fixtures.postgres import Database
+from tests.store.access_matrix import BEGIN, END, README, matrix
+
+ALICE: Final = UUID("aaaaaaaa-0000-4000-8000-000000000001")
+BOB: Final = UUID("bbbbbbbb-0000-4000-8000-000000000002")
+ROLES: Final = ("authenticated_users", "admin_users", "auditor_users", "job_runner")
+DEFINERS: Final = {"kms_login", "kms_lifecycle"}
+NOT_USERS_DATA: Final = {"schema_migrations"}
+HIDDEN: Final = {
+    "authentication.users": {"password_hash", "salt", "mfa_secret"},
+    "authentication.user_profiles": {"two_factor_backup_codes"},
+    "authentication.user_sessions": {"session_token", "refresh_token"},
+    "cryptography.keys": {"encrypted_private_key"},
+}
+_PROFILE: Final = {
+    "first_name",
+    "last_name",
+    "display_name",
+    "avatar_url",
+    "preferred_language",
+    "timezone",
+    "date_format",
+    "time_format",
+    "theme",
+    "notifications_enabled",
+    "marketing_emails",
+    "metadata",
+}
+_NEW_KEY: Final = {
+    "id",
+    "user_id",
+    "key_name",
+    "key_type",
+    "key_purpose",
+    "key_curve",
+    "public_key",
+    "encrypted_private_key",
+    "key_derivation_path",
+    "parent_key_id",
+    "hsm_key_id",
+    "encryption_algorithm",
+    "key_strength",
+    "metadata",
+    "custody",
+    "origin",
+    "bound_to",
+}
+MAY_INSERT: Final = {
+    ("authenticated_users", "authentication.user_profiles"): _PROFILE | {"user_id"},
+    ("authenticated_users", "cryptography.keys"): _NEW_KEY,
+    ("job_runner", "cryptography.wrapping_keys"): {"id", "kind", "generation", "token_serial"},
+}
+MAY_UPDATE: Final = {
+    ("authenticated_users", "authentication.user_profiles"): _PROFILE,
+    ("authenticated_users", "cryptography.keys"): {"key_name", "metadata"},
+    ("job_runner", "cryptography.wrapping_keys"): {"token_serial", "backup_confirmed_at"},
+}
+
+ROWS_OF_A_USER: Final = """
+    INSERT INTO authentication.users (id, username, email, password_hash, salt)
+        VALUES (%(user)s, %(name)s, %(name)s || '@example.org', '!', '!');
+    INSERT INTO authentication.user_profiles (user_id) VALUES (%(user)s);
+    INSERT INTO authentication.user_roles (user_id, role_id) SELECT %(user)s, id FROM authentication.roles;
+    INSERT INTO authentication.user_sessions (user_id, session_token, refresh_token, expires_at)
+        VALUES (%(user)s, repeat('0', 64), repeat('1', 64), now() + interval '1 hour');
+    INSERT INTO authentication.login_history (user_id, login_method, success) VALUES (%(user)s, 'password', true);
+    INSERT INTO cryptography.keys (
+        id, user_id, key_name, key_type, key_purpose, public_key, encrypted_private_key, key_strength, custody, origin
+    ) VALUES
+        (%(key)s, %(user)s, 'old', 'aes', 'encryption', 'kcv:000000', 'x', 256, 'SEALED', 'GENERATED'),
+        (gen_random_uuid(), %(user)s, 'new', 'aes', 'encryption', 'kcv:000000', 'x', 256, 'SEALED', 'GENERATED');
+    INSERT INTO cryptography.key_rotations (user_id, old_key_id, rotation_reason) VALUES (%(user)s, %(key)s, 'age');
+    INSERT INTO cryptography.certificates (user_id, key_id, certificate_type, certificate_data)
+        VALUES (%(user)s, %(key)s, 'x509', 'x');
+"""
+
+
+@pytest.fixture
+def admin(database: Database) -> Iterator[psycopg.Connection[Any]]:
+    with psycopg.connect(database.admin_dsn, autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+def service(database: Database, admin: psycopg.Connection[Any]) -> Iterator[psycopg.Connection[Any]]:
+    """The service's login, on a database with rows of two users in every table."""
+    admin.execute(b"INSERT INTO authentication.roles (name) VALUES ('signer')")
+    for user, name in ((ALICE, "alice"), (BOB, "bob")):
+        psycopg.ClientCursor(admin).execute(ROWS_OF_A_USER, {"user": user, "name": name, "key": user})
+    admin.execute(b"INSERT INTO cryptography.wrapping_keys VALUES (gen_random_uuid(), 'kek', 1, 'serial')")
+    with psycopg.connect(database.dsn) as connection:
+        yield connection
+
+
+@contextmanager
+def acting(service: psycopg.Connection[Any], role: str, user: UUID | str) -> Iterator[None]:
+    with service.transaction(force_rollback=True):
+        service.execute("SELECT set_config('role', %s, true), set_config('app.user_id', %s, true)", (role, str(user)))
+        yield
+
+
+def refusal(service: psycopg.Connection[Any], statement: sql.Composed | bytes) -> type[psycopg.Error] | None:
+    """Run the statement in a savepoint and return how it was refused."""
+    try:
+        with service.transaction(force_rollback=True):
+            service.execute(statement)
+    except psycopg.Error as error:
+        return type(error)
+    return None
+
+
+def is_denied(service: psycopg.Connection[Any], statement: sql.Composed | bytes) -> bool:
+    """Whether the right is missing. A row that a policy refuses has the same SQLSTATE, but was let in by the rights."""
+    try:
+        with service.transaction(force_rollback=True):
+            service.execute(statement)
+    except psycopg.Error as error:
+        return (error.diag.message_primary or "").startswith("permission denied")
+    return False
+
+
+def tables(admin: psycopg.Connection[Any], *, partitions: bool = False) -> dict[str, list[str]]:
+    """Return each table with its columns, but not those without data of users."""
+    found: dict[str, list[str]] = {}
+    query = b"""
+        SELECT c.oid::regclass::text, a.attname FROM pg_class AS c JOIN pg_attribute AS a ON a.attrelid = c.oid
+        WHERE c.relkind IN ('r', 'p') AND c.relnamespace::regnamespace::text !~ '^(pg_|information_schema)'
+            AND a.attnum > 0 AND NOT a.attisdropped AND (NOT c.relispartition OR %s)
+        ORDER BY 1, a.attnum
+    """
+    for table, column in admin.execute(query, (partitions,)):
+        if table not in NOT_USERS_DATA:
+            found.setdefault(table, []).append(column)
+    return found
+
+
+def owner_column(table: str, columns: list[str]) -> str | None:
+    return "id" if table == "authentication.users" else "user_id" if "user_id" in columns else None
+
+
+def named(table: str) -> sql.Identifier:
+    return sql.Identifier(*table.split("."))
+
+
+def unprotected(admin: psycopg.Connection[Any]) -> set[str]:
+    query = b"SELECT relrowsecurity AND relforcerowsecurity FROM pg_class WHERE oid = %s::regclass"
+    return {name for name in tables(admin, partitions=True) if admin.execute(query, (name,)).fetchone() != (True,)}
+
+
+def test_row_security_is_forced_on_every_table_and_partition(admin: psycopg.Connection[Any]) -> None:
+    assert len(tables(admin, partitions=True)) >= 14
+    assert unprotected(admin) == set()
+    admin.execute(b"CREATE TABLE cryptography.forgotten (user_id uuid)")
+    assert unprotected(admin) == {"cryptography.forgotten"}
+
+
+def test_partitions_have_the_policies_of_their_parents_and_no_rights(admin: psycopg.Connection[Any]) -> None:
+    query = b"""
+        WITH policies (relation, found) AS (
+            SELECT polrelid, array_agg((polname, polcmd, polroles, pg_get_expr(polqual, polrelid))::text ORDER BY polname)
+            FROM pg_policy GROUP BY polrelid
+        )
+        SELECT c.oid::regclass::text, c.relacl IS NULL, own.found = parents.found
+        FROM pg_class AS c
+            JOIN pg_inherits AS i ON i.inhrelid = c.oid
+            LEFT JOIN policies AS own ON own.relation = c.oid
+            LEFT JOIN policies AS parents ON parents.relation = i.inhparent
+        WHERE c.relispartition AND c.relkind = 'r'
+    """
+    found = admin.execute(query).fetchall()
+    assert len(found) >= 4
+    assert [row for row in found if row[1:] != (True, True)] == []
+    rights = b"""
+        SELECT attrelid::regclass FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = attrelid
+        WHERE relispartition AND attacl IS NOT NULL
+    """
+    assert admin.execute(rights).fetchall() == []
+
+
+def test_every_policy_says_which_rows_may_be_written(admin: psycopg.Connection[Any]) -> None:
+    query = b"""
+        SELECT polrelid::regclass, polname FROM pg_policy
+        WHERE polcmd IN ('*', 'w', 'a') AND polwithcheck IS NULL OR polcmd <> 'a' AND polqual IS NULL OR polroles = '{0}'
+    """
+    assert admin.execute(query).fetchall() == []
+
+
+def test_the_services_login_owns_nothing_and_is_only_what_it_should_be(admin: psycopg.Connection[Any]) -> None:
+    owned = b"SELECT classid::regclass, objid FROM pg_shdepend WHERE refobjid = 'kms_service'::regrole AND deptype = 'o'"
+    assert admin.execute(owned).fetchall() == []
+    member = b"""
+        SELECT roleid::regrole::text, inherit_option, set_option, admin_option FROM pg_auth_members
+        WHERE member = 'kms_service'::regrole ORDER BY 1
+    """
+    assert admin.execute(member).fetchall() == [(role, False, True, False) for role in sorted(ROLES)]
+    power = b"""
+        SELECT rolsuper, rolbypassrls, rolcreaterole, rolcreatedb, rolreplication, rolinherit FROM pg_roles
+        WHERE rolname = 'kms_service'
+    """
+    assert admin.execute(power).fetchone() == (False,) * 6
+
+
+def test_definer_functions_belong_to_roles_that_own_no_table(admin: psycopg.Connection[Any]) -> None:
+    query = b"""
+        SELECT p.oid::regprocedure::text, pg_get_userbyid(p.proowner)::text,
+            EXISTS (SELECT FROM pg_class AS c WHERE c.relowner = p.proowner),
+            'search_path=pg_catalog, pg_temp' = ANY (p.proconfig)
+        FROM pg_proc AS p WHERE p.prosecdef AND p.pronamespace::regnamespace::text !~ '^(pg_|information_schema)'
+    """
+    found = admin.execute(query).fetchall()
+    assert len(found) >= 2
+    assert {owner for _, owner, _, _ in found} <= DEFINERS
+    assert [row for row in found if row[2] or not row[3]] == []
+
+
+def test_definer_roles_cannot_log_in_and_nobody_becomes_one(admin: psycopg.Connection[Any]) -> None:
+    for role in DEFINERS:
+        query = b"""
+            SELECT rolcanlogin OR rolsuper OR rolbypassrls OR rolinherit OR EXISTS (
+                SELECT FROM pg_auth_members WHERE roleid = r.oid AND set_option AND member::regrole::text <> 'kms_migrator'
+            ) FROM pg_roles AS r WHERE rolname = %s
+        """
+        assert admin.execute(query, (role,)).fetchone() == (False,)
+
+
+def test_no_function_may_be_called_by_everybody(admin: psycopg.Connection[Any]) -> None:
+    query = b"""
+        SELECT p.oid::regprocedure FROM pg_proc AS p
+        WHERE p.pronamespace::regnamespace::text !~ '^(pg_|information_schema)'
+            AND EXISTS (SELECT FROM aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) WHERE grantee = 0)
+            AND NOT EXISTS (SELECT FROM pg_depend WHERE objid = p.oid AND deptype = 'e')
+    """
+    assert admin.execute(query).fetchall() == []
+
+
+def test_the_matrix_in_the_readme_is_that_of_the_catalog(admin: psycopg.Connection[Any]) -> None:
+    written = README.read_text().partition(BEGIN)[2].partition(END)[0].strip()
+    assert written == matrix(admin).strip(), "run python -m tests.store.access_matrix"
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_nobody_writes_more_than_he_may_not_even_his_own_rows(
+    admin: psycopg.Connection[Any], service: psycopg.Connection[Any], role: str
+) -> None:
+    wrong = []
+    with acting(service, role, ALICE):
+        for table, columns in tables(admin, partitions=True).items():
+            for column in columns:
+                target, name = named(table), sql.Identifier(column)
+                insert = sql.SQL("INSERT INTO {} ({}) VALUES (DEFAULT)").format(target, name)
+                update = sql.SQL("UPDATE {} SET {} = DEFAULT").format(target, name)
+                for statement, may in ((insert, MAY_INSERT), (update, MAY_UPDATE)):
+                    if is_denied(service, statement) == (column in may.get((role, table), set())):
+                        wrong.append(statement.as_string())
+            wrong += [word + table for word in ("DELETE FROM ", "TRUNCATE ") if not is_denied(service, (word + table).encode())]
+    assert wrong == []
+
+
+def test_a_user_sees_his_own_rows_and_no_others_in_every_table(
+    admin: psycopg.Connection[Any], service: psycopg.Connection[Any]
+) -> None:
+    seen = 0
+    with acting(service, "authenticated_users", BOB):
+        for table, columns in tables(admin).items():
+            owner = owner_column(table, columns)
+            if owner is None:
+                continue
+            query = sql.SQL("SELECT DISTINCT {} FROM {}").format(sql.Identifier(owner), named(table))
+            assert service.execute(query).fetchall() == [(BOB,)], table
+            seen += 1
+    assert seen >= 8
+
+
+def test_without_a_user_there_are_no_rows(admin: psycopg.Connection[Any], service: psycopg.Connection[Any]) -> None:
+    for user in ("", UUID(int=0)):
+        with acting(service, "authenticated_users", user):
+            for table, columns in tables(admin).items():
+                owner = owner_column(table, columns)
+                if owner is not None:
+                    query = sql.SQL("SELECT count({}) FROM {}").format(sql.Identifier(owner), named(table))
+                    assert service.execute(query).fetchone() == (0,), table
+
+
+def test_without_a_role_there_is_nothing_at_all(admin: psycopg.Connection[Any], service: psycopg.Connection[Any]) -> None:
+    service.execute("SELECT set_config('app.user_id', %s, false)", (str(ALICE),))
+    for table in tables(admin, partitions=True):
+        query = sql.SQL("SELECT count(*) FROM {}").format(named(table))
+        assert refusal(service, query) is errors.InsufficientPrivilege, table
+
+
+def test_a_partition_read_directly_shows_own_rows_alone(admin: psycopg.Connection[Any], service: psycopg.Connection[Any]) -> None:
+    partitions = set(tables(admin, partitions=True)) - set(tables(admin))
+    shown: set[UUID] = set()
+    for partition in sorted(partitions):
+        query = sql.SQL("SELECT user_id FROM {}").format(named(partition))
+        with acting(service, "authenticated_users", BOB):
+            assert refusal(service, query) is errors.InsufficientPrivilege
+        admin.execute(sql.SQL("GRANT SELECT ON {} TO authenticated_users").format(named(partition)))
+        with acting(service, "authenticated_users", BOB):
+            shown |= {row[0] for row in service.execute(query)}
+    assert shown == {BOB}
+
+
+def test_another_users_row_cannot_be_changed_or_made(service: psycopg.Connection[Any]) -> None:
+    with acting(service, "authenticated_users", BOB):
+        changed = service.execute("UPDATE cryptography.keys SET metadata = '{}' WHERE user_id = %s", (ALICE,))
+        assert changed.rowcount == 0
+        changed = service.execute("UPDATE authentication.user_profiles SET theme = 'x' WHERE user_id = %s", (ALICE,))
+        assert changed.rowcount == 0
+        make = sql.SQL(
+            "INSERT INTO cryptography.keys (user_id, key_name, key_type, key_purpose, public_key, encrypted_private_key,"
+            " key_strength, custody, origin)"
+            " VALUES ({}, 'planted', 'aes', 'encryption', 'kcv:000000', 'x', 256, 'SEALED', 'GENERATED')"
+        )
+        assert refusal(service, make.format(sql.Literal(BOB))) is None
+        assert refusal(service, make.format(sql.Literal(ALICE))) is errors.InsufficientPrivilege
+
+
+def test_a_key_cannot_be_hung_under_another_users(service: psycopg.Connection[Any]) -> None:
+    with acting(service, "authenticated_users", BOB):
+        make = sql.SQL(
+            "INSERT INTO cryptography.keys (user_id, parent_key_id, key_name, key_type, key_purpose, public_key,"
+            " encrypted_private_key, key_strength, custody, origin)"
+            " VALUES ({}, {}, 'child', 'aes', 'encryption', 'kcv:000000', 'x', 256, 'SEALED', 'GENERATED')"
+        )
+        assert refusal(service, make.format(sql.Literal(BOB), sql.Literal(BOB))) is None
+        assert refusal(service, make.format(sql.Literal(BOB), sql.Literal(ALICE))) is errors.ForeignKeyViolation
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_hidden_columns_stay_hidden(service: psycopg.Connection[Any], role: str) -> None:
+    with acting(service, role, ALICE):
+        for table, columns in HIDDEN.items():
+            for column in columns:
+                query = sql.SQL("SELECT {} FROM {}").format(sql.Identifier(column), named(table))
+                expected = None if (role, column) == (ROLES[0], "encrypted_private_key") else errors.InsufficientPrivilege
+                assert refusal(service, query) is expected, (table, column)
+            assert refusal(service, sql.SQL("TABLE {}").format(named(table))) is (
+                None if (role, table) == (ROLES[0], "cryptography.keys") else errors.InsufficientPrivilege
+            )
+
+
+@pytest.mark.parametrize("role", ["none", *ROLES])
+def test_the_service_cannot_turn_its_fetters_off(service: psycopg.Connection[Any], role: str) -> None:
+    attempts = (
+        b"ALTER TABLE cryptography.keys DISABLE ROW LEVEL SECURITY",
+        b"ALTER TABLE cryptography.keys NO FORCE ROW LEVEL SECURITY",
+        b"DROP POLICY keys_own_data ON cryptography.keys",
+        b"ALTER ROLE kms_service BYPASSRLS",
+        b"GRANT kms_lifecycle TO kms_service",
+        b"SET ROLE kms_lifecycle",
+        b"SET ROLE postgres",
+        b"SET SESSION AUTHORIZATION postgres",
+        b"CREATE TABLE public.own ()",
+        b"CREATE TEMP TABLE own ()",
+        b"CREATE SCHEMA own",
+        b"SET session_replication_role = replica",
+        b"SELECT pg_read_file('postmaster.pid')",
+        b"COPY authentication.users TO PROGRAM 'cat'",
+        b"SELECT rolpassword FROM pg_authid",
+        b"INSERT INTO public.schema_migrations (version) VALUES ('9')",
+    )
+    with acting(service, role, ALICE):
+        for attempt in attempts:
+            assert refusal(service, attempt) is errors.InsufficientPrivilege, attempt
+
+
+def test_row_security_switched_off_is_an_error_and_not_a_view_of_everything(service: psycopg.Connection[Any]) -> None:
+    with acting(service, "authenticated_users", ALICE):
+        service.execute("SET LOCAL row_security = off")
+        assert refusal(service, b"SELECT id FROM cryptography.keys") is errors.InsufficientPrivilege
+
+
+def test_other_logins_may_not_even_connect(database: Database, admin: psycopg.Connection[Any]) -> None:
+    assert admin.execute(b"SELECT has_database_privilege('pg_monitor', current_database(), 'CONNECT')").fetchone() == (False,)
