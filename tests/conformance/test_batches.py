@@ -1,0 +1,67 @@
+"""Batches: a status for each item, in its place."""
+
+import grpc
+
+from kms.v1 import crypto_pb2 as cpb
+from tests.conformance.refusals import item_reason, refusal
+from tests.conformance.requests import made
+from tests.fixtures.server import Caller
+
+
+def test_each_item_is_answered_in_its_place_with_a_result_or_a_status(caller: Caller) -> None:
+    made(caller, "aes")
+    items = [
+        cpb.EncryptRequest(key="k", plaintext=b"0"),
+        cpb.EncryptRequest(key="absent", plaintext=b"1"),
+        cpb.EncryptRequest(key="k", plaintext=b"2"),
+        cpb.EncryptRequest(key="", plaintext=b"3"),
+        cpb.EncryptRequest(key="k", plaintext=b"4", request_id="r"),
+    ]
+    answers = caller.crypto.BatchEncrypt(cpb.BatchEncryptRequest(items=items)).items
+    outcomes = [item_reason(item.error) if item.WhichOneof("outcome") == "error" else "OK" for item in answers]
+    assert outcomes == ["OK", "KEY_NOT_FOUND", "OK", "MALFORMED", "NOT_IMPLEMENTED"]
+    sealed = [answers[0].result.ciphertext, answers[2].result.ciphertext, b"rubbish"]
+    opened = caller.crypto.BatchDecrypt(
+        cpb.BatchDecryptRequest(items=[cpb.DecryptRequest(ciphertext=ciphertext) for ciphertext in sealed])
+    ).items
+    assert [item.result.plaintext for item in opened[:2]] == [b"0", b"2"]
+    assert item_reason(opened[2].error) == "CIPHERTEXT_INVALID"
+
+
+def test_signatures_come_and_are_verified_in_batches(caller: Caller) -> None:
+    kinds = ("secp256k1", "secp256r1", "ed25519", "rsa")
+    for kind in kinds:
+        made(caller, kind, name=kind)
+    requests = [cpb.SignRequest(key=kind, message=bytes((number,))) for number in range(8) for kind in kinds]
+    signed = caller.crypto.BatchSign(cpb.BatchSignRequest(items=requests)).items
+    verify = [
+        cpb.VerifyRequest(key=request.key, message=request.message, signature=answer.result.signature)
+        for request, answer in zip(requests, signed, strict=True)
+    ]
+    verify.append(cpb.VerifyRequest(key="ed25519", message=b"other", signature=signed[2].result.signature))
+    verified = caller.crypto.BatchVerify(cpb.BatchVerifyRequest(items=verify)).items
+    assert [item.result.valid for item in verified] == [True] * len(requests) + [False]
+
+
+def test_a_batch_has_1_to_256_items_and_at_most_a_mebibyte(caller: Caller) -> None:
+    made(caller, "aes")
+    item = cpb.EncryptRequest(key="k", plaintext=b"x")
+    assert len(caller.crypto.BatchEncrypt(cpb.BatchEncryptRequest(items=[item] * 256)).items) == 256
+    big = cpb.EncryptRequest(key="k", plaintext=bytes(65_536))
+    assert len(caller.crypto.BatchEncrypt(cpb.BatchEncryptRequest(items=[big] * 16)).items) == 16
+    for request in (
+        cpb.BatchEncryptRequest(),
+        cpb.BatchEncryptRequest(items=[item] * 257),
+        cpb.BatchEncryptRequest(items=[big] * 16 + [item]),
+    ):
+        found = refusal(caller.crypto.BatchEncrypt, request)
+        assert (found.code, found.metadata) == (grpc.StatusCode.INVALID_ARGUMENT, {"field": "items"})
+
+
+def test_verifying_the_empty_batch_is_malformed_in_every_form(caller: Caller) -> None:
+    for call, request in (
+        (caller.crypto.BatchSign, cpb.BatchSignRequest()),
+        (caller.crypto.BatchVerify, cpb.BatchVerifyRequest()),
+        (caller.crypto.BatchDecrypt, cpb.BatchDecryptRequest()),
+    ):
+        assert refusal(call, request).metadata == {"field": "items"}

@@ -1,0 +1,96 @@
+"""Who is let in: the user that the client certificate names, and nobody else."""
+
+import uuid
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import grpc
+import psycopg
+import pytest
+from cryptography import x509
+
+from kms.domain.ids import UserId, identity_uri
+from kms.pki.authority import issue_client, issue_crl, make_authority
+from kms.v1 import keys_pb2 as kpb
+from tests.conformance.refusals import refusal
+from tests.fixtures.server import DEPLOYMENT, Deployment, RunningServer
+
+NOBODY = UserId(uuid.UUID(int=7))
+LIST = kpb.ListKeysRequest()
+
+
+def test_without_a_client_certificate_there_is_no_connection(server: RunningServer) -> None:
+    ca = (server.deployment.directory / "authority.crt").read_bytes()
+    for credentials in (grpc.ssl_channel_credentials(ca), None):
+        channel = grpc.secure_channel(server.address, credentials) if credentials else grpc.insecure_channel(server.address)
+        with channel, pytest.raises(grpc.FutureTimeoutError):
+            grpc.channel_ready_future(channel).result(timeout=1)
+
+
+def test_a_certificate_of_another_authority_gives_no_connection(server: RunningServer, tmp_path: Path) -> None:
+    user = server.deployment.new_user()
+    other = make_authority(tmp_path, now=datetime.now(UTC))
+    stranger = server.caller_with(issue_client(other, identity_uri(DEPLOYMENT, user), now=datetime.now(UTC)), user)
+    with pytest.raises(grpc.FutureTimeoutError):
+        grpc.channel_ready_future(stranger.channel).result(timeout=1)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        identity_uri(DEPLOYMENT, NOBODY),
+        identity_uri("other", NOBODY),
+        "kms://test/user/",
+        "https://example.invalid/",
+        identity_uri(DEPLOYMENT, NOBODY).upper(),
+    ],
+)
+def test_unknown_users_and_other_names_are_refused_all_alike(server: RunningServer, uri: str) -> None:
+    found = refusal(server.caller_with(server.deployment.certificate(uri), NOBODY).keys.ListKeys, LIST)
+    assert (found.code, found.reason) == (grpc.StatusCode.UNAUTHENTICATED, "CREDENTIALS_INVALID")
+    assert found == refusal(server.caller(NOBODY).keys.ListKeys, LIST)
+
+
+@pytest.mark.parametrize("change", ["deleted_at = now()", "locked_until = now() + interval '1 hour'"])
+def test_a_user_who_is_deleted_or_locked_is_refused_at_his_next_call(server: RunningServer, change: str) -> None:
+    caller = server.caller()
+    caller.keys.ListKeys(LIST)
+    with psycopg.connect(server.deployment.database.admin_dsn, autocommit=True) as connection:
+        connection.execute(f"UPDATE authentication.users SET {change} WHERE id = %s", (caller.user_id,))
+    assert refusal(caller.keys.ListKeys, LIST).reason == "CREDENTIALS_INVALID"
+
+
+def test_a_revoked_certificate_is_refused_on_the_connection_it_already_has(deployment: Deployment) -> None:
+    crl_file = deployment.directory / "revoked.crl"
+    crl_file.write_bytes(issue_crl(deployment.authority, [], now=datetime.now(UTC)))
+    text = deployment.config_file.read_text().replace("[database]", 'client_crl_file = "revoked.crl"\n[database]')
+    deployment.config_file.write_text(text)
+    with deployment.serving() as server:
+        caller = server.caller()
+        caller.keys.ListKeys(LIST)
+        user = deployment.new_user()
+        issued = deployment.certificate(identity_uri(DEPLOYMENT, user))
+        revoked = server.caller_with(issued, user)
+        revoked.keys.ListKeys(LIST)
+        serial = x509.load_pem_x509_certificate(issued.certificate).serial_number
+        renewed = crl_file.with_suffix(".new")
+        renewed.write_bytes(issue_crl(deployment.authority, [serial], now=datetime.now(UTC)))
+        renewed.rename(crl_file)
+        assert refusal(revoked.keys.ListKeys, LIST).reason == "CREDENTIALS_INVALID"
+        caller.keys.ListKeys(LIST)
+
+
+def test_a_certificate_that_ends_is_refused_on_the_connection_it_already_has(server: RunningServer) -> None:
+    user = server.deployment.new_user()
+    # A certificate of one day that began a day ago, less three seconds.
+    began = datetime.now(UTC) - timedelta(days=1) + timedelta(seconds=3)
+    issued = issue_client(server.deployment.authority, identity_uri(DEPLOYMENT, user), now=began, days=1)
+    caller = server.caller_with(issued, user)
+    caller.keys.ListKeys(LIST)
+    deadline = datetime.now(UTC) + timedelta(seconds=10)
+    while datetime.now(UTC) < deadline:
+        try:
+            caller.keys.ListKeys(LIST)
+        except grpc.RpcError:
+            break
+    assert refusal(caller.keys.ListKeys, LIST).reason == "CREDENTIALS_INVALID"

@@ -1,0 +1,161 @@
+"""KeyService: what it makes, shows, lists and refuses."""
+
+import uuid
+from collections.abc import Callable
+
+import grpc
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import load_der_public_key, load_pem_public_key
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from kms.v1 import keys_pb2 as kpb
+from tests.conformance.refusals import refusal
+from tests.conformance.requests import KEY_TYPES, create, made
+from tests.fixtures.server import Caller
+
+
+@pytest.mark.parametrize(
+    ("kind", "size_bits"),
+    [
+        ("secp256k1", 256),
+        ("secp256r1", 256),
+        ("ed25519", 256),
+        ("rsa", 2048),
+        ("rsa-encryption", 3072),
+        ("aes", 128),
+        ("aes", 192),
+        ("aes", 256),
+    ],
+)
+def test_each_key_type_is_made_and_shown(caller: Caller, kind: str, size_bits: int) -> None:
+    key = made(caller, kind, size_bits=size_bits)
+    assert (key.type, key.purpose, key.size_bits) == (*KEY_TYPES[kind], size_bits)
+    assert (key.name, key.state, key.origin, key.usage_count, key.version) == ("k", kpb.KEY_STATE_ACTIVE, "GENERATED", 0, 1)
+    assert key.created_at.seconds > 0
+    assert caller.keys.GetKey(kpb.GetKeyRequest(key="k")).key == key
+    assert caller.keys.GetKey(kpb.GetKeyRequest(key=key.id)).key == key
+
+
+@pytest.mark.parametrize("kind", ["secp256k1", "secp256r1", "ed25519", "rsa"])
+def test_the_public_key_is_spki_of_the_type_and_size(caller: Caller, kind: str) -> None:
+    key = made(caller, kind)
+    found = caller.keys.GetPublicKey(kpb.GetPublicKeyRequest(key="k"))
+    assert (found.key_id, found.type, found.public_key_pem) == (key.id, key.type, key.public_key_pem)
+    public = load_pem_public_key(found.public_key_pem.encode())
+    assert load_der_public_key(found.public_key_der) == public
+    if isinstance(public, ec.EllipticCurvePublicKey):
+        assert public.curve.name == kind
+    elif isinstance(public, rsa.RSAPublicKey):
+        assert (public.key_size, public.public_numbers().e) == (2048, 65537)
+    else:
+        assert isinstance(public, ed25519.Ed25519PublicKey)
+
+
+def test_an_aes_key_shows_a_check_value_and_has_no_public_half(caller: Caller) -> None:
+    key = made(caller, "aes")
+    assert (len(bytes.fromhex(key.check_value)), key.public_key_pem) == (3, "")
+    assert refusal(caller.keys.GetPublicKey, kpb.GetPublicKeyRequest(key="k")).reason == "WRONG_PURPOSE"
+
+
+def test_custody_is_stated_and_a_weaker_one_is_refused_not_substituted(caller: Caller) -> None:
+    assert made(caller, "secp256k1", name="a").custody == kpb.CUSTODY_WRAPPED
+    # SoftHSM 2.6 cannot wrap Ed25519 keys; a token that can passes as well.
+    sealed = made(caller, "ed25519", name="b").custody
+    assert sealed in (kpb.CUSTODY_SEALED, kpb.CUSTODY_WRAPPED)
+    request = create("ed25519", name="c", custody=kpb.CUSTODY_WRAPPED)
+    if sealed == kpb.CUSTODY_SEALED:
+        assert refusal(caller.keys.CreateKey, request).reason == "CUSTODY_UNAVAILABLE"
+        assert refusal(caller.keys.GetKey, kpb.GetKeyRequest(key="c")).reason == "KEY_NOT_FOUND"
+
+
+@pytest.mark.parametrize(
+    ("key_type", "purpose"),
+    [
+        (kpb.KEY_TYPE_SECP256K1, kpb.KEY_PURPOSE_ENCRYPTION),
+        (kpb.KEY_TYPE_ED25519, kpb.KEY_PURPOSE_DERIVATION),
+        (kpb.KEY_TYPE_AES, kpb.KEY_PURPOSE_SIGNING),
+        (kpb.KEY_TYPE_RSA, kpb.KEY_PURPOSE_AUTHENTICATION),
+    ],
+)
+def test_a_pair_that_is_not_in_the_table_is_refused(
+    caller: Caller, key_type: "kpb.KeyType.ValueType", purpose: "kpb.KeyPurpose.ValueType"
+) -> None:
+    found = refusal(caller.keys.CreateKey, kpb.CreateKeyRequest(name="k", type=key_type, purpose=purpose))
+    assert (found.code, found.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "WRONG_PURPOSE")
+
+
+def test_a_name_is_taken_once_per_user(new_caller: Callable[[], Caller]) -> None:
+    ada, bob = new_caller(), new_caller()
+    made(ada, "aes")
+    found = refusal(ada.keys.CreateKey, create("aes"))
+    assert (found.code, found.reason) == (grpc.StatusCode.ALREADY_EXISTS, "NAME_TAKEN")
+    made(bob, "aes")
+
+
+def test_what_is_not_enforced_yet_is_refused_never_ignored(caller: Caller) -> None:
+    for field, value in (
+        ("max_usage_count", 0),
+        ("expires_at", Timestamp(seconds=4_000_000_000)),
+        ("activated_at", Timestamp()),
+        ("request_id", "r"),
+    ):
+        request = create("aes")
+        if isinstance(value, Timestamp):
+            getattr(request, field).CopyFrom(value)
+        else:
+            setattr(request, field, value)
+        found = refusal(caller.keys.CreateKey, request)
+        assert (found.code, found.reason, found.metadata) == (grpc.StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED", {"field": field})
+    assert not caller.keys.ListKeys(kpb.ListKeysRequest()).keys
+
+
+def test_metadata_comes_back_and_is_bounded(caller: Caller) -> None:
+    request = create("aes")
+    request.metadata.update({"team": "zahlungen-ü", "empty": ""})
+    assert dict(caller.keys.CreateKey(request).key.metadata) == {"team": "zahlungen-ü", "empty": ""}
+    for bad in ({"": "x"}, {"x" * 64: "y"}, {"x": "y" * 256}, {"x": "a\nb"}, {"x": "a\x00b"}, {str(n): "" for n in range(33)}):
+        request = create("aes", name="other")
+        request.metadata.update(bad)
+        assert refusal(caller.keys.CreateKey, request).metadata == {"field": "metadata"}
+
+
+def test_pages_give_every_key_once_in_the_order_of_names(caller: Caller) -> None:
+    names = sorted(f"n{number:02}" for number in range(7))
+    for name in reversed(names):
+        made(caller, "aes", name=name)
+    seen: list[str] = []
+    token = ""
+    while True:
+        page = caller.keys.ListKeys(kpb.ListKeysRequest(page_size=3, page_token=token))
+        assert len(page.keys) <= 3
+        seen += [key.name for key in page.keys]
+        token = page.next_page_token
+        if not token:
+            break
+    assert seen == names
+
+
+def test_a_filter_restricts_and_a_page_token_belongs_to_its_filter(caller: Caller) -> None:
+    for kind, name in (("aes", "pay/a"), ("aes", "pay/b"), ("secp256r1", "pay/c"), ("aes", "other")):
+        made(caller, kind, name=name)
+
+    def names(**filters: object) -> list[str]:
+        return [key.name for key in caller.keys.ListKeys(kpb.ListKeysRequest(**filters)).keys]  # type: ignore[arg-type]
+
+    assert names(type=kpb.KEY_TYPE_SECP256R1) == ["pay/c"]
+    assert names(purpose=kpb.KEY_PURPOSE_ENCRYPTION, name_prefix="pay/") == ["pay/a", "pay/b"]
+    assert names(state=kpb.KEY_STATE_REVOKED) == []
+    token = caller.keys.ListKeys(kpb.ListKeysRequest(page_size=1, name_prefix="pay/")).next_page_token
+    assert refusal(caller.keys.ListKeys, kpb.ListKeysRequest(page_token=token)).metadata == {"field": "page_token"}
+
+
+def test_anothers_key_is_not_seen_not_listed_and_answered_as_one_that_does_not_exist(new_caller: Callable[[], Caller]) -> None:
+    ada, bob = new_caller(), new_caller()
+    key = made(ada, "secp256k1", name="hers")
+    assert not bob.keys.ListKeys(kpb.ListKeysRequest()).keys
+    absent = refusal(bob.keys.GetKey, kpb.GetKeyRequest(key=str(uuid.uuid4())))
+    assert (absent.code, absent.reason) == (grpc.StatusCode.NOT_FOUND, "KEY_NOT_FOUND")
+    for reference in (key.id, "hers"):
+        assert refusal(bob.keys.GetKey, kpb.GetKeyRequest(key=reference)) == absent
+        assert refusal(bob.keys.GetPublicKey, kpb.GetPublicKeyRequest(key=reference)) == absent
