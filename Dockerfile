@@ -16,7 +16,7 @@ RUN apt-get -qq update \
     && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends softhsm2 >/dev/null \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --system --uid 10001 --home-dir /var/lib/kms --shell /usr/sbin/nologin kms \
-    && install -d -o kms -g kms -m 0711 /var/lib/kms /var/lib/kms/hsm /var/lib/kms/service
+    && install -d -o kms -g kms -m 0711 /var/lib/kms /var/lib/kms/hsm /var/lib/kms/service /var/lib/kms/password
 COPY --from=build /opt/kms /opt/kms
 ENV PATH=/opt/kms/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 USER kms

@@ -54,6 +54,7 @@ def dev(
             metavar="DIR", help="Where everything is kept. Default: ~/.local/share/neo-kms/dev, for root /var/lib/neo-kms/dev"
         ),
     ] = None,
+    port: Annotated[int, typer.Option(metavar="PORT", min=0, max=65535, help="Where to listen; 0 takes a free port.")] = 7443,
 ) -> None:
     """Run the service with a PostgreSQL and a SoftHSM token of its own, until Ctrl-C.
 
@@ -61,7 +62,7 @@ def dev(
     """
     from kms.dev.session import run
 
-    run(directory, as_json=invocation.as_json)
+    run(directory, port=port, as_json=invocation.as_json)
 
 
 def demo(invocation: Invocation) -> None:

@@ -1,6 +1,7 @@
-"""What the one-shot containers of `docker-compose.yml` run: `python -m kms.dev.container secrets|prepare|health`.
+"""What the one-shot containers of `docker-compose.yml` run: `python -m kms.dev.container password|prepare|health`.
 
-Everything is kept in two directories, each a volume: /var/lib/kms/service, and /var/lib/kms/hsm with the token.
+Everything is kept in three directories, each a volume: below /var/lib/kms `service`, `hsm` with the token, and `password` with
+that of the database's owner, which the service itself never sees.
 """
 
 import secrets
@@ -16,23 +17,17 @@ from kms.domain.secret import Secret
 from kms.pki.private_file import write_private
 
 _FILES: Final = StackFiles(Path("/var/lib/kms/service"), token=Path("/var/lib/kms/hsm/token"))
+_OWNER_PASSWORD: Final = Path("/var/lib/kms/password/postgres")
 _LISTEN: Final = "0.0.0.0:7443"
 _ADDRESS: Final = "localhost:7443"
 _SERVER: Final = "host=postgres dbname=kms"
 
 
-def make_secrets() -> None:
-    """Make the passwords of the database's two logins, once."""
-    for login in ("postgres", "kms_service"):
-        if not _password_file(login).exists():
-            write_private(_password_file(login), secrets.token_urlsafe(32).encode())
-
-
 def prepare() -> None:
     """Bring database, token and certificates to where `kms serve` can start. Raises `KmsError`."""
-    superuser, service = (_password_file(login).read_text() for login in ("postgres", "kms_service"))
+    service = _password(_FILES.secret("service.password"))
     database = StackDatabase(
-        superuser_dsn=f"{_SERVER} user=postgres password={superuser}",
+        superuser_dsn=f"{_SERVER} user=postgres password={_password(_OWNER_PASSWORD)}",
         service_dsn=f"{_SERVER} user=kms_service password={service}",
         service_password=Secret(service.encode()),
     )
@@ -42,8 +37,8 @@ def prepare() -> None:
 def main() -> NoReturn:
     """Do what the one argument says, and end with 0 if that succeeded."""
     match sys.argv[1:]:
-        case ["secrets"]:
-            make_secrets()
+        case ["password"]:
+            _password(_OWNER_PASSWORD)
         case ["prepare"]:
             try:
                 prepare()
@@ -52,12 +47,15 @@ def main() -> NoReturn:
         case ["health"]:
             sys.exit(0 if is_serving(_FILES.client_config(_ADDRESS)) else 1)
         case _:
-            sys.exit("expected one argument: secrets, prepare or health")
+            sys.exit("expected one argument: password, prepare or health")
     sys.exit(0)
 
 
-def _password_file(login: str) -> Path:
-    return _FILES.secret(f"{login}.password")
+def _password(path: Path) -> str:
+    """Return the password in *path*, made at random if there is none yet."""
+    if not path.exists():
+        write_private(path, secrets.token_urlsafe(32).encode())
+    return path.read_text()
 
 
 if __name__ == "__main__":

@@ -11,21 +11,21 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from kms.dev.embedded_stack import default_directory, dev_stack
+from kms.dev.embedded_stack import PORT, default_directory, dev_stack
 from kms.dev.stack import Stack
 
 
-def run(directory: Path | None = None, *, as_json: bool = False) -> None:
-    """Run the stack in *directory* (by default `default_directory()`) until Ctrl-C or SIGTERM; say how to use it once it serves.
+def run(directory: Path | None = None, *, port: int = PORT, as_json: bool = False) -> None:
+    """Run the stack in *directory* (None: `default_directory()`) until Ctrl-C or SIGTERM; say how to use it once it serves.
 
-    With *as_json* that is one JSON object a line, first `serving`, then `stopped`. Raises `KmsError`, saying why, if something
-    does not start or ends by itself.
+    It listens on *port* of this machine's own interface, on a free one for 0. With *as_json* what it says is one JSON object a
+    line, first `serving`, then `stopped`. Raises `KmsError`, saying why, if something does not start or ends by itself.
     """
     where = (directory or default_directory()).absolute()
     with suppress(KeyboardInterrupt), _termination_interrupts():
         if not as_json:
             _say(f"Starting PostgreSQL, a SoftHSM token and the service in {where} …")
-        with dev_stack(where) as stack, stack.serving() as service:
+        with dev_stack(where, port=port) as stack, stack.serving() as service:
             _say(json.dumps(_described(stack)) if as_json else _instructions(stack))
             service.wait()
     _say('{"state": "stopped"}' if as_json else "\nStopped. `kms dev` finds everything again.")
