@@ -7,6 +7,7 @@ once more; only when the token opens its canaries well is a caller's input or a 
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -50,9 +51,10 @@ class Bench:
         """How many keys are loaded."""
         return len(self._loaded)
 
-    def has(self, key_id: KeyId) -> bool:
-        """Whether any version of the key is loaded here. May be asked from another thread; the answer is a hint."""
-        return key_id in self._loaded
+    def is_outdated(self, held: HeldKey) -> bool:
+        """Whether an earlier version of the key is loaded here. May be asked from another thread; the answer is a hint."""
+        loaded = self._loaded.get(held.identity.key_id)
+        return loaded is not None and loaded.held.version < held.version
 
     def holds(self, held: HeldKey) -> bool:
         """Whether the key is loaded here. May be asked from another thread; the answer is a hint."""
@@ -91,28 +93,26 @@ class Bench:
         """Forget a key that changed."""
         loaded = self._loaded.pop(key_id, None)
         if loaded is not None:
-            self._give_up(loaded)
+            with suppress(KmsError), self._link.use() as connection:
+                if connection is self._connection:
+                    self._give_up(loaded)
 
     def drop_idle(self) -> None:
         """Forget the keys that nobody used for the idle time."""
-        if not self._loaded or not self._link.is_up:
+        oldest_kept = time.monotonic() - self._idle_seconds
+        if not self._loaded or next(iter(self._loaded.values())).used_at >= oldest_kept:
             return
-        with self._link.use() as connection:
+        with suppress(KmsError), self._link.use() as connection:
             if connection is not self._connection:
                 self._forget()
-                return
-            oldest_kept = time.monotonic() - self._idle_seconds
             while self._loaded and next(iter(self._loaded.values())).used_at < oldest_kept:
                 self._give_up(self._loaded.popitem(last=False)[1])
 
     def close(self) -> None:
         """Close the session, if the connection it belongs to still lives."""
-        try:
-            with self._link.use() as connection:
-                if connection is self._connection:
-                    self._recycle()
-        except KmsError:
-            pass  # with the connection went the session
+        with suppress(KmsError), self._link.use() as connection:
+            if connection is self._connection:
+                self._recycle()
         self._forget()
 
     def _twice(self, connection: Connection, attempt: Callable[[], T], mechanism: str) -> T:

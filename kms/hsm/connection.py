@@ -43,6 +43,11 @@ class Connection:
         self._searching = threading.Lock()
         self._canary_good_at = 0.0
 
+    @property
+    def serial(self) -> str:
+        """The token's serial number as text."""
+        return self.token.serial.decode("ascii", errors="replace")
+
     @contextmanager
     def token_objects(self) -> Iterator[None]:
         """Hold this while searching for or writing token objects: SoftHSM fails a search during another session's write."""
@@ -50,13 +55,16 @@ class Connection:
             yield
 
     def open_session(self) -> TokenSession:
-        """Open a session that sees the token's keys. Raises HSM_KEK_MISSING, HSM_UNAVAILABLE or the binding's errors."""
+        """Open a session that sees the token's keys. Raises HSM_UNAVAILABLE or the binding's errors."""
         raw = self.token.open(rw=True)
         with self._counting:
             self.sessions += 1
         try:
             with self.token_objects():
                 inventory = take_inventory(raw)
+            # SoftHSM opens sessions on a token whose files are gone; they see no keys.
+            if not inventory.keys.keys() >= set(self.wrapping_keys):
+                raise unavailable("the token no longer shows its keys")
             return as_token_session(raw, inventory, self.oaep_hashes)
         except BaseException:
             self._close(raw)

@@ -63,6 +63,7 @@ class InlineBench(Bench):
             self._forget()
             self._connection = connection
         if self._session is None and self._offered is not None:
-            offered, self._offered = self._offered, None
-            self._session = offered[1] if offered[0] is connection else None
+            # In this order, so that the watch never sees neither and brings a second one.
+            self._session = self._offered[1] if self._offered[0] is connection else None
+            self._offered = None
         return self._session

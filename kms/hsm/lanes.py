@@ -5,7 +5,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Final, TypeVar
 
-from kms.domain.ids import KeyId
 from kms.domain.keys import HeldKey
 from kms.hsm.bench import Bench
 from kms.hsm.errors import unavailable
@@ -47,19 +46,17 @@ class LaneSet:
         if held is None:
             return min(lanes, key=lambda lane: lane.pending).submit(work)
         home = lanes[held.identity.key_id.int % len(lanes)]
-        return min(lanes, key=lambda lane: _cost(lane, held, is_home=lane is home)).submit(work)
+        chosen = min(lanes, key=lambda lane: _cost(lane, held, is_home=lane is home))
+        for lane in lanes:
+            if lane is not chosen and lane.bench.is_outdated(held):
+                lane.submit(lambda bench: bench.drop(held.identity.key_id))
+        return chosen.submit(work)
 
     def generate(self, work: Callable[[Bench], T]) -> "Future[T]":
         """Queue *work* of seconds in the generator's lane. Raises HSM_UNAVAILABLE if the queue is full."""
         if self._generator.pending >= self._settings.queue_max:
             raise unavailable("too many requests wait for the HSM")
         return self._generator.submit(work)
-
-    def forget_elsewhere(self, key_id: KeyId) -> None:
-        """Drop a key that changed from every lane that has it loaded."""
-        for lane in self._working:
-            if lane.bench.has(key_id):
-                lane.submit(lambda bench: bench.drop(key_id))
 
     def all(self) -> list[Lane]:
         """Return every lane in use."""
@@ -80,6 +77,10 @@ class LaneSet:
         with self._changing:
             self._abandoned = [lane for lane in self._abandoned if lane.is_alive]
             return len(self._abandoned)
+
+    def tend_inline(self) -> None:
+        """Drop the keys that the event loop's bench no longer uses; called on the event loop."""
+        self.inline.drop_idle()
 
     def after_loss(self) -> None:
         """Fail what waits, at once: the token is away."""

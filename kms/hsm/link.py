@@ -8,10 +8,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import structlog
+
 from kms.hsm.connection import Connection, connect
-from kms.hsm.errors import unavailable
+from kms.hsm.errors import kek_missing, unavailable
 from kms.hsm.module import Module
 from kms.hsm.settings import HsmSettings
+
+_log = structlog.get_logger(__name__)
 
 
 class Link:
@@ -69,12 +73,16 @@ class Link:
     def reconnect(self, patience_seconds: float) -> bool:
         """Connect anew; return whether that was possible, which it is not while a thread is inside a call.
 
-        Raises HSM_UNAVAILABLE or HSM_KEK_MISSING if the token is not back as it was.
+        Raises HSM_UNAVAILABLE or HSM_KEK_MISSING if the token is not back with all the keys it had. A clone is welcome.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: self._users == 0, patience_seconds):
                 return False
         fresh = connect(self._module, self._settings)
+        if not set(fresh.wrapping_keys) >= set(self._last.wrapping_keys):
+            raise kek_missing()
+        if fresh.token.serial != self._last.token.serial:
+            _log.warning("hsm_serial_changed", before=self._last.serial, now=fresh.serial)
         fresh.oaep_hashes = self._last.oaep_hashes
         with self._changed:
             self._current = self._last = fresh

@@ -98,7 +98,7 @@ def _examine(connection: Connection, settings: HsmSettings) -> Report:
     token = connection.token
     return Report(
         token_label=token.label,
-        serial=token.serial.decode("ascii", errors="replace"),
+        serial=connection.serial,
         model=token.model,
         module=connection.module.library.library_description,
         wrapping_keys=connection.wrapping_keys,

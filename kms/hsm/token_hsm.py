@@ -103,7 +103,7 @@ class TokenHsm:
         return HsmStatus(
             is_available=self._link.is_up,
             token_label=connection.token.label,
-            serial=_serial(connection),
+            serial=connection.serial,
             model=connection.token.model,
             module=connection.module.library.library_description,
             sessions=connection.sessions if self._link.is_up else 0,
@@ -121,7 +121,7 @@ class TokenHsm:
 
     def wrapping_keys(self) -> WrappingKeys:
         """Return the KEKs and sealing keys that the token holds, and its serial."""
-        return WrappingKeys(_serial(self._link.last), self._link.last.wrapping_keys)
+        return WrappingKeys(self._link.last.serial, self._link.last.wrapping_keys)
 
     def oaep_hashes(self) -> frozenset[Hash]:
         """Return the hashes with which the token does RSA-OAEP."""
@@ -340,10 +340,6 @@ def _count_resident(session: TokenSession) -> int:
 async def _result(future: "Future[T]") -> T:
     # Cancelling the waiting cancels work that was not begun; work in progress ends unheard.
     return await asyncio.wrap_future(future)
-
-
-def _serial(connection: Connection) -> str:
-    return connection.token.serial.decode("ascii", errors="replace")
 
 
 def _named(algorithm: SignatureAlgorithm) -> str:

@@ -44,6 +44,10 @@ class Lanes(Protocol):
         """Return how many abandoned lanes are still inside a call."""
         ...
 
+    def tend_inline(self) -> None:
+        """Drop what the event loop's bench no longer needs; called on the event loop."""
+        ...
+
     def after_loss(self) -> None:
         """Fail what waits: the token is away."""
         ...
@@ -108,6 +112,7 @@ class Watch:
 
     def _beat(self) -> None:
         self._beats_missed = 0
+        self._lanes.tend_inline()
 
     def _check_lanes(self) -> None:
         for lane in self._lanes.all():
@@ -144,7 +149,7 @@ class Watch:
             return False
         self._blocked_since = None
         self._lanes.after_return()
-        _log.info("hsm_back", serial=self._link.last.token.serial.decode("ascii", errors="replace"))
+        _log.info("hsm_back", serial=self._link.last.serial)
         return True
 
     def _check_blocked(self) -> None:

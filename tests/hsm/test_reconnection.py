@@ -1,0 +1,129 @@
+"""A token that goes away and comes back, under a running process."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from kms.dev.softhsm import SoftToken
+from kms.domain.algorithms import KeyType, Purpose, key_spec, signature_algorithm
+from kms.domain.errors import KmsError, Reason
+from kms.domain.keys import Custody
+from kms.hsm.token_hsm import TokenHsm
+from tests.fixtures.softhsm import OpenHsm
+from tests.hsm.keys import new_key, use
+
+AES = key_spec(KeyType.AES, Purpose.ENCRYPTION, None)
+SECP256K1 = key_spec(KeyType.SECP256K1, Purpose.SIGNING, None)
+ED25519 = key_spec(KeyType.ED25519, Purpose.SIGNING, None)
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5.0) -> float:
+    """Wait for *condition*; return how long that took."""
+    begun = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begun < seconds, "it did not happen in time"
+        await asyncio.sleep(0.01)
+    return time.monotonic() - begun
+
+
+async def refused(call: Awaitable[object]) -> Reason:
+    with pytest.raises(KmsError) as caught:
+        await asyncio.wait_for(call, 1.0)
+    return caught.value.reason
+
+
+def take_away(token: SoftToken) -> Callable[[], None]:
+    """Remove the token's files; return what puts them back."""
+    away = token.directory / "away"
+    token.token_directory.rename(away)
+    return lambda: _put_back(away, token.token_directory)
+
+
+def _put_back(away: Path, place: Path) -> None:
+    away.rename(place)
+
+
+@pytest.mark.parametrize("inline", [0.0, 1.0], ids=["lanes", "inline"])
+async def test_a_token_that_was_removed_and_put_back_serves_again_without_a_restart(
+    opened: OpenHsm, soft_token: SoftToken, inline: float
+) -> None:
+    hsm = await opened(inline_p99_seconds=inline)
+    keys = [await new_key(hsm, spec) for spec in (AES, SECP256K1, ED25519)]
+    for key in keys:
+        await use(hsm, key)
+    put_back = take_away(soft_token)
+    assert await until(lambda: not hsm.is_available()) < 1.0
+    for key in keys:
+        assert await refused(use(hsm, key)) is Reason.HSM_UNAVAILABLE
+    assert await refused(hsm.random(16)) is Reason.HSM_UNAVAILABLE
+    assert await refused(new_key(hsm, AES)) is Reason.HSM_UNAVAILABLE
+    assert await refused(new_key(hsm, AES, Custody.RESIDENT)) is Reason.HSM_UNAVAILABLE
+    put_back()
+    await until(hsm.is_available)
+    for key in keys:
+        await use(hsm, key)
+
+
+async def test_requests_under_load_get_an_answer_while_the_token_comes_and_goes(hsm: TokenHsm, soft_token: SoftToken) -> None:
+    keys = [await new_key(hsm, spec) for spec in (AES, SECP256K1) * 4]
+    reasons: set[Reason] = set()
+    stopped = False
+
+    async def client(number: int) -> int:
+        served = 0
+        while not stopped:
+            try:
+                await asyncio.wait_for(use(hsm, keys[number % len(keys)]), 2.0)
+                served += 1
+            except KmsError as error:
+                reasons.add(error.reason)
+                await asyncio.sleep(0.01)
+        return served
+
+    clients = [asyncio.create_task(client(number)) for number in range(16)]
+    for _ in range(3):
+        await asyncio.sleep(0.1)
+        put_back = take_away(soft_token)
+        await until(lambda: not hsm.is_available())
+        put_back()
+        await until(hsm.is_available)
+    stopped = True
+    assert min(await asyncio.gather(*clients)) > 0
+    assert reasons == {Reason.HSM_UNAVAILABLE}
+    assert hsm.status().sessions <= 2 + 2 + 3
+
+
+async def test_work_that_waits_is_refused_at_once_when_the_token_is_lost(opened: OpenHsm, soft_token: SoftToken) -> None:
+    hsm = await opened(lanes=1)
+    key = await new_key(hsm, key_spec(KeyType.RSA, Purpose.SIGNING, 2048))
+    algorithm = signature_algorithm(KeyType.RSA, None, None)
+    waiting = asyncio.gather(*(hsm.sign(key, algorithm, bytes(32)) for _ in range(900)), return_exceptions=True)
+    await asyncio.sleep(0)
+    take_away(soft_token)
+    begun = time.monotonic()
+    answers = await waiting
+    assert time.monotonic() - begun < 2.0
+    assert {answer.reason for answer in answers if isinstance(answer, KmsError)} <= {Reason.HSM_UNAVAILABLE}
+    assert all(isinstance(answer, (bytes, KmsError)) for answer in answers)
+
+
+async def test_the_process_can_be_stopped_while_the_token_is_away(hsm: TokenHsm, soft_token: SoftToken) -> None:
+    take_away(soft_token)
+    await until(lambda: not hsm.is_available())
+    await asyncio.wait_for(hsm.close(), 5.0)
+
+
+async def test_another_token_in_its_place_is_not_used(
+    hsm: TokenHsm, soft_token: SoftToken, blank_token: SoftToken, enter_token: Callable[[SoftToken], None]
+) -> None:
+    enter_token(soft_token)
+    key = await new_key(hsm, AES)
+    take_away(soft_token)
+    await until(lambda: not hsm.is_available())
+    blank_token.token_directory.rename(soft_token.token_directory)
+    await asyncio.sleep(1.0)
+    assert not hsm.is_available()
+    assert await refused(use(hsm, key)) is Reason.HSM_UNAVAILABLE
