@@ -11,7 +11,7 @@ def init(invocation: Invocation) -> None:
 
     Refuses a token that has them: nothing is ever overwritten. Copy the token afterwards.
     """
-    config = invocation.config("hsm")
+    config = invocation.operator_config("hsm")
     from kms import wiring
 
     wiring.hsm_init(config)
@@ -23,7 +23,7 @@ def init(invocation: Invocation) -> None:
 
 def probe(invocation: Invocation) -> None:
     """Say what the token can do, and whether the service can use it."""
-    config = invocation.config("hsm")
+    config = invocation.operator_config("hsm")
     from kms import wiring
 
     found = wiring.hsm_probe(config)
@@ -39,7 +39,7 @@ def backup_confirmed(invocation: Invocation) -> None:
     Run it with the copy, not the original, in [hsm]. Needs [database] too. In production `kms serve` refuses to start
     without that record: losing the token loses every key.
     """
-    config = invocation.config("hsm", "database")
+    config = invocation.operator_config("hsm", "database")
     from kms import wiring
 
     wiring.confirm_backup(config)

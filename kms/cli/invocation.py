@@ -1,6 +1,8 @@
 """How a command is run: `--config` and `--json` before or after its name, and examples at the end of its help."""
 
 import inspect
+import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +42,19 @@ class Invocation:
             if self.config_file is not None:
                 raise
             raise ConfigError([*error.faults, "no file is named: use --config FILE or KMS_CONFIG"]) from None
+
+    def operator_config(self, *needs: str) -> "Config":
+        """The same for a command that runs a part of the service here: what that logs is not mixed with the answer.
+
+        Warnings go to standard error; `kms serve` writes its own log instead.
+        """
+        import structlog
+
+        structlog.configure(
+            wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+            logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        )
+        return self.config(*needs)
 
     @contextmanager
     def client(self) -> Iterator["Client"]:

@@ -15,7 +15,7 @@ def serve(invocation: Invocation) -> None:
     Needs [server], [hsm] and [database] in the configuration. Refuses to start on a token or a database that is not as it
     must be, and says why.
     """
-    config = invocation.config("server", "hsm", "database")
+    config = invocation.operator_config("server", "hsm", "database")
     from kms import wiring
 
     wiring.serve(config)
@@ -29,7 +29,7 @@ def migrate(
 
     Needs [migration]: the login that owns the schema, which the service itself never uses.
     """
-    config = invocation.config("migration")
+    config = invocation.operator_config("migration")
     from kms import wiring
 
     if check:

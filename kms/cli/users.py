@@ -30,7 +30,7 @@ def add_service(
     Writes the certificate, its private key (mode 0400) and a configuration for this command to a new directory. Needs
     [database] and [authority]. With an authority of your own, issue a certificate whose one URI name is the one printed.
     """
-    config = invocation.config("database", "authority")
+    config = invocation.operator_config("database", "authority")
     from kms import wiring
     from kms.pki.authority import issue_client, load_authority
 

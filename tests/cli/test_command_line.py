@@ -1,13 +1,17 @@
 """Help, usage and configuration: what the `kms` command says before any server is asked."""
 
+import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import structlog
 import typer
 
 from kms.cli.failures import CallError, ExitCode, failure_of
+from kms.cli.invocation import Invocation
 from kms.cli.main import app
 from kms.domain.errors import KmsError, Reason
 from tests.cli.running import Kms
@@ -176,7 +180,25 @@ def test_a_bug_is_not_reported_as_a_failure() -> None:
     assert failure_of(ZeroDivisionError()) is None
 
 
-def test_output_into_a_closed_pipe_ends_without_a_traceback() -> None:
-    command = f"{sys.executable} -m kms --help | true"
-    ended = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False, timeout=30)
-    assert ended.stderr == ""
+@pytest.mark.parametrize("arguments", [("version",), ("--help",)], ids=" ".join)
+def test_output_into_a_closed_pipe_ends_without_a_traceback(arguments: tuple[str, ...]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "kms", *arguments]
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    ended = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=30)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
+def test_what_a_part_of_the_service_logs_is_not_mixed_with_the_answer(
+    capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    request.addfinalizer(partial(structlog.configure, **structlog.get_config()))
+    Invocation().operator_config()
+    structlog.get_logger().warning("reconnected")
+    structlog.get_logger().info("connected")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "reconnected" in err
+    assert " connected" not in err

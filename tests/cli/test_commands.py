@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -13,7 +14,9 @@ from coincurve import PublicKey
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 
+from kms.cli.client import Client
 from kms.domain.ids import UserId, identity_uri
+from kms.v1.crypto_pb2 import GenerateDataKeyRequest
 from tests.cli.conftest import NewConfig
 from tests.cli.running import Kms
 from tests.fixtures.server import DEPLOYMENT, RunningServer
@@ -189,6 +192,20 @@ def test_a_data_key_stays_wrapped_unless_asked_for(as_ada: Kms, tmp_path: Path) 
     assert len(clear.read_bytes()) == 16
     assert stat.S_IMODE(clear.stat().st_mode) == 0o600
     assert as_ada("decrypt", "--in", wrapped, "--aad", "x").out == clear.read_bytes()
+
+
+def test_a_data_key_that_was_not_asked_for_does_not_leave_the_server(as_ada: Kms, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(as_ada, "backups", "aes")
+    requests: list[GenerateDataKeyRequest] = []
+    call = Client.call
+
+    def recorded(client: Client, method: Any, request: Any) -> Any:  # noqa: ANN401 - of every call
+        requests.append(request)
+        return call(client, method, request)
+
+    monkeypatch.setattr(Client, "call", recorded)
+    assert as_ada("datakey", "backups").code == 0
+    assert [request.without_plaintext for request in requests] == [True]
 
 
 def test_a_data_key_in_the_clear_comes_alone_on_standard_output(as_ada: Kms, tmp_path: Path) -> None:
