@@ -61,13 +61,15 @@ def _run(arguments: list[str]) -> Failure | None:
     except BrokenPipeError:
         _give_up_output()
         sys.exit(ExitCode.FAILED)
-    except (KeyboardInterrupt, typer.Abort):
+    except typer.Abort:
         return interrupted()
     except Exception as error:
         failure = _usage(error) if isinstance(error, _UsageError) else failure_of(error)
         if failure is None:
             raise
         return failure
+    if code == ExitCode.INTERRUPTED:  # what typer makes of Ctrl-C
+        return interrupted()
     if code:
         sys.exit(code)
     return None

@@ -1,8 +1,11 @@
 """Help, usage and configuration: what the `kms` command says before any server is asked."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -202,3 +205,25 @@ def test_what_a_part_of_the_service_logs_is_not_mixed_with_the_answer(
     assert out == ""
     assert "reconnected" in err
     assert " connected" not in err
+
+
+def test_an_interrupt_ends_with_130_and_one_line() -> None:
+    command = [sys.executable, "-m", "kms", "sign", "any", "--config", "/dev/stdin"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    # It waits for its configuration, and is known to have come that far when it has the pipe open a second time.
+    pipe = os.readlink(f"/proc/self/fd/{process.stdin.fileno()}")
+    while _open_files(process.pid).count(pipe) < 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == "kms: INTERRUPTED: stopped\n"
+    assert process.returncode == 130
+
+
+def _open_files(pid: int) -> list[str]:
+    directory, found = f"/proc/{pid}/fd", []
+    for name in os.listdir(directory):
+        with suppress(FileNotFoundError):  # closed a moment ago
+            found.append(os.readlink(f"{directory}/{name}"))
+    return found
