@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from kms.hsm.bench import Bench
@@ -22,14 +23,19 @@ class _Job(Generic[T]):
     work: Callable[[Bench], T]
     future: "Future[T]"
 
-    def perform(self, bench: Bench) -> None:
+    def perform(self, bench: Bench) -> Callable[[], None]:
+        """Do the work and return what tells the caller: the lane is free again before anybody hears of it."""
+        if not self.future.set_running_or_notify_cancel():
+            return lambda: None
         try:
             result = self.work(bench)
         except BaseException as error:  # noqa: BLE001  # whoever waits for the future raises it again
-            self.fail(error)
-        else:
-            with suppress(InvalidStateError):  # the lane was abandoned and its caller told so
-                self.future.set_result(result)
+            return partial(self.fail, error)
+        return partial(self.succeed, result)
+
+    def succeed(self, result: T) -> None:
+        with suppress(InvalidStateError):  # the lane was abandoned and its caller told so
+            self.future.set_result(result)
 
     def fail(self, error: BaseException) -> None:
         with suppress(InvalidStateError):  # cancelled, or told before
@@ -112,10 +118,10 @@ class Lane:
     def _work(self) -> None:
         while (job := self._next()) is not None:
             self._busy_since = time.monotonic()
-            if job.future.set_running_or_notify_cancel():
-                job.perform(self.bench)
+            tell = job.perform(self.bench)
             self._busy_since = self._current = None
-            del job  # a finished job's plaintext is not kept until the next one comes
+            tell()
+            del job, tell  # a finished job's plaintext is not kept until the next one comes
         self.bench.close()
 
     def _next(self) -> _Job[Any] | None:

@@ -1,0 +1,178 @@
+"""`kms hsm init` and what every start demands of the token's own keys."""
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+
+import pkcs11
+import pytest
+from pkcs11 import Attribute, ObjectClass
+
+from kms.dev.softhsm import SoftToken
+from kms.dev.softhsm import soft_token as make_soft_token
+from kms.domain.errors import KmsError, Reason
+from kms.domain.secret import Secret
+from kms.hsm import provision
+from kms.hsm.settings import HsmSettings
+from kms.hsm.token_hsm import open_hsm
+from kms.hsm.wrapping_keys import Kind
+from tests.fixtures.softhsm import LABEL, settings_of
+from tests.hsm.tokens import KnownKey, prepare, put_canary, put_canary_text, put_kek, put_sealing_key, session_on
+
+OPERATIONS = ("WRAP", "UNWRAP", "ENCRYPT", "DECRYPT", "SIGN", "VERIFY", "DERIVE")
+
+
+def token_keys(session: pkcs11.Session) -> dict[str, dict[str, object]]:
+    names = ("SENSITIVE", "EXTRACTABLE", "MODIFIABLE", "COPYABLE", "PRIVATE", "NEVER_EXTRACTABLE", "ALWAYS_SENSITIVE", "LOCAL")
+    found = list(session.get_objects({Attribute.CLASS: ObjectClass.SECRET_KEY}))
+    return {key[Attribute.LABEL]: {name: key[Attribute[name]] for name in (*names, *OPERATIONS)} for key in found}
+
+
+def test_each_key_has_one_purpose_and_never_leaves(blank_token: SoftToken) -> None:
+    provision.init(settings_of(blank_token))
+    with session_on(blank_token) as session:
+        keys = token_keys(session)
+    common = {"SENSITIVE": True, "EXTRACTABLE": False, "MODIFIABLE": False, "COPYABLE": False, "PRIVATE": True}
+    common |= {"NEVER_EXTRACTABLE": True, "ALWAYS_SENSITIVE": True, "LOCAL": True}
+    assert keys == {
+        "neo-kms kek 1": common | {name: name in ("WRAP", "UNWRAP") for name in OPERATIONS},
+        "neo-kms seal 1": common | {name: name in ("ENCRYPT", "DECRYPT") for name in OPERATIONS},
+    }
+
+
+@pytest.mark.parametrize("label", ["neo-kms kek 1", "neo-kms seal 1"])
+def test_no_session_can_give_a_token_key_another_purpose(soft_token: SoftToken, label: str) -> None:
+    with session_on(soft_token) as session:
+        key = session.get_key(label=label)
+        for change in (lambda: key.__setitem__(Attribute.DECRYPT, True), lambda: key.copy({Attribute.DECRYPT: True})):
+            with pytest.raises(pkcs11.PKCS11Error):
+                change()
+        with pytest.raises(pkcs11.PKCS11Error):
+            key[Attribute.VALUE]
+
+
+def test_a_second_run_is_refused_and_changes_nothing(blank_token: SoftToken) -> None:
+    first = provision.init(settings_of(blank_token))
+    with pytest.raises(KmsError) as caught:
+        provision.init(settings_of(blank_token))
+    assert caught.value.reason is Reason.NAME_TAKEN
+    assert provision.describe(settings_of(blank_token)) == first
+    assert [(key.kind, key.generation) for key in first.wrapping_keys] == [(Kind.KEK, 1), (Kind.SEALING, 1)]
+    assert first.canaries == 1
+
+
+def test_an_interrupted_run_is_completed(blank_token: SoftToken) -> None:
+    kek = KnownKey()
+    with session_on(blank_token) as session:
+        put_kek(session, kek)
+    made = provision.init(settings_of(blank_token))
+    assert made.wrapping_keys[0].key_id == kek.key_id
+    assert provision.check_copy(settings_of(blank_token)) == made
+
+
+def test_a_copy_of_the_token_directory_opens_its_canary(soft_token: SoftToken, enter_token: Callable[[SoftToken], None]) -> None:
+    copy = soft_token.directory.with_name("copy")
+    shutil.copytree(soft_token.directory, copy)
+    original = provision.describe(settings_of(soft_token))
+    copied = make_soft_token(copy, LABEL)
+    enter_token(copied)
+    assert provision.check_copy(settings_of(copied)) == original
+
+
+def test_a_token_without_keys_is_no_copy(blank_token: SoftToken) -> None:
+    with pytest.raises(KmsError) as caught:
+        provision.check_copy(settings_of(blank_token))
+    assert caught.value.reason is Reason.HSM_KEK_MISSING
+
+
+def test_a_copy_with_another_key_under_the_same_id_is_no_copy(blank_token: SoftToken) -> None:
+    kek, sealing = KnownKey(), KnownKey()
+    with session_on(blank_token) as session:
+        put_kek(session, KnownKey(kek.key_id))
+        put_sealing_key(session, sealing)
+        put_canary(session, kek, sealing)
+    with pytest.raises(KmsError, match="canary") as caught:
+        provision.check_copy(settings_of(blank_token))
+    assert caught.value.reason is Reason.HSM_UNAVAILABLE
+
+
+async def test_a_token_that_was_not_initialised_says_what_to_run(blank_token: SoftToken) -> None:
+    with pytest.raises(KmsError, match="kms hsm init") as caught:
+        await open_hsm(settings_of(blank_token))
+    assert caught.value.reason is Reason.HSM_KEK_MISSING
+
+
+@pytest.mark.parametrize("name", ["DECRYPT", "ENCRYPT", "SIGN", "DERIVE", "EXTRACTABLE", "MODIFIABLE", "COPYABLE"])
+async def test_a_kek_that_could_do_more_than_wrap_is_not_used(blank_token: SoftToken, name: str) -> None:
+    kek, sealing = KnownKey(), KnownKey()
+    with session_on(blank_token) as session:
+        put_kek(session, kek, **{name: True})
+        put_sealing_key(session, sealing)
+        put_canary(session, kek, sealing)
+    with pytest.raises(KmsError, match=name) as caught:
+        await open_hsm(settings_of(blank_token, start_attempts=1))
+    assert caught.value.reason is Reason.HSM_UNAVAILABLE
+
+
+async def test_a_kek_without_its_canary_is_not_used(blank_token: SoftToken) -> None:
+    kek, sealing = KnownKey(), KnownKey()
+    prepare(blank_token, kek, sealing)
+    with session_on(blank_token) as session:
+        put_kek(session, KnownKey(), 2)
+    with pytest.raises(KmsError) as caught:
+        await open_hsm(settings_of(blank_token))
+    assert caught.value.reason is Reason.HSM_KEK_MISSING
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "AAAA kcv:000000"])
+async def test_a_damaged_canary_is_said_to_be_damaged(blank_token: SoftToken, text: str) -> None:
+    kek, sealing = KnownKey(), KnownKey()
+    prepare(blank_token, kek, sealing)
+    with session_on(blank_token) as session:
+        put_canary_text(session, text, 2)
+    with pytest.raises(KmsError, match="canary 2") as caught:
+        await open_hsm(settings_of(blank_token, start_attempts=1))
+    assert caught.value.reason is Reason.HSM_UNAVAILABLE
+
+
+async def test_two_keys_of_one_generation_are_refused(blank_token: SoftToken) -> None:
+    kek, sealing = KnownKey(), KnownKey()
+    prepare(blank_token, kek, sealing)
+    with session_on(blank_token) as session:
+        put_kek(session, KnownKey())
+    with pytest.raises(KmsError, match="one generation"):
+        await open_hsm(settings_of(blank_token, start_attempts=1))
+
+
+async def test_a_wrong_pin_is_tried_once_and_shown_nowhere(soft_token: SoftToken) -> None:
+    settings = replace(settings_of(soft_token), pin=Secret(b"wrong-pin-1234"))
+    assert "wrong-pin" not in repr(settings)
+    with pytest.raises(KmsError, match="PIN is wrong") as caught:
+        await open_hsm(settings)
+    assert caught.value.reason is Reason.HSM_UNAVAILABLE
+    assert "wrong-pin" not in repr(caught.value)
+    hsm = await open_hsm(settings_of(soft_token))
+    await hsm.close()
+
+
+@pytest.mark.parametrize(("change", "words"), [({"token_label": "nobody's"}, "no token of the configured label")])
+async def test_a_label_that_no_token_has_is_an_error(soft_token: SoftToken, change: dict[str, str], words: str) -> None:
+    with pytest.raises(KmsError, match=words):
+        await open_hsm(settings_of(soft_token, start_attempts=1, **change))
+
+
+def test_objects_of_others_in_the_token_do_not_matter(soft_token: SoftToken, hsm_settings: HsmSettings) -> None:
+    before = provision.check_copy(hsm_settings)
+    with session_on(soft_token) as session:
+        session.generate_key(pkcs11.KeyType.AES, 256, label="somebody else's", store=True)
+        session.generate_key(pkcs11.KeyType.AES, 256, label="neo-kms kek 01", store=True)
+    assert provision.check_copy(hsm_settings) == before
+
+
+def test_opensc_sees_what_we_made(soft_token: SoftToken) -> None:
+    command = ["pkcs11-tool", "--module", str(soft_token.module), "--token-label", LABEL, "-O", "--login"]
+    pin = soft_token.pin_file.read_text()
+    listing = subprocess.run([*command, "--pin", pin], capture_output=True, text=True, check=True).stdout
+    assert listing.count("Secret Key Object; AES length 32") == 2
+    assert "neo-kms canary 1" in listing
