@@ -57,7 +57,13 @@ _STORED: Final = """
     SELECT key_name, custody, version::text, encrypted_private_key
     FROM cryptography.keys ORDER BY created_at, key_name
 """
+_SWAP: Final = """
+    UPDATE cryptography.keys AS one SET encrypted_private_key = other.encrypted_private_key
+    FROM cryptography.keys AS other
+    WHERE (one.key_name, other.key_name) IN (('web', 'ethereum'), ('ethereum', 'web'))
+"""
 _NEXT: Final = """
+
 How to go on:
   ./run dev           the same, staying up: it prints commands to paste
   ./run kms --help    all commands, each with examples
@@ -105,7 +111,8 @@ def run(*, as_json: bool = False) -> int:
             with stack.serving(), connect(stack.client) as client:
                 report.line("  healthy; the client is known by its certificate")
                 demonstrate(client, report)
-            _show_stored(stack, report)
+                _show_stored(stack, report)
+                _swap_envelopes(stack, client, report)
         report.heading("Stopped; nothing is left running.")
     return conclude(report, as_json=as_json)
 
@@ -168,7 +175,8 @@ def _encrypt(client: Client, report: Report) -> None:
         opened = client.call(client.crypto.Decrypt, crypto_pb2.DecryptRequest(ciphertext=sealed, aad=aad)).plaintext
         how = "AES-GCM with associated data" if aad else "RSA-OAEP"
         report.check(
-            opened == SECRET and SECRET not in sealed, f"{name:<9} {how}: {len(SECRET)} bytes, sealed {len(sealed)}, opened"
+            opened == SECRET and SECRET not in sealed,
+            f"{name:<9} {how}: {len(SECRET)} bytes sealed into {len(sealed)}, opened again",
         )
         damaged = sealed[:-1] + bytes((sealed[-1] ^ 1,))
         report.check(_refused(client, damaged, aad), f"{name:<9} one flipped bit: CIPHERTEXT_INVALID")
@@ -209,6 +217,25 @@ def _show_stored(stack: Stack, report: Report) -> None:
         report.line(f"  {name:<9} {custody:<8} version {version}  {shown}  ({len(envelope)} characters)")
     report.check({row[0] for row in rows} == {name for name, *_ in _KEYS}, f"{len(rows)} rows, one for each key")
     report.check(all(row[3] for row in rows), "every private key is in an envelope")
+
+
+def _swap_envelopes(stack: Stack, client: Client, report: Report) -> None:
+    report.heading("What if somebody edits the database? The envelopes of web and ethereum change places, and back")
+    request = crypto_pb2.SignRequest(key="web", message=MESSAGE)
+    with psycopg.connect(stack.superuser_dsn, autocommit=True) as connection:
+        connection.execute(_SWAP)
+        report.check(_reason(client, request) == "ENVELOPE_INVALID", "swapped: ENVELOPE_INVALID, no signature by a wrong key")
+        connection.execute(_SWAP)
+    report.check(_reason(client, request) == "", "back again: signs")
+
+
+def _reason(client: Client, request: crypto_pb2.SignRequest) -> str:
+    """Return why *request* is refused; empty if it is not."""
+    try:
+        client.call(client.crypto.Sign, request)
+    except CallError as error:
+        return error.reason
+    return ""
 
 
 def _public_key(client: Client, name: str) -> str:
