@@ -56,8 +56,8 @@ async def test_a_name_is_given_once(users: StoredUsers) -> None:
     assert caught.value.reason is Reason.NAME_TAKEN
 
 
-@pytest.mark.parametrize("name", ["", "ab", "a" * 101, "-ab", "a b c", "naïve", "a\0bc", "abc\n"])
-async def test_a_bad_name_is_malformed_and_says_what_was_expected(users: StoredUsers, name: str) -> None:
-    with pytest.raises(KmsError, match="3 to 100") as caught:
-        await users.create_service(name)
-    assert caught.value.reason is Reason.MALFORMED
+async def test_a_bad_name_is_malformed_and_says_what_was_expected(users: StoredUsers) -> None:
+    for name in ("", "ab", "a" * 101, "-ab", "a b c", "naïve", "a\0bc", "abc\n"):
+        with pytest.raises(KmsError, match="3 to 100") as caught:
+            await users.create_service(name)
+        assert caught.value.reason is Reason.MALFORMED
