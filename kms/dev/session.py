@@ -62,27 +62,26 @@ def _described(stack: Stack) -> dict[str, str | dict[str, str]]:
 
 
 def _instructions(stack: Stack) -> str:
-    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in stack.variables.items())
-    kms = _command()
+    variables = [f"{name}={shlex.quote(value)}" for name, value in stack.variables.items()]
+    exports = "\n  ".join(f"export {each}" for each in [*_path(), *variables])
     return f"""
 The service runs at {stack.address}, for this machine only. Ctrl-C stops it.
 Its log is {stack.files.service_log}
 
 In another terminal:
 
-  export {variables}
-  {kms} key create payments --type secp256k1
-  {kms} sign payments --message 'pay 5 to Bob' --encoding hex
-  {kms} key create backups --type aes
-  printf secret | {kms} encrypt backups --out secret.kms
-  {kms} decrypt --in secret.kms
-  {kms} key list
-  {kms} user add-service billing
+  {exports}
+  kms key create payments --type secp256k1
+  kms sign payments --message 'pay 5 to Bob' --encoding hex
+  kms key create backups --type aes
+  printf secret | kms encrypt backups --out secret.kms
+  kms decrypt --in secret.kms
+  kms key list
+  kms user add-service billing
 """
 
 
-def _command() -> str:
-    """Return how to call this very program: by its name where the shell finds it, else by its path."""
+def _path() -> list[str]:
+    """Return what must be exported for a shell to find `kms` as this very program; nothing where it does already."""
     program = Path(sys.executable).with_name("kms")
-    found = shutil.which("kms")
-    return "kms" if found is not None and Path(found) == program else shlex.quote(str(program))
+    return [] if shutil.which("kms") == str(program) else [f"PATH={shlex.quote(str(program.parent))}:$PATH"]
