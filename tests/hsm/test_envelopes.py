@@ -80,26 +80,6 @@ async def test_a_bad_row_costs_the_others_nothing(hsm: TokenHsm) -> None:
     assert (after.handles, after.sessions) == (before.handles, before.sessions)
 
 
-@pytest.fixture
-def keks(blank_token: SoftToken) -> tuple[KnownKey, KnownKey]:
-    kek, sealing = KnownKey(), KnownKey()
-    prepare(blank_token, kek, sealing)
-    return kek, sealing
-
-
-@pytest.fixture
-async def known(
-    blank_token: SoftToken, keks: tuple[KnownKey, KnownKey], opened: OpenHsm, enter_blank: Callable[[], None]
-) -> TokenHsm:
-    enter_blank()
-    return await opened(pin=settings_of(blank_token).pin)
-
-
-@pytest.fixture
-def enter_blank(blank_token: SoftToken, soft_token: SoftToken, enter_token: Callable[[SoftToken], None]) -> Callable[[], None]:
-    return lambda: enter_token(blank_token)
-
-
 @pytest.mark.parametrize("curve", ["secp256k1", "secp256r1"])
 @pytest.mark.parametrize("scalar", [1, 2**240, 2**255 + 12345], ids=["1", "31 bytes", "32 bytes"])
 async def test_a_wrapped_envelope_made_elsewhere_as_documented_opens(
