@@ -25,7 +25,7 @@ from kms.domain.ids import UserId
 from kms.domain.secret import Secret
 from kms.hsm import probe, provision
 from kms.hsm.settings import HsmSettings
-from kms.hsm.token_hsm import TokenHsm, open_hsm
+from kms.hsm.token_hsm import HsmStatus, TokenHsm, open_hsm
 from kms.hsm.wrapping_keys import Kind, WrappingKey
 from kms.pki.client_identity import ClientIdentity, host_clock
 from kms.pki.public_keys import PublicKeyOperations
@@ -47,7 +47,7 @@ _LOG = structlog.get_logger("kms")
 
 
 def serve(config: Config) -> None:
-    """Run the service until SIGTERM or SIGINT, then let the calls in flight end."""
+    """Run the service until SIGTERM or SIGINT, then let the calls in flight end. SIGUSR1 logs the state of the HSM."""
     _configure_log(config.log_level)
     uvloop.run(_serve(config))
 
@@ -96,7 +96,8 @@ async def _serve(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     server_config = _needed(config.server)
-    async with running(config) as port:
+    async with running(config) as (port, hsm):
+        loop.add_signal_handler(signal.SIGUSR1, lambda: _log_status(hsm.status()))
         _LOG.info("serving", address=server_config.listen, port=port, deployment=config.deployment_id, mode=config.mode)
         await stopping.wait()
         _LOG.info("draining", seconds=server_config.call_seconds_max)
@@ -104,8 +105,8 @@ async def _serve(config: Config) -> None:
 
 
 @asynccontextmanager
-async def running(config: Config) -> AsyncIterator[int]:
-    """Serve within the block; yield the port. Leaving it drains: calls in flight end, no new one is taken."""
+async def running(config: Config) -> AsyncIterator[tuple[int, TokenHsm]]:
+    """Serve within the block; yield the port and the HSM. Leaving it drains: calls in flight end, no new one is taken."""
     server_config = _needed(config.server)
     tls = TlsFiles(server_config.tls_cert_file, server_config.tls_key_file, server_config.client_ca_file)
     identity = ClientIdentity(
@@ -120,7 +121,7 @@ async def running(config: Config) -> AsyncIterator[int]:
         server = _server(pool, hsm, identity, server_config, is_ready=lambda: hsm.is_available() and store_answers())
         port = await server.start(server_config.listen, tls)
         stack.push_async_callback(server.stop, server_config.call_seconds_max)
-        yield port
+        yield port, hsm
 
 
 def _server(pool: Pool, hsm: TokenHsm, identity: ClientIdentity, config: ServerConfig, *, is_ready: Callable[[], bool]) -> Server:
@@ -202,6 +203,18 @@ def _hsm_settings(config: Config) -> HsmSettings:
 
 def _migration_dsn(config: Config) -> str:
     return _needed(config.migration).read_secret("migration").decode()
+
+
+def _log_status(status: HsmStatus) -> None:
+    _LOG.info(
+        "hsm status",
+        available=status.is_available,
+        sessions=status.sessions,
+        lanes=status.lanes,
+        lanes_abandoned=status.lanes_abandoned,
+        handles=status.handles,
+        memory_locked=status.is_memory_locked,
+    )
 
 
 def _needed(section: Section | None) -> Section:
