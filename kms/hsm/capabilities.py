@@ -3,23 +3,23 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
-from typing import Final, TypeVar, cast
+from typing import Final, TypeVar
 from uuid import UUID
 
 import pkcs11
-from cryptography.hazmat.primitives.asymmetric import rsa
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from kms.domain.algorithms import Hash, KeySpec, KeyType, Purpose
+from kms.domain.algorithms import DIGEST_BYTES, Hash, KeySpec, KeyType, Purpose, Scheme, SignatureAlgorithm
 from kms.domain.errors import KmsError
 from kms.domain.ids import KeyId, UserId
 from kms.domain.keys import Custody, HeldKey, KeyIdentity
 from kms.hsm import mechanisms, templates
 from kms.hsm.connection import Connection
-from kms.hsm.envelopes import make_key, open_key, unwrap_for_use
-from kms.hsm.errors import MisfitError
-from kms.hsm.public_keys import check_fits, decrypt_oaep, oaep_padding, read_public_key
+from kms.hsm.envelopes import Handle, make_key, open_key, unwrap_for_use
+from kms.hsm.errors import MisfitError, unavailable
+from kms.hsm.operations import sign
+from kms.hsm.public_keys import check_fits, read_public_key
 from kms.hsm.session import TokenSession, encrypt_gcm
 
 T = TypeVar("T")
@@ -36,7 +36,6 @@ _NOBODY: Final = UUID(int=0)
 _TIMED_ROUNDS: Final = 4
 _TIMED_CALLS: Final = 100
 _TIMED_BYTES: Final = 1024
-_CHALLENGE: Final = b"neo-kms: does this hash work?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +43,7 @@ class Capabilities:
     """The custodies each key type and purpose was shown to work in, the OAEP hashes, and the p99 of a short operation."""
 
     custodies: Mapping[tuple[KeyType, Purpose], frozenset[Custody]]
+    rsa_signatures: frozenset[SignatureAlgorithm]
     oaep_hashes: frozenset[Hash]
     short_p99_seconds: float
 
@@ -55,14 +55,17 @@ class Capabilities:
 def find_capabilities(connection: Connection) -> Capabilities:
     """Make, wrap, unwrap, use and destroy a throw-away key of each type; time short operations.
 
-    Whatever the token refuses counts as not working. SEALED is tried only for types that cannot be wrapped.
+    Whatever the token refuses counts as not working. SEALED is tried only for types that cannot be wrapped. Raises
+    HSM_UNAVAILABLE if the token refuses everything.
     """
     custodies = {(spec.key_type, spec.purpose): _with_residence(_best(connection, spec)) for spec in PROBED}
-    works, oaep = _probe(connection, _probe_rsa) or (frozenset(), frozenset())
-    for purpose in (Purpose.SIGNING, Purpose.ENCRYPTION):
-        custodies[KeyType.RSA, purpose] = _with_residence(Custody.WRAPPED if purpose in works else None)
+    signatures, oaep = _probe_rsa(connection)
+    custodies[KeyType.RSA, Purpose.SIGNING] = _with_residence(Custody.WRAPPED if signatures else None)
+    custodies[KeyType.RSA, Purpose.ENCRYPTION] = _with_residence(Custody.WRAPPED if oaep else None)
+    if not any(custodies.values()):
+        raise unavailable("the HSM makes no key of any type")
     connection.oaep_hashes = oaep
-    return Capabilities(MappingProxyType(custodies), oaep, _probe(connection, _short_p99) or 1.0)
+    return Capabilities(MappingProxyType(custodies), signatures, oaep, _probe(connection, _short_p99) or 1.0)
 
 
 def _with_residence(best: Custody | None) -> frozenset[Custody]:
@@ -95,7 +98,22 @@ def _round_trip(session: TokenSession, spec: KeySpec, custody: Custody) -> bool:
     return True
 
 
-def _probe_rsa(session: TokenSession) -> tuple[frozenset[Purpose], frozenset[Hash]]:
+def _probe_rsa(connection: Connection) -> tuple[frozenset[SignatureAlgorithm], frozenset[Hash]]:
+    made = _probe(connection, _make_rsa)
+    if made is None:
+        return frozenset(), frozenset()
+    wrapped, public_key = made
+    signatures = [
+        SignatureAlgorithm(scheme, hash_) for scheme in (Scheme.RSA_PKCS1, Scheme.RSA_PSS) for hash_ in mechanisms.DIGEST_INFO
+    ]
+    # Each trial in a session of its own: SoftHSM keeps an operation active that failed for its parameters.
+    signs = frozenset(one for one in signatures if _probe(connection, partial(_try_signature, wrapped, public_key, one)))
+    return signs, frozenset(
+        one for one in mechanisms.RSA_HASH if _probe(connection, partial(_try_oaep, wrapped, public_key, one))
+    )
+
+
+def _make_rsa(session: TokenSession) -> tuple[bytes, str]:
     # One pair for both purposes, since making it is the longest part of a start.
     capabilities = templates.pair_capabilities(Purpose.SIGNING) | templates.pair_capabilities(Purpose.ENCRYPTION)
     public, private = session.raw.generate_keypair(
@@ -105,29 +123,20 @@ def _probe_rsa(session: TokenSession) -> tuple[frozenset[Purpose], frozenset[Has
         public_template=dict(templates.SESSION_PUBLIC),
         private_template=dict(templates.CREATION),
     )
-    public_key = read_public_key(RSA_SIGNING, public)
-    wrapped = session.kek(session.kek_id).wrap_key(private, mechanism=mechanisms.WRAP)
-    for made in (public, private):
-        made.destroy()
+    return session.kek(session.kek_id).wrap_key(private, mechanism=mechanisms.WRAP), read_public_key(RSA_SIGNING, public)
+
+
+def _try_signature(wrapped: bytes, public_key: str, algorithm: SignatureAlgorithm, session: TokenSession) -> bool:
     key = unwrap_for_use(session, RSA_SIGNING, session.kek_id, wrapped)
     check_fits(key, RSA_SIGNING, public_key, frozenset())
-    key.destroy()
-    hashes = _oaep_hashes(session, wrapped, cast("rsa.RSAPublicKey", load_pem_public_key(public_key.encode())))
-    return frozenset((Purpose.SIGNING, *((Purpose.ENCRYPTION,) if hashes else ()))), hashes
+    digest = bytes(DIGEST_BYTES[algorithm.hash]) if algorithm.hash else b""
+    return len(sign(Handle(key, is_resident=False), algorithm, digest)) * 8 == RSA_SIGNING.strength_bits
 
 
-def _oaep_hashes(session: TokenSession, wrapped: bytes, public: rsa.RSAPublicKey) -> frozenset[Hash]:
-    found = set()
-    for hash_ in mechanisms.RSA_HASH:
-        key = unwrap_for_use(session, RSA_ENCRYPTION, session.kek_id, wrapped)
-        try:
-            if decrypt_oaep(key, hash_, public.encrypt(_CHALLENGE, oaep_padding(hash_))) == _CHALLENGE:
-                found.add(hash_)
-        except pkcs11.PKCS11Error:
-            continue
-        finally:
-            key.destroy()
-    return frozenset(found)
+def _try_oaep(wrapped: bytes, public_key: str, hash_: Hash, session: TokenSession) -> bool:
+    key = unwrap_for_use(session, RSA_ENCRYPTION, session.kek_id, wrapped)
+    check_fits(key, RSA_ENCRYPTION, public_key, frozenset({hash_}))
+    return True
 
 
 def _short_p99(session: TokenSession) -> float:

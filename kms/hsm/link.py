@@ -28,6 +28,8 @@ class Link:
         self._last = connection
         self._users = 0
         self._changed = threading.Condition(threading.Lock())
+        self._connecting = threading.Lock()
+        self._is_closed = False
 
     @property
     def is_up(self) -> bool:
@@ -75,9 +77,10 @@ class Link:
 
         Raises HSM_UNAVAILABLE or HSM_KEK_MISSING if the token is not back with all the keys it had. A clone is welcome.
         """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._users == 0, patience_seconds):
-                return False
+        with self._connecting:
+            return not self._is_closed and self._is_unused(patience_seconds) and self._connect()
+
+    def _connect(self) -> bool:
         fresh = connect(self._module, self._settings)
         if not set(fresh.wrapping_keys) >= set(self._last.wrapping_keys):
             raise kek_missing()
@@ -91,9 +94,18 @@ class Link:
     def close(self, patience_seconds: float) -> bool:
         """End the module and give it back; return False, leaving it as it is, while a thread stays inside a call."""
         self.lose()
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._users == 0, patience_seconds):
+        self._is_closed = True
+        if not self._connecting.acquire(timeout=patience_seconds):
+            return False
+        try:
+            if not self._is_unused(patience_seconds):
                 return False
-        self._last.close()
-        self._module.release()
-        return True
+            self._last.close()
+            self._module.release()
+            return True
+        finally:
+            self._connecting.release()
+
+    def _is_unused(self, patience_seconds: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self._users == 0, patience_seconds)

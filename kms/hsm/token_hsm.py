@@ -1,12 +1,14 @@
 """The port `Hsm` over a PKCS#11 token."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import pkcs11
+import structlog
 from pkcs11 import Attribute, ObjectClass
 
 from kms.app.ports import Sealed
@@ -31,6 +33,8 @@ from kms.hsm.watch import Watch
 from kms.hsm.wrapping_keys import WrappingKey
 
 T = TypeVar("T")
+
+_log = structlog.get_logger(__name__)
 
 _INLINE_BYTES_MAX: Final = 16 * 1024
 _RETRY_PAUSE_SECONDS: Final = 0.1
@@ -79,6 +83,7 @@ class TokenHsm:
         self._lanes.inline_wanted = capabilities.short_p99_seconds < settings.inline_p99_seconds
         self._watch = Watch(link, self._lanes, settings, asyncio.get_running_loop())
         self._resident_keys = 0
+        self._counting = threading.Lock()
         self._is_closed = False
 
     async def start(self) -> None:
@@ -158,6 +163,8 @@ class TokenHsm:
     async def sign(self, key: HeldKey, algorithm: SignatureAlgorithm, data: bytes) -> bytes:
         """Sign a digest, for Ed25519 a message."""
         operations.check_signing(key.identity.spec, algorithm, data)
+        if key.identity.spec.key_type is KeyType.RSA and algorithm not in self.capabilities.rsa_signatures:
+            raise unsupported(_named(algorithm))
 
         def work(bench: Bench) -> bytes:
             return bench.use(key, lambda _, handle: operations.sign(handle, algorithm, data), _named(algorithm))
@@ -237,7 +244,7 @@ class TokenHsm:
 
     async def _generate_resident(self, identity: KeyIdentity) -> KeyMaterial:
         self._residence()
-        self._resident_keys += 1  # counted before it is there, so that two at once cannot pass the limit
+        self._count_resident(1)  # counted before it is there, so that two at once cannot pass the limit
         future = self._submit_generation(identity, Custody.RESIDENT)
         try:
             return await _result(future)
@@ -245,12 +252,12 @@ class TokenHsm:
             future.add_done_callback(self._discard_unwanted)
             raise
         except KmsError:
-            self._resident_keys -= 1
+            self._count_resident(-1)
             raise
 
     def _discard_unwanted(self, future: "Future[KeyMaterial]") -> None:
         if future.cancelled() or future.exception() is not None:
-            self._resident_keys -= 1
+            self._count_resident(-1)
         elif (hsm_key_id := future.result().hsm_key_id) is not None:
             self._submit_discard(hsm_key_id)
 
@@ -258,9 +265,13 @@ class TokenHsm:
         def work(session: TokenSession) -> None:
             for found in find_resident(session, bytes.fromhex(hsm_key_id)):
                 found.destroy()
-                self._resident_keys -= 1
+                self._count_resident(-1)
 
         return self._lanes.submit(lambda bench: bench.run(work, "discarding a key"))
+
+    def _count_resident(self, change: int) -> None:
+        with self._counting:
+            self._resident_keys += change
 
     def _residence(self) -> Custody:
         if self._resident_keys >= self._settings.resident_keys_max:
@@ -275,7 +286,8 @@ class TokenHsm:
     def _close(self) -> None:
         self._watch.stop()
         self._lanes.close(_CLOSE_SECONDS)
-        self._link.close(_CLOSE_SECONDS)
+        if not self._link.close(_CLOSE_SECONDS):
+            _log.error("hsm_not_closed", why="a call into the module does not return")
 
 
 async def open_hsm(settings: HsmSettings, *, known: Capabilities | None = None) -> TokenHsm:

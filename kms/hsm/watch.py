@@ -90,7 +90,8 @@ class Watch:
     def stop(self) -> None:
         """End; returns when the thread has."""
         self._stopped.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
         self._lane.close()
         self._lane.join(self._settings.watch_seconds)
 
