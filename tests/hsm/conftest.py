@@ -1,10 +1,14 @@
-"""Fixtures of the HSM's own tests: a token whose KEK and sealing key the test knows."""
+"""Fixtures of the HSM's own tests: a token whose KEK and sealing key the test knows, and calls that do not return."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from kms.dev.softhsm import SoftToken
+from kms.domain.algorithms import SignatureAlgorithm
+from kms.hsm import operations
+from kms.hsm.envelopes import Handle
 from kms.hsm.token_hsm import TokenHsm
 from tests.fixtures.softhsm import OpenHsm, settings_of
 from tests.hsm.tokens import KnownKey, prepare
@@ -32,3 +36,27 @@ async def known(
     """The port over `blank_token` with the keys in `keks`; short operations run inline."""
     enter_blank()
     return await opened(pin=settings_of(blank_token).pin, inline_p99_seconds=1.0)
+
+
+class Dam:
+    """Holds every signature of a digest of zeros until it is opened."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+        self.held = 0
+        self._sign = operations.sign
+
+    def sign(self, handle: Handle, algorithm: SignatureAlgorithm, data: bytes) -> bytes:
+        if data == bytes(32):
+            self.held += 1
+            self.opened.wait(30)
+        return self._sign(handle, algorithm, data)
+
+
+@pytest.fixture
+def dam(monkeypatch: pytest.MonkeyPatch) -> Iterator[Dam]:
+    """Closed until the test opens it, at the latest when it ends."""
+    dam = Dam()
+    monkeypatch.setattr(operations, "sign", dam.sign)
+    yield dam
+    dam.opened.set()

@@ -5,50 +5,25 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future
 
 import pytest
 
 from kms.dev.softhsm import SoftToken
-from kms.domain.algorithms import KeyType, Purpose, SignatureAlgorithm, key_spec, signature_algorithm
+from kms.domain.algorithms import KeyType, Purpose, key_spec, signature_algorithm
 from kms.domain.errors import KmsError, Reason
 from kms.domain.keys import Custody
-from kms.hsm import operations
 from kms.hsm.bench import Bench
-from kms.hsm.envelopes import Handle
 from kms.hsm.settings import HsmSettings
 from kms.hsm.token_hsm import TokenHsm
 from kms.hsm.watch import EXIT_STUCK
 from tests.fixtures.softhsm import OpenHsm
+from tests.hsm.conftest import Dam
 from tests.hsm.keys import identity_of, new_key, use
 
 AES = key_spec(KeyType.AES, Purpose.ENCRYPTION, None)
 SECP256K1 = key_spec(KeyType.SECP256K1, Purpose.SIGNING, None)
 ECDSA = signature_algorithm(KeyType.SECP256K1, None, None)
-
-
-class Dam:
-    """Holds every signature of a digest of zeros until it is opened."""
-
-    def __init__(self) -> None:
-        self.opened = threading.Event()
-        self.held = 0
-        self._sign = operations.sign
-
-    def sign(self, handle: Handle, algorithm: SignatureAlgorithm, data: bytes) -> bytes:
-        if data == bytes(32):
-            self.held += 1
-            self.opened.wait(30)
-        return self._sign(handle, algorithm, data)
-
-
-@pytest.fixture
-def dam(monkeypatch: pytest.MonkeyPatch) -> Iterator[Dam]:
-    dam = Dam()
-    monkeypatch.setattr(operations, "sign", dam.sign)
-    yield dam
-    dam.opened.set()
 
 
 async def reason_of(call: "asyncio.Future[bytes] | asyncio.Task[bytes]") -> Reason:
