@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 # Loading a key takes about as long as four signatures, so a key moves to a second lane when the first is that far behind.
 _LOAD_COST: Final = 4
-_AWAY_FROM_HOME_COST: Final = 1
+_AWAY_FROM_HOME_COST: Final = 2
 
 
 class LaneSet:

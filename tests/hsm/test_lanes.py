@@ -133,6 +133,15 @@ async def test_rsa_generation_does_not_delay_a_signature(opened: OpenHsm) -> Non
     await making
 
 
+async def test_four_requests_at_once_do_not_make_a_key_hot(opened: OpenHsm) -> None:
+    hsm = await opened(lanes=3)
+    keys = [await new_key(hsm, SECP256K1) for _ in range(6)]
+    for key in keys:
+        await use(hsm, key)
+        await asyncio.gather(*(use(hsm, key) for _ in range(4)))
+    assert hsm.status().handles == len(keys)
+
+
 async def test_a_hot_key_is_loaded_in_more_lanes_and_a_cool_one_in_one(opened: OpenHsm) -> None:
     hsm = await opened(lanes=3)
     key = await new_key(hsm, SECP256K1)

@@ -69,8 +69,7 @@ async def test_a_flood_of_bad_ciphertexts_costs_neither_handles_nor_a_probe_each
 ) -> None:
     hsm = await opened(lanes=2, inline_p99_seconds=inline, watch_seconds=30.0)
     keys = [await new_key(hsm, spec) for spec in (AES, SECP256K1, ED25519, AES)]
-    for key in keys:
-        await use(hsm, key)
+    await asyncio.gather(*(use(hsm, key) for key in keys for _ in range(30)))  # each lane has opened its session by then
     probes = 0
     check_canary = wrapping_keys.check_canary
 

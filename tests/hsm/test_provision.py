@@ -13,7 +13,8 @@ from kms.dev.softhsm import SoftToken
 from kms.dev.softhsm import soft_token as make_soft_token
 from kms.domain.errors import KmsError, Reason
 from kms.domain.secret import Secret
-from kms.hsm import provision
+from kms.hsm import connection, provision, token_hsm
+from kms.hsm.module import Module
 from kms.hsm.settings import HsmSettings
 from kms.hsm.token_hsm import open_hsm
 from kms.hsm.wrapping_keys import Kind
@@ -145,13 +146,21 @@ async def test_two_keys_of_one_generation_are_refused(blank_token: SoftToken) ->
         await open_hsm(settings_of(blank_token, start_attempts=1))
 
 
-async def test_a_wrong_pin_is_tried_once_and_shown_nowhere(soft_token: SoftToken) -> None:
+async def test_a_wrong_pin_is_tried_once_and_shown_nowhere(soft_token: SoftToken, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts: list[HsmSettings] = []
+
+    def counted(module: Module, settings: HsmSettings) -> connection.Connection:
+        attempts.append(settings)
+        return connection.connect(module, settings)
+
+    monkeypatch.setattr(token_hsm, "connect", counted)
     settings = replace(settings_of(soft_token), pin=Secret(b"wrong-pin-1234"))
     assert "wrong-pin" not in repr(settings)
     with pytest.raises(KmsError, match="PIN is wrong") as caught:
         await open_hsm(settings)
     assert caught.value.reason is Reason.HSM_UNAVAILABLE
     assert "wrong-pin" not in repr(caught.value)
+    assert len(attempts) == 1  # a token locks after a few
     hsm = await open_hsm(settings_of(soft_token))
     await hsm.close()
 
