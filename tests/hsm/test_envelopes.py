@@ -68,7 +68,8 @@ async def test_a_truncated_or_lengthened_envelope_is_invalid(hsm: TokenHsm) -> N
     assert await reason_of_use(hsm, text) is Reason.ENVELOPE_INVALID
 
 
-async def test_a_bad_row_costs_the_others_nothing(hsm: TokenHsm) -> None:
+async def test_a_bad_row_costs_the_others_nothing(opened: OpenHsm) -> None:
+    hsm = await opened(lanes=1, watch_seconds=30.0)  # the watch opens its session at its first look
     keys = [await new_key(hsm, SECP256K1) for _ in range(4)]
     for key in keys:
         await use(hsm, key)

@@ -94,7 +94,7 @@ async def test_a_flood_of_bad_ciphertexts_costs_neither_handles_nor_a_probe_each
 
 
 async def test_a_bad_rsa_ciphertext_keeps_the_session_and_its_handles(opened: OpenHsm) -> None:
-    hsm = await opened(lanes=1)
+    hsm = await opened(lanes=1, watch_seconds=30.0)  # the watch opens its session at its first look
     keys = [await new_key(hsm, spec) for spec in (RSA_ENCRYPTION, SECP256K1)]
     for key in keys:
         await use(hsm, key)
