@@ -28,7 +28,7 @@ SERVICE_USER: Final = "kms_service"
 DURABLE: Final[Mapping[str, str]] = {}
 FAST_UNSAFE: Final[Mapping[str, str]] = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}
 
-_START_SECONDS: Final = 30.0
+_START_SECONDS: Final = 90.0  # a busy disk takes its time
 _STOP_SECONDS: Final = 30.0
 _POLL_SECONDS: Final = 0.02
 _SOCKET_PATH_BYTES_MAX: Final = 100  # sun_path has 108, of which PostgreSQL wants some for the lock file's suffix
