@@ -1,0 +1,176 @@
+"""The journal: what a restored backup must not undo, kept in a file outside the database.
+
+One JSON object a line, each with the SHA-256 of its own canonical text, which contains the hash of the line before. A line is
+on disk before the change that it tells of is answered. `kms restore --journal` replays it. The chain shows an edited or removed
+line; that the end was cut off is shown by a backup, which records the head of the journal at its time.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import IO, Any, Final
+from uuid import UUID
+
+from kms.store.errors import unavailable
+
+_BEGINNING: Final = "0" * 64
+_LINE_BYTES_MAX: Final = 16_384
+_REASON_CHARACTERS_MAX: Final = 1_000
+_FIELDS: Final = frozenset({"sequence", "event", "subject", "occurred_at", "reason", "previous", "hash"})
+
+
+class Event(StrEnum):
+    """What is written down. The subject is the id of the key, certificate or user."""
+
+    KEY_REVOKED = "key_revoked"
+    KEY_COMPROMISED = "key_compromised"
+    KEY_DESTROYED = "key_destroyed"
+    CERTIFICATE_REVOKED = "certificate_revoked"
+    USER_DISABLED = "user_disabled"
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The last line of a journal: its number, from 1, and its hash. An empty journal has number 0 and 64 zeros."""
+
+    sequence: int = 0
+    hash: str = _BEGINNING
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A line of a journal. `occurred_at` is aware; `reason` is the operator's."""
+
+    head: Head
+    event: Event
+    subject: UUID
+    occurred_at: datetime
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """A journal to write to. Several processes of one machine may share the file; each machine has its own."""
+
+    path: Path
+
+    def append(self, event: Event, subject: UUID, *, occurred_at: datetime, reason: str) -> Head:
+        """Write a line, force it to disk and return the new head. Raises OSError, and STORE_UNAVAILABLE for a broken end.
+
+        A line that a crash left unfinished, and so was never answered for, is removed.
+        """
+        # A new file's name must be on disk as well.
+        is_new = not self.path.exists()
+        with open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            head = _find_head(file, self.path)
+            entry = _chained(head, event, subject, occurred_at, reason[:_REASON_CHARACTERS_MAX])
+            _write_whole(file, _canonical(entry) + b"\n")
+            os.fsync(file.fileno())
+        if is_new:
+            sync_directory(self.path.parent)
+        return Head(head.sequence + 1, str(entry["hash"]))
+
+
+def read_journal(path: Path) -> tuple[Entry, ...]:
+    """Return the lines of a journal in order. Raises OSError, and STORE_UNAVAILABLE naming the first line that does not fit.
+
+    An unfinished last line is left out: it was never answered for.
+    """
+    head, found = Head(), list[Entry]()
+    with path.open("rb") as file:
+        for number, line in enumerate(_finished_lines(file), 1):
+            entry = _parsed(line, f"{path}, line {number}")
+            if line != _canonical(_fields_of(entry, head)) or entry.head.sequence != number:
+                raise unavailable(f"{path}, line {number}: it does not follow the line before, or was edited")
+            head = entry.head
+            found.append(entry)
+    return tuple(found)
+
+
+def head_of(entries: tuple[Entry, ...]) -> Head:
+    """Return the head of a journal that was read."""
+    return entries[-1].head if entries else Head()
+
+
+def check_continues(entries: tuple[Entry, ...], recorded: Head, name: str) -> None:
+    """Raise STORE_UNAVAILABLE unless *recorded*, the head at the time of a backup, is in the journal called *name*."""
+    if recorded != Head() and not any(entry.head == recorded for entry in entries):
+        raise unavailable(
+            f"{name} is not the journal of this backup, or its end is lost: expected line {recorded.sequence} with the hash "
+            f"{recorded.hash}"
+        )
+
+
+def sync_directory(directory: Path) -> None:
+    """Force the names in *directory* to disk."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _finished_lines(file: IO[bytes]) -> Iterator[bytes]:
+    for line in file:
+        if line.endswith(b"\n"):
+            yield line.removesuffix(b"\n")
+
+
+def _find_head(file: IO[bytes], path: Path) -> Head:
+    """Return the head and leave *file* at the end of the last finished line, with nothing behind it."""
+    size = file.seek(0, os.SEEK_END)
+    start = file.seek(max(0, size - 2 * _LINE_BYTES_MAX))
+    tail = file.read(size - start)
+    finished = tail[: tail.rfind(b"\n") + 1]
+    if start and not finished:
+        raise unavailable(f"{path} ends in a line that is no line of a journal")
+    file.truncate(file.seek(start + len(finished)))
+    if not finished:
+        return Head()
+    return _parsed(finished.removesuffix(b"\n").rpartition(b"\n")[2], f"{path}, last line").head
+
+
+def _parsed(line: bytes, where: str) -> Entry:
+    try:
+        fields: dict[str, Any] = json.loads(line)
+        if fields.keys() != _FIELDS:
+            raise ValueError
+        occurred_at = datetime.fromisoformat(fields["occurred_at"])
+        head = Head(int(fields["sequence"]), str(fields["hash"]))
+        return Entry(head, Event(fields["event"]), UUID(fields["subject"]), occurred_at, str(fields["reason"]))
+    except (ValueError, TypeError, AttributeError):
+        raise unavailable(f"{where}: expected an entry of a journal") from None
+
+
+def _fields_of(entry: Entry, before: Head) -> Mapping[str, object]:
+    return _chained(before, entry.event, entry.subject, entry.occurred_at, entry.reason)
+
+
+def _chained(before: Head, event: Event, subject: UUID, occurred_at: datetime, reason: str) -> Mapping[str, object]:
+    fields: dict[str, object] = {
+        "sequence": before.sequence + 1,
+        "event": event.value,
+        "subject": str(subject),
+        "occurred_at": occurred_at.isoformat(),
+        "reason": reason,
+        "previous": before.hash,
+    }
+    return {**fields, "hash": hashlib.sha256(_canonical(fields)).hexdigest()}
+
+
+def _canonical(fields: Mapping[str, object]) -> bytes:
+    return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def _write_whole(file: IO[bytes], content: bytes) -> None:
+    # An unbuffered write may be cut short by a full disk; what is there then is an unfinished line.
+    written = file.write(content)
+    while written < len(content):
+        written += file.write(content[written:])
