@@ -66,6 +66,29 @@ def effective_state(key: Standing, now: datetime) -> State:
     return State.ACTIVE if key.activated_at <= now else State.PRE_ACTIVE
 
 
+class Move(StrEnum):
+    """A change of state that somebody asks for. Time makes the others: activation, expiry, destruction when due."""
+
+    ACTIVATE = "activate"
+    DEACTIVATE = "deactivate"
+    REACTIVATE = "reactivate"
+    REVOKE = "revoke"
+    COMPROMISE = "compromise"
+    SCHEDULE_DESTRUCTION = "schedule_destruction"
+    CANCEL_DESTRUCTION = "cancel_destruction"
+    UPDATE = "update"
+
+
+_MOVES_FROM: Final[dict[Move, frozenset[State]]] = {
+    Move.ACTIVATE: frozenset({State.PRE_ACTIVE}),
+    Move.DEACTIVATE: frozenset({State.ACTIVE}),
+    Move.REACTIVATE: frozenset({State.INACTIVE}),
+    Move.REVOKE: frozenset({State.PRE_ACTIVE, State.ACTIVE, State.INACTIVE, State.EXPIRED, State.COMPROMISED}),
+    Move.COMPROMISE: frozenset({State.PRE_ACTIVE, State.ACTIVE, State.INACTIVE, State.EXPIRED}),
+    Move.SCHEDULE_DESTRUCTION: frozenset({State.PRE_ACTIVE, State.INACTIVE, State.EXPIRED, State.COMPROMISED, State.REVOKED}),
+    Move.CANCEL_DESTRUCTION: frozenset({State.PENDING_DESTRUCTION}),
+    Move.UPDATE: frozenset({State.PRE_ACTIVE, State.ACTIVE, State.INACTIVE}),
+}
 _ALLOWED: Final[dict[State, frozenset[Use]]] = {
     State.PRE_ACTIVE: frozenset(),
     State.ACTIVE: frozenset({Use.PROTECT, Use.PROCESS}),
@@ -78,6 +101,7 @@ _ALLOWED: Final[dict[State, frozenset[Use]]] = {
 }
 _REFUSALS: Final[dict[State, Reason]] = {
     State.PRE_ACTIVE: Reason.KEY_PRE_ACTIVE,
+    State.ACTIVE: Reason.KEY_ACTIVE,
     State.INACTIVE: Reason.KEY_INACTIVE,
     State.EXPIRED: Reason.KEY_EXPIRED,
     State.COMPROMISED: Reason.KEY_COMPROMISED,
@@ -91,3 +115,11 @@ def check_use(state: State, use: Use) -> None:
     """Raise the state's reason (KEY_EXPIRED, KEY_REVOKED, …) unless a key in *state* may be put to *use*."""
     if use not in _ALLOWED[state]:
         raise KmsError(_REFUSALS[state], f"a key that is {state.replace('_', ' ')} does not {use}", state=state)
+
+
+def check_move(state: State, move: Move) -> None:
+    """Raise the state's reason (KEY_ACTIVE, KEY_REVOKED, …) unless *move* leads anywhere from *state*."""
+    if state not in _MOVES_FROM[move]:
+        raise KmsError(
+            _REFUSALS[state], f"a key that is {state.replace('_', ' ')} is not open to {move.replace('_', ' ')}", state=state
+        )

@@ -21,6 +21,7 @@ def code_of(reason: Reason) -> code_pb2.Code.ValueType:  # noqa: C901 - one flat
         case (
             Reason.WRONG_PURPOSE
             | Reason.KEY_PRE_ACTIVE
+            | Reason.KEY_ACTIVE
             | Reason.KEY_INACTIVE
             | Reason.KEY_EXPIRED
             | Reason.KEY_COMPROMISED

@@ -6,7 +6,7 @@ from typing import Final
 import pytest
 
 from kms.domain.errors import KmsError, Reason
-from kms.domain.lifecycle import Standing, State, Use, check_use, effective_state
+from kms.domain.lifecycle import Move, Standing, State, Use, check_move, check_use, effective_state
 
 NOW: Final = datetime(2026, 1, 1, tzinfo=UTC)
 PAST: Final = NOW - timedelta(seconds=1)
@@ -26,6 +26,30 @@ _REFUSED: Final = {
     (State.DESTROYED, Use.PROTECT): Reason.KEY_DESTROYED,
     (State.DESTROYED, Use.PROCESS): Reason.KEY_DESTROYED,
 }
+
+
+# Read from the states' side, as the table of the API is; the code has it from the moves' side.
+_OPEN: Final = {
+    State.PRE_ACTIVE: {"activate", "compromise", "revoke", "schedule_destruction", "update"},
+    State.ACTIVE: {"deactivate", "compromise", "revoke", "update"},
+    State.INACTIVE: {"reactivate", "compromise", "revoke", "schedule_destruction", "update"},
+    State.EXPIRED: {"compromise", "revoke", "schedule_destruction"},
+    State.COMPROMISED: {"revoke", "schedule_destruction"},
+    State.REVOKED: {"schedule_destruction"},
+    State.PENDING_DESTRUCTION: {"cancel_destruction"},
+    State.DESTROYED: set[str](),
+}
+
+
+@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("move", Move)
+def test_a_state_is_open_to_the_moves_of_the_table_and_to_no_other(state: State, move: Move) -> None:
+    if move.value in _OPEN[state]:
+        check_move(state, move)
+        return
+    with pytest.raises(KmsError) as refusal:
+        check_move(state, move)
+    assert refusal.value.reason == f"KEY_{state.value.upper()}"
 
 
 @pytest.mark.parametrize("state", State)
