@@ -4,13 +4,16 @@ Cancellation is the deadline: the edge cancels a call whose time is up, and an i
 cancelled call. All failures are `KmsError`; a driver's own exceptions end in its package.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Protocol
 
 from kms.domain.algorithms import Hash, KeySpec, SignatureAlgorithm
-from kms.domain.ids import KeyName, KeyRef, UserId
+from kms.domain.errors import Reason
+from kms.domain.ids import KeyId, KeyName, KeyRef, UserId
 from kms.domain.keys import Custody, HeldKey, KeyFilter, KeyIdentity, KeyMaterial, KeyRecord, UsableKey
+from kms.domain.lifecycle import Move, Use
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +113,89 @@ class Keys(Protocol):
 
     async def page(self, caller: UserId, which: KeyFilter, *, after: str, limit: int) -> Sequence[KeyRecord]:
         """Return at most *limit* keys in the order of their names, beginning behind the name *after*."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Who calls, and how the call is found again in log and trail. `peer` is the address without its port."""
+
+    user: User
+    request_id: str
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """Under what a result is kept for a repeat: the caller's own id, and an HMAC of the request's body."""
+
+    rpc: str
+    request_id: str
+    body_mac: bytes
+    result: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of the trail about a use of a key: charged (sign, encrypt, data key) or only recorded (decrypt).
+
+    `version` is the key's version that the result was computed with. `details` are what the trail may hold of it:
+    algorithm, sizes, digests; nothing secret and nothing derived from plaintext but as an HMAC.
+    """
+
+    call: Call
+    action: str
+    key_id: KeyId
+    version: int
+    use: Use
+    is_charged: bool
+    details: Mapping[str, str | int]
+    repeat: Repeat | None = None
+
+
+class Ledger(Protocol):
+    """Charges and records, together and durably. A result leaves only after `settle` has returned."""
+
+    async def settle(self, entry: Entry) -> None:
+        """Charge and record a use, or raise what the database says at that very moment.
+
+        The state's reason (KEY_REVOKED, …), KEY_NOT_FOUND, USAGE_LIMIT_REACHED, CREDENTIALS_INVALID (the caller's standing or version
+        changed), STALE (the key's version changed: read it again), REQUEST_ID_REUSED; STORE_UNAVAILABLE only where certainly
+        nothing was charged, OUTCOME_UNKNOWN where that cannot be learnt before the call's time is up.
+        """
+        ...
+
+    async def earlier(self, user_id: UserId, rpc: str, request_id: str) -> Repeat | None:
+        """Return what was kept under this id less than 24 hours ago, or None."""
+        ...
+
+    def note_refusal(self, call: Call, action: str, key: KeyId | None, reason: Reason) -> None:
+        """Record a refusal, without waiting for it: in a queue and at a rate of its own."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a move brings with it. Fields that a move does not use are None."""
+
+    reason: str | None = None
+    occurred_at: datetime | None = None
+    pending_days: int | None = None
+    max_usage_count: int | None = None
+    expires_at: datetime | None = None
+    metadata: Mapping[str, str] | None = None
+
+
+class Lifecycle(Protocol):
+    """Moves keys between states. Each move is a domain event with the next version of the key, and a line of the trail."""
+
+    async def move(self, call: Call, key_id: KeyId, move: Move, change: Change, *, version: int | None) -> KeyRecord:
+        """Make the move and return the key as it is then.
+
+        Raises KEY_NOT_FOUND; STALE where the key is no longer at *version* (None: any); the state's reason where the table has no such
+        move; USAGE_LIMIT_REACHED for reactivating a key at its limit; MALFORMED for an update that raises a limit or
+        puts off an expiry.
+        """
         ...
 
 

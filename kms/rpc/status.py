@@ -28,6 +28,7 @@ def code_of(reason: Reason) -> code_pb2.Code.ValueType:  # noqa: C901 - one flat
             | Reason.KEY_REVOKED
             | Reason.KEY_PENDING_DESTRUCTION
             | Reason.KEY_DESTROYED
+            | Reason.USAGE_LIMIT_REACHED
             | Reason.CUSTODY_UNAVAILABLE
         ):
             return code_pb2.FAILED_PRECONDITION
@@ -39,12 +40,16 @@ def code_of(reason: Reason) -> code_pb2.Code.ValueType:  # noqa: C901 - one flat
             return code_pb2.PERMISSION_DENIED
         case Reason.CREDENTIALS_INVALID:
             return code_pb2.UNAUTHENTICATED
-        case Reason.NAME_TAKEN:
+        case Reason.NAME_TAKEN | Reason.REQUEST_ID_REUSED:
             return code_pb2.ALREADY_EXISTS
+        case Reason.STALE:
+            return code_pb2.ABORTED
         case Reason.HSM_MECHANISM_UNSUPPORTED | Reason.NOT_IMPLEMENTED:
             return code_pb2.UNIMPLEMENTED
         case Reason.HSM_UNAVAILABLE | Reason.HSM_KEK_MISSING | Reason.STORE_UNAVAILABLE:
             return code_pb2.UNAVAILABLE
+        case Reason.OUTCOME_UNKNOWN:
+            return code_pb2.UNKNOWN
         case Reason.DEADLINE_EXCEEDED:
             return code_pb2.DEADLINE_EXCEEDED
         case _:
