@@ -159,9 +159,9 @@ class Ledger(Protocol):
     async def settle(self, entry: Entry) -> None:
         """Charge and record a use, or raise what the database says at that very moment.
 
-        The state's reason (KEY_REVOKED, …), KEY_NOT_FOUND, USAGE_LIMIT_REACHED, CREDENTIALS_INVALID (the caller's standing or version
-        changed), STALE (the key's version changed: read it again), REQUEST_ID_REUSED; STORE_UNAVAILABLE only where certainly
-        nothing was charged, OUTCOME_UNKNOWN where that cannot be learnt before the call's time is up.
+        The state's reason (KEY_REVOKED, …), KEY_NOT_FOUND, USAGE_LIMIT_REACHED, CREDENTIALS_INVALID (the caller's standing or
+        version changed), STALE (the key's version changed: read it again), REQUEST_ID_REUSED; STORE_UNAVAILABLE only where
+        certainly nothing was charged, OUTCOME_UNKNOWN where that cannot be learnt before the call's time is up.
         """
         ...
 
@@ -192,9 +192,9 @@ class Lifecycle(Protocol):
     async def move(self, call: Call, key_id: KeyId, move: Move, change: Change, *, version: int | None) -> KeyRecord:
         """Make the move and return the key as it is then.
 
-        Raises KEY_NOT_FOUND; STALE where the key is no longer at *version* (None: any); the state's reason where the table has no such
-        move; USAGE_LIMIT_REACHED for reactivating a key at its limit; MALFORMED for an update that raises a limit or
-        puts off an expiry.
+        Raises KEY_NOT_FOUND; STALE where the key is no longer at *version* (None: any); the state's reason where the table
+        has no such move; USAGE_LIMIT_REACHED for reactivating a key at its limit; MALFORMED for an update that raises a
+        limit or puts off an expiry.
         """
         ...
 
