@@ -24,6 +24,8 @@ BEGIN
             ('job_runner', FALSE),          -- the service itself, for nobody
             ('kms_login', FALSE),           -- owns the functions that run before the caller is known
             ('kms_lifecycle', FALSE),       -- owns the functions that change the standing of users and keys
+            ('kms_ledger', FALSE),          -- owns the functions that append to the trail
+            ('kms_partitions', FALSE),      -- owns the tables that get partitions with time, and the functions that make them
             ('kms_service', TRUE)           -- logs in; owns nothing
         ) AS role (name, may_log_in)
     LOOP
@@ -76,15 +78,21 @@ BEGIN
 END $$;
 
 -- To hand functions over to a definer role the migrating role must be able to become it. A superuser is already.
+-- Of kms_partitions it inherits, to change in later migrations the tables that belong to that role.
 DO $$
 DECLARE
     name TEXT;
 BEGIN
-    FOREACH name IN ARRAY ARRAY['kms_login', 'kms_lifecycle'] LOOP
+    FOREACH name IN ARRAY ARRAY['kms_login', 'kms_lifecycle', 'kms_ledger'] LOOP
         IF NOT pg_catalog.pg_has_role(current_user, name, 'SET') THEN
             EXECUTE format('GRANT %I TO CURRENT_USER WITH INHERIT FALSE, SET TRUE', name);
         END IF;
     END LOOP;
+    IF NOT pg_catalog.pg_has_role(current_user, 'kms_partitions', 'USAGE')
+        OR NOT pg_catalog.pg_has_role(current_user, 'kms_partitions', 'SET')
+    THEN
+        GRANT kms_partitions TO CURRENT_USER WITH INHERIT TRUE, SET TRUE;
+    END IF;
 END $$;
 
 -- By default everyone may connect to every database and make temporary tables in it, and execute every new function.

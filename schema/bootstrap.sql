@@ -12,12 +12,16 @@ BEGIN
 
     -- Roles that a migration of another database of this cluster has made are another's: give it the use of them.
     FOREACH name IN ARRAY ARRAY[
-        'authenticated_users', 'admin_users', 'auditor_users', 'job_runner', 'kms_login', 'kms_lifecycle', 'kms_service'
+        'authenticated_users', 'admin_users', 'auditor_users', 'job_runner', 'kms_login', 'kms_lifecycle', 'kms_ledger',
+        'kms_service'
     ] LOOP
         IF to_regrole(name) IS NOT NULL THEN
             EXECUTE format('GRANT %I TO kms_migrator WITH ADMIN TRUE, INHERIT FALSE, SET TRUE', name);
         END IF;
     END LOOP;
+    IF to_regrole('kms_partitions') IS NOT NULL THEN
+        GRANT kms_partitions TO kms_migrator WITH ADMIN TRUE, INHERIT TRUE, SET TRUE;
+    END IF;
 
     -- The owner may make schemas, trusted extensions, and say who connects.
     EXECUTE format('ALTER DATABASE %I OWNER TO kms_migrator', current_database());

@@ -24,18 +24,20 @@ _RIGHTS = b"""
     FROM pg_class AS c
         JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
         CROSS JOIN pg_roles AS r
-    WHERE c.relkind IN ('r', 'p', 'v', 'm') AND c.relnamespace::regnamespace::text !~ '^(pg_|information_schema)'
-        AND r.rolname = ANY ($1)
+    WHERE c.relkind IN ('r', 'p', 'v', 'm') AND NOT c.relispartition
+        AND c.relnamespace::regnamespace::text !~ '^(pg_|information_schema)'
+        AND r.rolname = ANY ($1) AND r.oid <> c.relowner
     ORDER BY 1, 2, a.attnum
 """
 _FUNCTIONS = b"""
-    SELECT p.oid::regprocedure::text, pg_get_userbyid(p.proowner)::text,
+    SELECT p.oid::regprocedure::text, CASE WHEN p.prosecdef THEN pg_get_userbyid(p.proowner)::text END,
         ARRAY(
             SELECT r.rolname::text FROM pg_roles AS r
             WHERE r.rolname = ANY ($1) AND r.oid <> p.proowner AND has_function_privilege(r.oid, p.oid, 'EXECUTE') ORDER BY 1
         )
     FROM pg_proc AS p
-    WHERE p.prosecdef AND p.pronamespace::regnamespace::text !~ '^(pg_|information_schema)'
+    WHERE NOT EXISTS (SELECT FROM pg_depend WHERE objid = p.oid AND deptype = 'e')
+        AND p.pronamespace::regnamespace::text !~ '^(pg_|information_schema)'
     ORDER BY 1
 """
 _ROLES = b"""
@@ -57,9 +59,10 @@ def matrix(connection: psycopg.Connection[Any]) -> str:
         cells = [_cell(found, right) for right in range(3)] + ["yes" if found[0][1][3] else "–"]
         if cells != ["–"] * 4:
             lines.append(f"| `{table}` | `{role}` | {' | '.join(cells)} |")
-    lines += ["", "| definer function | belongs to | may be called by |", "|---|---|---|"]
-    for function, owner, callers in cursor.execute(_FUNCTIONS, [roles]).fetchall():
-        lines.append(f"| `{function}` | `{owner}` | {', '.join(f'`{name}`' for name in callers) or '–'} |")
+    lines += ["", "| function | runs as | may be called by |", "|---|---|---|"]
+    for function, definer, callers in cursor.execute(_FUNCTIONS, [roles]).fetchall():
+        runs_as = f"`{definer}`" if definer else "its caller"
+        lines.append(f"| `{function}` | {runs_as} | {', '.join(f'`{name}`' for name in callers) or '–'} |")
     return "\n".join(lines)
 
 

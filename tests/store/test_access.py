@@ -11,6 +11,8 @@ from uuid import UUID
 import psycopg
 import pytest
 from psycopg import errors, sql
+from psycopg.rows import dict_row
+from psycopg.types.json import Jsonb
 
 from tests.fixtures.postgres import Database
 from tests.store.access_matrix import BEGIN, END, README, matrix
@@ -18,8 +20,18 @@ from tests.store.access_matrix import BEGIN, END, README, matrix
 ALICE: Final = UUID("aaaaaaaa-0000-4000-8000-000000000001")
 BOB: Final = UUID("bbbbbbbb-0000-4000-8000-000000000002")
 ROLES: Final = ("authenticated_users", "admin_users", "auditor_users", "job_runner")
-DEFINERS: Final = {"kms_login", "kms_lifecycle"}
-NOT_USERS_DATA: Final = {"schema_migrations"}
+DEFINERS: Final = {"kms_login", "kms_lifecycle", "kms_ledger", "kms_partitions"}
+# The one owner of functions that owns tables too: only an owner attaches a partition. Its policies show it their rows.
+OWNER_OF_PARTITIONED: Final = "kms_partitions"
+NOT_PROTECTED: Final = {"schema_migrations"}
+# Tables without a column that names a user, and the roles that see their rows.
+NOBODYS: Final = {
+    "audit.aggregate_snapshots": {"auditor_users", "job_runner"},
+    "audit.domain_events": {"auditor_users", "job_runner"},
+    "authentication.roles": {"authenticated_users", "admin_users", "auditor_users"},
+    "cryptography.wrapping_keys": {"job_runner"},
+}
+UNSEEN_BY_THEIR_USER: Final = {"audit.aggregate_heads"}
 HIDDEN: Final = {
     "authentication.users": {"password_hash", "salt", "mfa_secret"},
     "authentication.user_profiles": {"two_factor_backup_codes"},
@@ -60,11 +72,20 @@ _NEW_KEY: Final = {
     "bound_to",
 }
 MAY_INSERT: Final = {
+    ("job_runner", "audit.aggregate_snapshots"): {
+        "aggregate_id",
+        "aggregate_type",
+        "aggregate_version",
+        "snapshot_data",
+        "created_at",
+    },
     ("authenticated_users", "authentication.user_profiles"): _PROFILE | {"user_id"},
     ("authenticated_users", "cryptography.keys"): _NEW_KEY,
     ("job_runner", "cryptography.wrapping_keys"): {"id", "kind", "generation", "token_serial"},
 }
 MAY_UPDATE: Final = {
+    ("job_runner", "audit.aggregate_snapshots"): {"aggregate_version", "snapshot_data", "created_at"},
+    ("job_runner", "audit.domain_events"): {"processed_at", "processing_status", "retry_count", "error_message"},
     ("authenticated_users", "authentication.user_profiles"): _PROFILE,
     ("authenticated_users", "cryptography.keys"): {"key_name", "metadata"},
     ("job_runner", "cryptography.wrapping_keys"): {"token_serial", "backup_confirmed_at"},
@@ -86,6 +107,13 @@ ROWS_OF_A_USER: Final = """
     INSERT INTO cryptography.key_rotations (user_id, old_key_id, rotation_reason) VALUES (%(user)s, %(key)s, 'age');
     INSERT INTO cryptography.certificates (user_id, key_id, certificate_type, certificate_data)
         VALUES (%(user)s, %(key)s, 'x509', 'x');
+    INSERT INTO audit.aggregate_heads VALUES (%(key)s, 'key', 1, %(user)s);
+    INSERT INTO audit.domain_events (aggregate_id, aggregate_type, aggregate_version, event_type, event_data)
+        VALUES (%(key)s, 'key', 1, 'created', '{}');
+    INSERT INTO audit.aggregate_snapshots VALUES (%(key)s, 'key', 1, '{}');
+    INSERT INTO audit.security_events (event_type, severity, user_id) VALUES ('sign', 'low', %(user)s);
+    INSERT INTO audit.security_events (event_type, severity, user_id, created_at) VALUES ('sign', 'low', %(user)s, '1999-01-01');
+    INSERT INTO audit.data_access_log (user_id, table_name, operation) VALUES (%(user)s, 'keys', 'SELECT');
 """
 
 
@@ -134,7 +162,7 @@ def is_denied(service: psycopg.Connection[Any], statement: sql.Composed | bytes)
 
 
 def tables(admin: psycopg.Connection[Any], *, partitions: bool = False) -> dict[str, list[str]]:
-    """Return each table with its columns, but not those without data of users."""
+    """Return each table with its columns, but not the record of migrations."""
     found: dict[str, list[str]] = {}
     query = b"""
         SELECT c.oid::regclass::text, a.attname FROM pg_class AS c JOIN pg_attribute AS a ON a.attrelid = c.oid
@@ -143,7 +171,7 @@ def tables(admin: psycopg.Connection[Any], *, partitions: bool = False) -> dict[
         ORDER BY 1, a.attnum
     """
     for table, column in admin.execute(query, (partitions,)):
-        if table not in NOT_USERS_DATA:
+        if table not in NOT_PROTECTED:
             found.setdefault(table, []).append(column)
     return found
 
@@ -171,10 +199,12 @@ def test_row_security_is_forced_on_every_table_and_partition(admin: psycopg.Conn
 def test_partitions_have_the_policies_of_their_parents_and_no_rights(admin: psycopg.Connection[Any]) -> None:
     query = b"""
         WITH policies (relation, found) AS (
-            SELECT polrelid, array_agg((polname, polcmd, polroles, pg_get_expr(polqual, polrelid))::text ORDER BY polname)
+            SELECT polrelid, array_agg((
+                polname, polcmd, polroles, pg_get_expr(polqual, polrelid), pg_get_expr(polwithcheck, polrelid)
+            )::text ORDER BY polname)
             FROM pg_policy GROUP BY polrelid
         )
-        SELECT c.oid::regclass::text, c.relacl IS NULL, own.found = parents.found
+        SELECT c.oid::regclass::text, own.found = parents.found
         FROM pg_class AS c
             JOIN pg_inherits AS i ON i.inhrelid = c.oid
             LEFT JOIN policies AS own ON own.relation = c.oid
@@ -182,13 +212,18 @@ def test_partitions_have_the_policies_of_their_parents_and_no_rights(admin: psyc
         WHERE c.relispartition AND c.relkind = 'r'
     """
     found = admin.execute(query).fetchall()
-    assert len(found) >= 4
-    assert [row for row in found if row[1:] != (True, True)] == []
+    assert len(found) >= 60
+    assert [row for row in found if row[1] is not True] == []
     rights = b"""
-        SELECT attrelid::regclass FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = attrelid
-        WHERE relispartition AND attacl IS NOT NULL
+        SELECT c.oid::regclass, r.rolname FROM pg_class AS c CROSS JOIN pg_roles AS r
+        WHERE c.relispartition AND c.relkind = 'r' AND r.oid <> c.relowner
+            AND (r.rolname ~ '^kms_' AND r.rolname <> 'kms_migrator' OR r.rolname = ANY (%s))
+            AND (has_any_column_privilege(r.oid, c.oid, 'SELECT, INSERT, UPDATE')
+                OR has_table_privilege(r.oid, c.oid, 'DELETE, TRUNCATE, REFERENCES, TRIGGER'))
     """
-    assert admin.execute(rights).fetchall() == []
+    assert admin.execute(rights, (list(ROLES),)).fetchall() == []
+    admin.execute(b"GRANT SELECT (id) ON audit.security_events_2026_01 TO job_runner")
+    assert len(admin.execute(rights, (list(ROLES),)).fetchall()) == 1
 
 
 def test_every_policy_says_which_rows_may_be_written(admin: psycopg.Connection[Any]) -> None:
@@ -224,7 +259,20 @@ def test_definer_functions_belong_to_roles_that_own_no_table(admin: psycopg.Conn
     found = admin.execute(query).fetchall()
     assert len(found) >= 2
     assert {owner for _, owner, _, _ in found} <= DEFINERS
-    assert [row for row in found if row[2] or not row[3]] == []
+    assert [row for row in found if (row[2] and row[1] != OWNER_OF_PARTITIONED) or not row[3]] == []
+
+
+def test_the_owner_of_partitioned_tables_owns_nothing_else_and_sees_their_rows(admin: psycopg.Connection[Any]) -> None:
+    query = b"""
+        SELECT c.oid::regclass::text, c.relispartition, EXISTS (
+            SELECT FROM pg_policy WHERE polrelid = c.oid AND polcmd = '*' AND polroles = ARRAY[c.relowner]
+                AND pg_get_expr(polqual, polrelid) = 'true' AND pg_get_expr(polwithcheck, polrelid) = 'true'
+        )
+        FROM pg_class AS c WHERE c.relowner = %s::regrole AND c.relkind IN ('r', 'p', 'v', 'm', 'S')
+    """
+    found = admin.execute(query, (OWNER_OF_PARTITIONED,)).fetchall()
+    assert {name for name, is_partition, _ in found if not is_partition} == {"audit.domain_events", "audit.security_events"}
+    assert [name for name, _, sees in found if not sees] == []
 
 
 def test_definer_roles_cannot_log_in_and_nobody_becomes_one(admin: psycopg.Connection[Any]) -> None:
@@ -258,7 +306,7 @@ def test_nobody_writes_more_than_he_may_not_even_his_own_rows(
 ) -> None:
     wrong = []
     with acting(service, role, ALICE):
-        for table, columns in tables(admin, partitions=True).items():
+        for table, columns in tables(admin).items():
             for column in columns:
                 target, name = named(table), sql.Identifier(column)
                 insert = sql.SQL("INSERT INTO {} ({}) VALUES (DEFAULT)").format(target, name)
@@ -280,9 +328,27 @@ def test_a_user_sees_his_own_rows_and_no_others_in_every_table(
             if owner is None:
                 continue
             query = sql.SQL("SELECT DISTINCT {} FROM {}").format(sql.Identifier(owner), named(table))
-            assert service.execute(query).fetchall() == [(BOB,)], table
+            if table in UNSEEN_BY_THEIR_USER:
+                assert is_denied(service, query), table
+            else:
+                assert service.execute(query).fetchall() == [(BOB,)], table
             seen += 1
-    assert seen >= 8
+    assert seen >= 11
+
+
+def test_what_names_no_user_is_seen_by_the_roles_that_are_listed(
+    admin: psycopg.Connection[Any], service: psycopg.Connection[Any]
+) -> None:
+    nameless = {table: columns for table, columns in tables(admin).items() if owner_column(table, columns) is None}
+    assert set(nameless) == set(NOBODYS), "say in NOBODYS who sees the rows"
+    for role in ROLES:
+        with acting(service, role, ALICE):
+            for table, columns in nameless.items():
+                query = sql.SQL("SELECT count({}) > 0 FROM {}").format(sql.Identifier(columns[0]), named(table))
+                if role in NOBODYS[table]:
+                    assert service.execute(query).fetchone() == (True,), (role, table)
+                else:
+                    assert is_denied(service, query), (role, table)
 
 
 def test_without_a_user_there_are_no_rows(admin: psycopg.Connection[Any], service: psycopg.Connection[Any]) -> None:
@@ -290,7 +356,7 @@ def test_without_a_user_there_are_no_rows(admin: psycopg.Connection[Any], servic
         with acting(service, "authenticated_users", user):
             for table, columns in tables(admin).items():
                 owner = owner_column(table, columns)
-                if owner is not None:
+                if owner is not None and table not in UNSEEN_BY_THEIR_USER:
                     query = sql.SQL("SELECT count({}) FROM {}").format(sql.Identifier(owner), named(table))
                     assert service.execute(query).fetchone() == (0,), table
 
@@ -302,17 +368,53 @@ def test_without_a_role_there_is_nothing_at_all(admin: psycopg.Connection[Any], 
         assert refusal(service, query) is errors.InsufficientPrivilege, table
 
 
-def test_a_partition_read_directly_shows_own_rows_alone(admin: psycopg.Connection[Any], service: psycopg.Connection[Any]) -> None:
-    partitions = set(tables(admin, partitions=True)) - set(tables(admin))
-    shown: set[UUID] = set()
-    for partition in sorted(partitions):
-        query = sql.SQL("SELECT user_id FROM {}").format(named(partition))
-        with acting(service, "authenticated_users", BOB):
-            assert refusal(service, query) is errors.InsufficientPrivilege
-        admin.execute(sql.SQL("GRANT SELECT ON {} TO authenticated_users").format(named(partition)))
-        with acting(service, "authenticated_users", BOB):
-            shown |= {row[0] for row in service.execute(query)}
-    assert shown == {BOB}
+def granted_everything(admin: psycopg.Connection[Any]) -> None:
+    """Give users every right on every table and partition, so that nothing but the policies is left."""
+    for table in tables(admin, partitions=True):
+        admin.execute(sql.SQL("GRANT ALL ON {} TO authenticated_users").format(named(table)))
+
+
+def test_policies_alone_keep_users_apart_in_every_table_and_partition(
+    admin: psycopg.Connection[Any], service: psycopg.Connection[Any]
+) -> None:
+    granted_everything(admin)
+    shown = 0
+    with acting(service, "authenticated_users", BOB):
+        for table, columns in tables(admin, partitions=True).items():
+            owner = owner_column(table, columns)
+            if owner is None and "authenticated_users" in NOBODYS.get(table, ()):
+                continue
+            key = sql.Identifier(owner or columns[0])
+            rows = service.execute(sql.SQL("SELECT {} FROM {}").format(key, named(table))).fetchall()
+            assert {row[0] for row in rows} <= ({BOB} if owner else set()), table
+            shown += len(rows)
+            others = sql.SQL("WHERE {} <> {}").format(key, sql.Literal(BOB)) if owner else sql.SQL("")
+            update = sql.SQL("UPDATE {} SET {} = {} {}").format(named(table), key, key, others)
+            delete = sql.SQL("DELETE FROM {} {}").format(named(table), others)
+            for statement in (update, delete):
+                with service.transaction(force_rollback=True):
+                    assert service.execute(statement).rowcount == 0, statement.as_string()
+    assert shown >= 12
+
+
+def test_policies_alone_refuse_a_row_for_another_user_in_every_table(
+    admin: psycopg.Connection[Any], service: psycopg.Connection[Any]
+) -> None:
+    granted_everything(admin)
+    tried = set()
+    for table, columns in tables(admin).items():
+        owner = owner_column(table, columns)
+        of_alice = sql.SQL("WHERE {} = {}").format(sql.Identifier(owner), sql.Literal(ALICE)) if owner else sql.SQL("")
+        with admin.cursor(row_factory=dict_row) as cursor:
+            row = cursor.execute(sql.SQL("SELECT * FROM {} {} LIMIT 1").format(named(table), of_alice)).fetchone()
+        assert row is not None, f"ROWS_OF_A_USER makes no row of {table}"
+        values = [Jsonb(value) if isinstance(value, dict | list) else value for value in row.values()]
+        copy = sql.SQL("INSERT INTO {} VALUES ({})").format(named(table), sql.SQL(", ").join(map(sql.Literal, values)))
+        refused = pytest.raises(errors.InsufficientPrivilege, match="row-level security")
+        with acting(service, "authenticated_users", BOB), refused, service.transaction():
+            service.execute(copy)
+        tried.add(table)
+    assert len(tried) >= 13
 
 
 def test_another_users_row_cannot_be_changed_or_made(service: psycopg.Connection[Any]) -> None:
