@@ -91,6 +91,13 @@ class Hsm(Protocol):
         """Return *size_bytes* random bytes from the token, 1 to 65,536."""
         ...
 
+    async def mac(self, data: bytes) -> bytes:
+        """Return HMAC-SHA-256 (RFC 2104) of *data*, 1 byte to 1 MiB, under the token's own MAC key: 32 bytes.
+
+        HSM_KEK_MISSING if the token has no MAC key.
+        """
+        ...
+
     def oaep_hashes(self) -> frozenset[Hash]:
         """Return the hashes with which the token does RSA-OAEP."""
         ...

@@ -35,6 +35,7 @@ class Connection:
         self.token = token
         self._login = login
         self.wrapping_keys: tuple[WrappingKey, ...] = tuple(inventory.keys)
+        self.own_keys = inventory.own
         self.canaries: tuple[Canary, ...] = inventory.canaries
         self.oaep_hashes: frozenset[Hash] = frozenset()
         self.sessions = 1
@@ -63,7 +64,7 @@ class Connection:
             with self.token_objects():
                 inventory = take_inventory(raw)
             # SoftHSM opens sessions on a token whose files are gone; they see no keys.
-            if not inventory.keys.keys() >= set(self.wrapping_keys):
+            if not inventory.own >= self.own_keys:
                 raise unavailable("the token no longer shows its keys")
             return as_token_session(raw, inventory, self.oaep_hashes)
         except BaseException:
@@ -187,20 +188,30 @@ def connect(module: Module, settings: HsmSettings) -> Connection:
 
 
 def check_complete(inventory: Inventory) -> None:
-    """Raise HSM_KEK_MISSING unless each KEK and sealing key has a canary, and there is one of each."""
+    """Raise HSM_KEK_MISSING unless each KEK and sealing key has a canary, and there is one of each and a MAC key."""
     for keys in (inventory.of(Kind.KEK), inventory.of(Kind.SEALING)):
         if not keys or not all(any(c.names(key, key) for c in inventory.canaries) for key in keys):
             raise _not_initialised()
+    if not inventory.mac_keys:
+        raise _no_mac_key()
 
 
 def as_token_session(raw: pkcs11.Session, inventory: Inventory, oaep_hashes: frozenset[Hash]) -> TokenSession:
-    """Return *raw* with the keys of *inventory*, which it took. Raises HSM_KEK_MISSING where there are none."""
-    kek, sealing = inventory.newest(Kind.KEK), inventory.newest(Kind.SEALING)
+    """Return *raw* with the keys of *inventory*, which it took. Raises HSM_KEK_MISSING where one is not there."""
+    kek, sealing, mac_key = inventory.newest(Kind.KEK), inventory.newest(Kind.SEALING), inventory.newest_mac()
     if kek is None or sealing is None:
         raise _not_initialised()
+    if mac_key is None:
+        raise _no_mac_key()
     keks: dict[Any, Any] = inventory.of(Kind.KEK)
-    return TokenSession(raw, keks, inventory.of(Kind.SEALING), kek.key_id, sealing.key_id, oaep_hashes)
+    return TokenSession(raw, keks, inventory.of(Kind.SEALING), kek.key_id, sealing.key_id, mac_key, oaep_hashes)
 
 
 def _not_initialised() -> KmsError:
     return KmsError(Reason.HSM_KEK_MISSING, "the token has no wrapping keys of ours, or not all of them; run `kms hsm init`")
+
+
+def _no_mac_key() -> KmsError:
+    return KmsError(
+        Reason.HSM_KEK_MISSING, "the token has no MAC key of ours: run `kms hsm init`, which adds it and touches nothing else"
+    )

@@ -82,7 +82,7 @@ class Link:
 
     def _connect(self) -> bool:
         fresh = connect(self._module, self._settings)
-        if not set(fresh.wrapping_keys) >= set(self._last.wrapping_keys):
+        if not fresh.own_keys >= self._last.own_keys:
             raise kek_missing()
         if fresh.token.serial != self._last.token.serial:
             _log.warning("hsm_serial_changed", before=self._last.serial, now=fresh.serial)

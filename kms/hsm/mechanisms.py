@@ -11,6 +11,7 @@ from kms.domain.envelope import TAG_BYTES
 WRAP: Final = Mechanism.AES_KEY_WRAP_PAD
 GCM: Final = Mechanism.AES_GCM
 CMAC: Final = Mechanism.AES_CMAC
+HMAC: Final = Mechanism.SHA256_HMAC
 ECDSA: Final = Mechanism.ECDSA
 EDDSA: Final = Mechanism.EDDSA
 PKCS1: Final = Mechanism.RSA_PKCS

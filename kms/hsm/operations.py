@@ -17,6 +17,7 @@ _SCHEME_TYPES = {
 }
 _MESSAGE_BYTES_MAX = 16 * 1024 * 1024
 RANDOM_BYTES_MAX = 65_536
+MAC_BYTES_MAX = 1024 * 1024
 
 
 def check_signing(spec: KeySpec, algorithm: SignatureAlgorithm, data: bytes) -> None:
@@ -76,6 +77,12 @@ def check_random(size_bytes: int) -> None:
     """Raise MALFORMED unless *size_bytes* is 1 to 65,536."""
     if not 1 <= size_bytes <= RANDOM_BYTES_MAX:
         raise malformed("size_bytes", f"expected 1 to {RANDOM_BYTES_MAX}")
+
+
+def check_mac(data: bytes) -> None:
+    """Raise MALFORMED unless *data* has 1 byte to 1 MiB."""
+    if not 1 <= len(data) <= MAC_BYTES_MAX:
+        raise malformed("data", f"expected 1 to {MAC_BYTES_MAX} bytes")
 
 
 def _hash(algorithm: SignatureAlgorithm) -> Hash:

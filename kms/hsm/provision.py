@@ -19,10 +19,12 @@ from kms.hsm.settings import HsmSettings
 from kms.hsm.wrapping_keys import (
     Inventory,
     Kind,
+    MacKey,
     WrappingKey,
     check_attributes,
     check_canary,
     make_canary,
+    make_mac_key,
     make_wrapping_key,
     take_inventory,
 )
@@ -41,26 +43,23 @@ class TokenDescription:
     manufacturer: str
     module: str
     wrapping_keys: tuple[WrappingKey, ...]
+    mac_keys: tuple[MacKey, ...]
     canaries: int
 
 
 def init(settings: HsmSettings) -> TokenDescription:
-    """Make the first KEK, sealing key and canary in the token, and return what it holds then.
+    """Make the first KEK, sealing key, MAC key and canary in the token, and return what it holds then.
 
-    An interrupted run is completed. Raises NAME_TAKEN, touching nothing, if the token already has them all; HSM_UNAVAILABLE.
+    What is missing is added (after an interrupted run, or a MAC key to a token older than those) and what exists is not
+    touched. Raises NAME_TAKEN if the token already has them all; HSM_UNAVAILABLE.
     """
 
     def make(token: pkcs11.Token, session: pkcs11.Session) -> TokenDescription:
         inventory = take_inventory(session)
         check_attributes(inventory)
-        if inventory.canaries:
-            raise KmsError(Reason.NAME_TAKEN, "the token already has wrapping keys of ours: they are never overwritten")
-        for kind in Kind:
-            if inventory.newest(kind) is None:
-                make_wrapping_key(session, kind, _new_id(session), _FIRST)
-        made = take_inventory(session)
-        check_attributes(made)
-        make_canary(as_token_session(session, made, frozenset()), _FIRST)
+        if inventory.canaries and inventory.mac_keys:
+            raise KmsError(Reason.NAME_TAKEN, "the token already has all keys of ours: they are never overwritten")
+        _add_missing(session, inventory)
         return _described(settings, token, take_inventory(session))
 
     return _with_token(settings, make)
@@ -92,6 +91,19 @@ def check_copy(settings: HsmSettings) -> TokenDescription:
     return _with_token(settings, check)
 
 
+def _add_missing(session: pkcs11.Session, inventory: Inventory) -> None:
+    if not inventory.mac_keys:
+        make_mac_key(session, _new_id(session), _FIRST)
+    # A canary is made last: where there is one, its keys are there or were lost, and lost keys are not made anew.
+    for kind in Kind if not inventory.canaries else ():
+        if inventory.newest(kind) is None:
+            make_wrapping_key(session, kind, _new_id(session), _FIRST)
+    made = take_inventory(session)
+    check_attributes(made)
+    if not inventory.canaries:
+        make_canary(as_token_session(session, made, frozenset()), _FIRST)
+
+
 def _new_id(session: pkcs11.Session) -> UUID:
     return UUID(bytes=session.generate_random(128), version=4)
 
@@ -104,6 +116,7 @@ def _described(settings: HsmSettings, token: pkcs11.Token, inventory: Inventory)
         manufacturer=token.manufacturer_id,
         module=load_module(settings.module).library.library_description,
         wrapping_keys=tuple(sorted(inventory.keys, key=lambda key: (key.kind, key.generation))),
+        mac_keys=tuple(sorted(inventory.mac_keys, key=lambda key: key.generation)),
         canaries=len(inventory.canaries),
     )
 

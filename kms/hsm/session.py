@@ -1,4 +1,4 @@
-"""One PKCS#11 session with the token's own keys as it sees them, and the one operation they serve: sealing.
+"""One PKCS#11 session with the token's own keys as it sees them, and the operations they serve: sealing and MACs.
 
 A session, its objects and a `TokenSession` belong to one thread at a time (an object of the binding is tied to the session
 it came from). Methods raise the binding's errors; the callers in this package translate them.
@@ -19,13 +19,14 @@ from kms.hsm.errors import kek_missing
 
 @dataclass(frozen=True, slots=True)
 class TokenSession:
-    """A session, the KEKs and sealing keys by id, and which of them new envelopes are made with."""
+    """A session, the KEKs and sealing keys by id, which of them new envelopes are made with, and the MAC key."""
 
     raw: pkcs11.Session
     keks: Mapping[UUID, Any]
     sealing_keys: Mapping[UUID, Any]
     kek_id: UUID
     sealing_key_id: UUID
+    mac_key: Any
     oaep_hashes: frozenset[Hash]
 
     def kek(self, key_id: UUID) -> Any:  # noqa: ANN401  # the binding makes a class for each object
@@ -45,6 +46,10 @@ class TokenSession:
         if key is None:
             raise kek_missing()
         return decrypt_gcm(key, nonce, sealed, aad)
+
+    def mac(self, data: bytes) -> bytes:
+        """Return HMAC-SHA-256 (RFC 2104) of *data*, which is not empty, under the MAC key: 32 bytes."""
+        return bytes(self.mac_key.sign(data, mechanism=mechanisms.HMAC))
 
 
 def encrypt_gcm(session: pkcs11.Session, key: Any, plaintext: bytes, aad: bytes) -> tuple[bytes, bytes]:  # noqa: ANN401  # the binding makes a class for each object

@@ -1,6 +1,6 @@
 """Attribute templates, as constants: an attribute that the binding cannot encode crashes the interpreter.
 
-Names follow the life of a key: `WRAPPING` and `SEALING` are the token's own keys, `CREATION` is a key on its way into its
+Names follow the life of a key: `WRAPPING`, `SEALING` and `MAC` are the token's own keys, `CREATION` is a key on its way into its
 envelope, `USE` is one taken out of it, `RESIDENT` is a key that stays.
 """
 
@@ -17,9 +17,10 @@ Template = Mapping[Attribute, Any]
 
 WRAPPING_CAPABILITIES: Final = MechanismFlag.WRAP | MechanismFlag.UNWRAP
 SEALING_CAPABILITIES: Final = MechanismFlag.ENCRYPT | MechanismFlag.DECRYPT
+MAC_CAPABILITIES: Final = MechanismFlag.SIGN | MechanismFlag.VERIFY
 RESIDENT_LABEL: Final = "neo-kms resident"
 
-# Of a wrapping or sealing key when it is made. Without MODIFIABLE and COPYABLE false, C_SetAttributeValue or a copy would
+# Of a key of the token's own when it is made. Without MODIFIABLE and COPYABLE false, C_SetAttributeValue or a copy would
 # give it the operation that its purpose excludes.
 TOKEN_KEY: Final[Template] = {
     Attribute.PRIVATE: True,
@@ -40,18 +41,24 @@ _OPERATIONS: Final = (
 _COMMON_DEMANDS: Final[Template] = {
     **TOKEN_KEY,
     Attribute.CLASS: ObjectClass.SECRET_KEY,
-    Attribute.KEY_TYPE: P11KeyType.AES,
     Attribute.VALUE_LEN: 32,
     Attribute.TOKEN: True,
 }
 # What every start demands of the token's own keys, operation by operation.
 WRAPPING_DEMANDS: Final[Template] = {
     **_COMMON_DEMANDS,
+    Attribute.KEY_TYPE: P11KeyType.AES,
     **{name: name in (Attribute.WRAP, Attribute.UNWRAP) for name in _OPERATIONS},
 }
 SEALING_DEMANDS: Final[Template] = {
     **_COMMON_DEMANDS,
+    Attribute.KEY_TYPE: P11KeyType.AES,
     **{name: name in (Attribute.ENCRYPT, Attribute.DECRYPT) for name in _OPERATIONS},
+}
+MAC_DEMANDS: Final[Template] = {
+    **_COMMON_DEMANDS,
+    Attribute.KEY_TYPE: P11KeyType.GENERIC_SECRET,
+    **{name: name in (Attribute.SIGN, Attribute.VERIFY) for name in _OPERATIONS},
 }
 
 # A key on its way into a WRAPPED envelope: the KEK can wrap it, nobody can read it.

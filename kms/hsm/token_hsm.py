@@ -222,6 +222,14 @@ class TokenHsm:
             return done
         return await _result(self._lanes.submit(lambda bench: bench.run(work, "random numbers")))
 
+    async def mac(self, data: bytes) -> bytes:
+        """Return HMAC-SHA-256 of *data* under the token's own MAC key."""
+        operations.check_mac(data)
+        if self._is_inline(data) and (done := self._lanes.inline.run_if_well(lambda session: session.mac(data))) is not None:
+            return done
+        self._refuse_if_away()
+        return await _result(self._lanes.submit(lambda bench: bench.run(lambda session: session.mac(data), "HMAC-SHA-256")))
+
     async def _run(self, key: HeldKey, work: Callable[[Bench], T]) -> T:
         self._refuse_if_away()
         return await _result(self._lanes.submit(work, key))

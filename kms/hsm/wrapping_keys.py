@@ -1,10 +1,11 @@
-"""The token's own keys: KEKs, sealing keys and the canaries that tell a broken token from an altered envelope.
+"""The token's own keys: KEKs, sealing keys, MAC keys, and the canaries that tell a broken token from an altered envelope.
 
-They are token objects named `neo-kms kek <generation>`, `neo-kms seal <generation>` and `neo-kms canary <generation>`; a key is
-named in envelopes by its CKA_ID, a UUID of ours. The newest generation makes new envelopes.
+They are token objects named `neo-kms <kek, seal, mac or canary> <generation>`; a key is named in envelopes by its CKA_ID, a UUID
+of ours. The newest generation makes new envelopes and MACs.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
@@ -23,7 +24,7 @@ from kms.hsm.session import TokenSession
 from kms.hsm.templates import Template
 
 APPLICATION: Final = "neo-kms"
-_LABEL: Final = re.compile(r"neo-kms (kek|seal|canary) ([1-9][0-9]{0,5})")
+_LABEL: Final = re.compile(r"neo-kms (kek|seal|mac|canary) ([1-9][0-9]{0,5})")
 _KEY_BITS: Final = 256
 
 
@@ -36,6 +37,8 @@ class Kind(StrEnum):
 
 _WORDS: Final[dict[str, Kind]] = {"kek": Kind.KEK, "seal": Kind.SEALING}
 _LABELS: Final[dict[Kind, str]] = {Kind.KEK: "neo-kms kek {}", Kind.SEALING: "neo-kms seal {}"}
+_MAC: Final = "mac"
+_MAC_LABEL: Final = "neo-kms mac {}"
 _CANARY: Final = "canary"
 _CANARY_LABEL: Final = "neo-kms canary {}"
 _DEMANDS: Final[dict[Kind, Template]] = {Kind.KEK: templates.WRAPPING_DEMANDS, Kind.SEALING: templates.SEALING_DEMANDS}
@@ -50,6 +53,14 @@ class WrappingKey:
     """A KEK or sealing key that the token holds."""
 
     kind: Kind
+    key_id: UUID
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class MacKey:
+    """An HMAC key that the token holds. No envelope names it."""
+
     key_id: UUID
     generation: int
 
@@ -73,10 +84,16 @@ class Canary:
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """What of ours the token holds, as one session sees it: keys with their objects, canaries, names that cannot be read."""
+    """What of ours the token holds, as one session sees it: keys with their objects, and canaries."""
 
     keys: dict[WrappingKey, Any]
+    mac_keys: dict[MacKey, Any]
     canaries: tuple[Canary, ...]
+
+    @property
+    def own(self) -> frozenset[WrappingKey | MacKey]:
+        """The names of all keys of ours."""
+        return frozenset((*self.keys, *self.mac_keys))
 
     def of(self, kind: Kind) -> dict[UUID, Any]:
         """Return the objects of one kind by id."""
@@ -87,32 +104,43 @@ class Inventory:
         found = [key for key in self.keys if key.kind is kind]
         return max(found, key=lambda key: key.generation, default=None)
 
+    def newest_mac(self) -> Any | None:  # noqa: ANN401  # the binding makes a class for each object
+        """Return the object of the newest MAC key, or None."""
+        return self.mac_keys[max(self.mac_keys, key=lambda key: key.generation)] if self.mac_keys else None
+
 
 def take_inventory(session: pkcs11.Session) -> Inventory:
     """Return what the token holds. Cheap as long as the token has few objects; raises HSM_UNAVAILABLE for an ambiguous one."""
     keys: dict[WrappingKey, Any] = {}
+    mac_keys: dict[MacKey, Any] = {}
     for item in list(session.get_objects({Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.TOKEN: True})):
         named = _name(item)
         if named is not None and named[0] in _WORDS:
             keys[WrappingKey(_WORDS[named[0]], _uuid(item), named[1])] = item
+        elif named is not None and named[0] == _MAC:
+            mac_keys[MacKey(_uuid(item), named[1])] = item
     canaries = []
     for item in list(session.get_objects({Attribute.CLASS: ObjectClass.DATA, Attribute.TOKEN: True})):
         named = _name(item)
         if named is not None and named[0] == _CANARY:
             canaries.append(_read_canary(named[1], bytes(item[Attribute.VALUE])))
-    _refuse_doubles(keys)
-    return Inventory(keys, tuple(sorted(canaries, key=lambda canary: canary.generation)))
+    _refuse_doubles([(key.kind, key.generation, key.key_id) for key in keys])
+    _refuse_doubles([(_MAC, key.generation, key.key_id) for key in mac_keys])
+    return Inventory(keys, mac_keys, tuple(sorted(canaries, key=lambda canary: canary.generation)))
 
 
 def check_attributes(inventory: Inventory) -> None:
     """Raise HSM_UNAVAILABLE if a key of ours could do what its purpose excludes, or left the token's keeping."""
     for key, item in inventory.keys.items():
-        wrong = [name.name for name, value in _DEMANDS[key.kind].items() if _attribute(item, name) != value]
-        if wrong:
-            raise KmsError(
-                Reason.HSM_UNAVAILABLE,
-                f"the token's {key.kind} key {key.key_id} has wrong attributes ({', '.join(wrong)}): it is not used",
-            )
+        _check_attributes(item, _DEMANDS[key.kind], f"{key.kind} key {key.key_id}")
+    for mac_key, item in inventory.mac_keys.items():
+        _check_attributes(item, templates.MAC_DEMANDS, f"MAC key {mac_key.key_id}")
+
+
+def _check_attributes(item: Any, demands: Template, name: str) -> None:  # noqa: ANN401  # the binding makes a class for each object
+    wrong = [attribute.name for attribute, value in demands.items() if _attribute(item, attribute) != value]
+    if wrong:
+        raise KmsError(Reason.HSM_UNAVAILABLE, f"the token's {name} has wrong attributes ({', '.join(wrong)}): it is not used")
 
 
 def make_wrapping_key(session: pkcs11.Session, kind: Kind, key_id: UUID, generation: int) -> None:
@@ -124,6 +152,19 @@ def make_wrapping_key(session: pkcs11.Session, kind: Kind, key_id: UUID, generat
         label=_LABELS[kind].format(generation),
         store=True,
         capabilities=_CAPABILITIES[kind],
+        template=dict(templates.TOKEN_KEY),
+    )
+
+
+def make_mac_key(session: pkcs11.Session, key_id: UUID, generation: int) -> None:
+    """Make a MAC key as a token object: 32 bytes (RFC 2104 section 3), signs and verifies only, kept like the others."""
+    session.generate_key(
+        pkcs11.KeyType.GENERIC_SECRET,
+        _KEY_BITS,
+        id=key_id.bytes,
+        label=_MAC_LABEL.format(generation),
+        store=True,
+        capabilities=templates.MAC_CAPABILITIES,
         template=dict(templates.TOKEN_KEY),
     )
 
@@ -194,7 +235,7 @@ def _attribute(item: Any, name: Attribute) -> Any:  # noqa: ANN401  # as above
 def _uuid(item: Any) -> UUID:  # noqa: ANN401  # as above
     value = bytes(_attribute(item, Attribute.ID) or b"")
     if len(value) != 16:
-        raise KmsError(Reason.HSM_UNAVAILABLE, "the token has a wrapping key whose CKA_ID is not a UUID of 16 bytes")
+        raise KmsError(Reason.HSM_UNAVAILABLE, "the token has a key of ours whose CKA_ID is not a UUID of 16 bytes")
     return UUID(bytes=value)
 
 
@@ -206,7 +247,7 @@ def _read_canary(generation: int, value: bytes) -> Canary:
         raise KmsError(Reason.HSM_UNAVAILABLE, f"the token's canary {generation} cannot be read; restore the token") from None
 
 
-def _refuse_doubles(keys: dict[WrappingKey, Any]) -> None:
-    names = [(key.kind, key.generation) for key in keys] + [(key.kind, key.key_id) for key in keys]
+def _refuse_doubles(keys: Iterable[tuple[str, int, UUID]]) -> None:
+    names = [(kind, name) for kind, *both in keys for name in both]
     if len(set(names)) != len(names):
-        raise KmsError(Reason.HSM_UNAVAILABLE, "the token has two wrapping keys of one generation or one id")
+        raise KmsError(Reason.HSM_UNAVAILABLE, "the token has two keys of ours of one generation or one id")

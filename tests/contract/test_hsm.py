@@ -1,6 +1,7 @@
 """The promises of the port `Hsm`, for every implementation."""
 
 import hashlib
+import hmac
 from dataclasses import replace
 from typing import cast
 from uuid import uuid4
@@ -300,6 +301,23 @@ async def test_random_bytes_have_the_length_asked_for(hsm: Hsm, size: int) -> No
 async def test_a_length_out_of_range_is_refused(hsm: Hsm, size: int) -> None:
     with pytest.raises(KmsError) as caught:
         await hsm.random(size)
+    assert caught.value.reason is Reason.MALFORMED
+
+
+@pytest.mark.parametrize("size", [1, 64, 65, 100_000, 1024 * 1024])
+async def test_a_mac_is_the_same_each_time_and_another_for_other_data(hsm: Hsm, size: int) -> None:
+    data = bytes(size)
+    mac = await hsm.mac(data)
+    assert len(mac) == 32
+    assert mac == await hsm.mac(data)
+    assert mac not in (await hsm.mac(flipped(data)), await hsm.mac(flipped(data, 0)))
+    assert mac not in (hashlib.sha256(data).digest(), hmac.digest(bytes(32), data, "sha256"))
+
+
+@pytest.mark.parametrize("size", [0, 1024 * 1024 + 1])
+async def test_data_of_no_length_or_too_much_has_no_mac(hsm: Hsm, size: int) -> None:
+    with pytest.raises(KmsError) as caught:
+        await hsm.mac(bytes(size))
     assert caught.value.reason is Reason.MALFORMED
 
 

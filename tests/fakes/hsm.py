@@ -10,7 +10,7 @@ from typing import Final, cast
 from uuid import UUID, uuid4
 
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives import cmac, hashes, serialization
+from cryptography.hazmat.primitives import cmac, hashes, hmac, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import Prehashed, decode_dss_signature
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -50,6 +50,7 @@ class FakeHsm:
     sealing_key_id: UUID = field(default_factory=uuid4)
     away: list[bool] = field(default_factory=list)
     _sealing_key: bytes = field(default_factory=lambda: os.urandom(32), repr=False)
+    _mac_key: bytes = field(default_factory=lambda: os.urandom(32), repr=False)
     _resident: dict[bytes, bytes] = field(default_factory=dict, repr=False)
 
     def custody_for(self, spec: KeySpec, minimum: Custody | None) -> Custody:
@@ -121,6 +122,15 @@ class FakeHsm:
         if not 1 <= size_bytes <= 65_536:
             raise malformed("size_bytes", "expected 1 to 65536")
         return os.urandom(size_bytes)
+
+    async def mac(self, data: bytes) -> bytes:
+        """As the port says."""
+        self._check_there()
+        if not 1 <= len(data) <= 1024 * 1024:
+            raise malformed("data", "expected 1 byte to 1 MiB")
+        made = hmac.HMAC(self._mac_key, hashes.SHA256())
+        made.update(data)
+        return made.finalize()
 
     def oaep_hashes(self) -> frozenset[Hash]:
         """As the port says."""

@@ -1,5 +1,6 @@
 """`kms hsm init` and what every start demands of the token's own keys."""
 
+import hmac
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -18,8 +19,8 @@ from kms.hsm.module import Module
 from kms.hsm.settings import HsmSettings
 from kms.hsm.token_hsm import open_hsm
 from kms.hsm.wrapping_keys import Kind
-from tests.fixtures.softhsm import LABEL, settings_of
-from tests.hsm.tokens import KnownKey, prepare, put_canary, put_canary_text, put_kek, put_sealing_key, session_on
+from tests.fixtures.softhsm import LABEL, OpenHsm, settings_of
+from tests.hsm.tokens import KnownKey, prepare, put_canary, put_canary_text, put_kek, put_mac_key, put_sealing_key, session_on
 
 OPERATIONS = ("WRAP", "UNWRAP", "ENCRYPT", "DECRYPT", "SIGN", "VERIFY", "DERIVE")
 
@@ -39,10 +40,11 @@ def test_each_key_has_one_purpose_and_never_leaves(blank_token: SoftToken) -> No
     assert keys == {
         "neo-kms kek 1": common | {name: name in ("WRAP", "UNWRAP") for name in OPERATIONS},
         "neo-kms seal 1": common | {name: name in ("ENCRYPT", "DECRYPT") for name in OPERATIONS},
+        "neo-kms mac 1": common | {name: name in ("SIGN", "VERIFY") for name in OPERATIONS},
     }
 
 
-@pytest.mark.parametrize("label", ["neo-kms kek 1", "neo-kms seal 1"])
+@pytest.mark.parametrize("label", ["neo-kms kek 1", "neo-kms seal 1", "neo-kms mac 1"])
 def test_no_session_can_give_a_token_key_another_purpose(soft_token: SoftToken, label: str) -> None:
     with session_on(soft_token) as session:
         key = session.get_key(label=label)
@@ -60,6 +62,7 @@ def test_a_second_run_is_refused_and_changes_nothing(blank_token: SoftToken) -> 
     assert caught.value.reason is Reason.NAME_TAKEN
     assert provision.describe(settings_of(blank_token)) == first
     assert [(key.kind, key.generation) for key in first.wrapping_keys] == [(Kind.KEK, 1), (Kind.SEALING, 1)]
+    assert [key.generation for key in first.mac_keys] == [1]
     assert first.canaries == 1
 
 
@@ -70,6 +73,40 @@ def test_an_interrupted_run_is_completed(blank_token: SoftToken) -> None:
     made = provision.init(settings_of(blank_token))
     assert made.wrapping_keys[0].key_id == kek.key_id
     assert provision.check_copy(settings_of(blank_token)) == made
+
+
+@pytest.fixture
+def older_token(blank_token: SoftToken) -> SoftToken:
+    """A token from before there were MAC keys."""
+    kek, sealing = KnownKey(), KnownKey()
+    with session_on(blank_token) as session:
+        put_kek(session, kek)
+        put_sealing_key(session, sealing)
+        put_canary(session, kek, sealing)
+    return blank_token
+
+
+def test_a_token_from_before_mac_keys_gets_one_and_nothing_else_changes(older_token: SoftToken) -> None:
+    before = provision.describe(settings_of(older_token))
+    objects = {path: path.read_bytes() for path in older_token.token_directory.rglob("*-*.object")}
+    assert len(objects) == 3
+    made = provision.init(settings_of(older_token))
+    assert replace(made, mac_keys=()) == before
+    assert len(made.mac_keys) == 1
+    assert {path: path.read_bytes() for path in objects} == objects
+    assert provision.check_copy(settings_of(older_token)) == made
+
+
+async def test_a_token_without_a_mac_key_is_not_served_and_says_what_to_run(older_token: SoftToken) -> None:
+    with pytest.raises(KmsError, match=r"MAC key.*kms hsm init") as caught:
+        await open_hsm(settings_of(older_token))
+    assert caught.value.reason is Reason.HSM_KEK_MISSING
+
+
+def test_a_copy_without_the_mac_key_is_no_copy(older_token: SoftToken) -> None:
+    with pytest.raises(KmsError, match="MAC key") as caught:
+        provision.check_copy(settings_of(older_token))
+    assert caught.value.reason is Reason.HSM_KEK_MISSING
 
 
 def test_a_copy_of_the_token_directory_opens_its_canary(soft_token: SoftToken, enter_token: Callable[[SoftToken], None]) -> None:
@@ -92,6 +129,7 @@ def test_a_copy_with_another_key_under_the_same_id_is_no_copy(blank_token: SoftT
     with session_on(blank_token) as session:
         put_kek(session, KnownKey(kek.key_id))
         put_sealing_key(session, sealing)
+        put_mac_key(session, KnownKey())
         put_canary(session, kek, sealing)
     with pytest.raises(KmsError, match="canary") as caught:
         provision.check_copy(settings_of(blank_token))
@@ -114,6 +152,37 @@ async def test_a_kek_that_could_do_more_than_wrap_is_not_used(blank_token: SoftT
     with pytest.raises(KmsError, match=name) as caught:
         await open_hsm(settings_of(blank_token, start_attempts=1))
     assert caught.value.reason is Reason.HSM_UNAVAILABLE
+
+
+@pytest.mark.parametrize("name", ["ENCRYPT", "WRAP", "DERIVE", "EXTRACTABLE", "MODIFIABLE", "COPYABLE"])
+async def test_a_mac_key_that_could_do_more_is_not_used(older_token: SoftToken, name: str) -> None:
+    with session_on(older_token) as session:
+        put_mac_key(session, KnownKey(), **{name: True})
+    with pytest.raises(KmsError, match=f"MAC key .*{name}") as caught:
+        await open_hsm(settings_of(older_token, start_attempts=1))
+    assert caught.value.reason is Reason.HSM_UNAVAILABLE
+
+
+async def test_two_mac_keys_of_one_generation_are_refused(older_token: SoftToken) -> None:
+    with session_on(older_token) as session:
+        put_mac_key(session, KnownKey())
+        put_mac_key(session, KnownKey())
+    with pytest.raises(KmsError, match="one generation"):
+        await open_hsm(settings_of(older_token, start_attempts=1))
+
+
+@pytest.mark.parametrize("inline_p99_seconds", [0.0, 1.0])
+async def test_a_mac_is_hmac_sha_256_under_the_newest_mac_key(
+    older_token: SoftToken, opened: OpenHsm, enter_blank: Callable[[], None], inline_p99_seconds: float
+) -> None:
+    older, newest = KnownKey(), KnownKey()
+    enter_blank()
+    with session_on(older_token) as session:
+        put_mac_key(session, newest, 2)
+        put_mac_key(session, older, 1)
+    hsm = await opened(pin=settings_of(older_token).pin, inline_p99_seconds=inline_p99_seconds)
+    for data in (b"x", b"a body" * 1000):
+        assert await hsm.mac(data) == hmac.digest(newest.value, data, "sha256")
 
 
 async def test_a_kek_without_its_canary_is_not_used(blank_token: SoftToken) -> None:
@@ -184,4 +253,5 @@ def test_opensc_sees_what_we_made(soft_token: SoftToken) -> None:
     pin = soft_token.pin_file.read_text()
     listing = subprocess.run([*command, "--pin", pin], capture_output=True, text=True, check=True).stdout
     assert listing.count("Secret Key Object; AES length 32") == 2
+    assert listing.count("Secret Key Object; Generic secret length 32") == 1
     assert "neo-kms canary 1" in listing

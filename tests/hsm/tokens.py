@@ -52,6 +52,12 @@ def put_sealing_key(session: pkcs11.Session, key: KnownKey, generation: int = 1)
     _put(session, key, f"neo-kms seal {generation}", {Attribute.ENCRYPT, Attribute.DECRYPT}, {})
 
 
+def put_mac_key(session: pkcs11.Session, key: KnownKey, generation: int = 1, **changes: bool) -> None:
+    """Import *key* as a MAC key; *changes* as for `put_kek`."""
+    operations = {Attribute.SIGN, Attribute.VERIFY}
+    _put(session, key, f"neo-kms mac {generation}", operations, changes, pkcs11.KeyType.GENERIC_SECRET)
+
+
 def put_canary(session: pkcs11.Session, kek: KnownKey, sealing: KnownKey, generation: int = 1) -> None:
     """Make a canary of both keys outside the token and import it."""
     secret, nonce = os.urandom(32), os.urandom(12)
@@ -75,11 +81,12 @@ def put_canary_text(session: pkcs11.Session, text: str, generation: int = 1) -> 
     )
 
 
-def prepare(token: SoftToken, kek: KnownKey, sealing: KnownKey) -> None:
+def prepare(token: SoftToken, kek: KnownKey, sealing: KnownKey, mac: KnownKey | None = None) -> None:
     """Give a blank *token* known keys and their canary."""
     with session_on(token) as session:
         put_kek(session, kek)
         put_sealing_key(session, sealing)
+        put_mac_key(session, mac or KnownKey())
         put_canary(session, kek, sealing)
 
 
@@ -108,11 +115,18 @@ def _sealed(identity: KeyIdentity, custody: Custody, inner: bytes, public_key: s
     return HeldKey(identity, KeyMaterial(custody, public_key, envelope.encode()), version=1)
 
 
-def _put(session: pkcs11.Session, key: KnownKey, label: str, operations: set[Attribute], changes: dict[str, bool]) -> None:
+def _put(
+    session: pkcs11.Session,
+    key: KnownKey,
+    label: str,
+    operations: set[Attribute],
+    changes: dict[str, bool],
+    key_type: pkcs11.KeyType = pkcs11.KeyType.AES,
+) -> None:
     names = ("WRAP", "UNWRAP", "ENCRYPT", "DECRYPT", "SIGN", "VERIFY", "DERIVE")
     attributes: dict[Attribute, Any] = {
         Attribute.CLASS: ObjectClass.SECRET_KEY,
-        Attribute.KEY_TYPE: pkcs11.KeyType.AES,
+        Attribute.KEY_TYPE: key_type,
         Attribute.VALUE: key.value,
         Attribute.ID: key.key_id.bytes,
         Attribute.LABEL: label,
