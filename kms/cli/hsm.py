@@ -7,9 +7,10 @@ from kms.cli.output import print_json
 
 
 def init(invocation: Invocation) -> None:
-    """Make the service's own keys in the token: those that wrap and seal all others, and a canary under each.
+    """Make the service's own keys in the token: those that wrap and seal all others, a canary under each, and a MAC key.
 
-    Refuses a token that has them: nothing is ever overwritten. Copy the token afterwards.
+    Adds what is missing (a token of an earlier version has no MAC key) and refuses a token that has them all: nothing is
+    ever overwritten. Copy the token afterwards.
     """
     config = invocation.operator_config("hsm")
     from kms import wiring
