@@ -188,12 +188,10 @@ def connect(module: Module, settings: HsmSettings) -> Connection:
 
 
 def check_complete(inventory: Inventory) -> None:
-    """Raise HSM_KEK_MISSING unless each KEK and sealing key has a canary, and there is one of each and a MAC key."""
+    """Raise HSM_KEK_MISSING unless each KEK and sealing key has a canary, and there is one of each."""
     for keys in (inventory.of(Kind.KEK), inventory.of(Kind.SEALING)):
         if not keys or not all(any(c.names(key, key) for c in inventory.canaries) for key in keys):
             raise _not_initialised()
-    if not inventory.mac_keys:
-        raise _no_mac_key()
 
 
 def as_token_session(raw: pkcs11.Session, inventory: Inventory, oaep_hashes: frozenset[Hash]) -> TokenSession:

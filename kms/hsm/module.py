@@ -99,7 +99,10 @@ def _load(name: str) -> Module:
         library = pkcs11.lib(name)
         library.finalize()
         entry = ctypes.CDLL(name).C_GetFunctionList
-    except (pkcs11.PKCS11Error, OSError, AttributeError):
+    except (pkcs11.PKCS11Error, OSError, AttributeError) as error:
+        # The binding's own class stands for the loader's errors, its subclasses for what the module answered.
+        if isinstance(error, pkcs11.PKCS11Error) and type(error) is not pkcs11.PKCS11Error:
+            raise unavailable(f"the HSM module does not start without arguments ({type(error).__name__})") from None
         raise unavailable("the HSM module cannot be loaded; is the path that of a PKCS#11 module?") from None
     functions = ctypes.POINTER(_FunctionList)()
     entry.restype = ctypes.c_ulong

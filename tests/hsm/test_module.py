@@ -18,6 +18,8 @@ from kms.hsm.settings import HsmSettings
 from kms.hsm.token_hsm import open_hsm
 from tests.fixtures.softhsm import settings_of
 
+NSS = sorted(Path("/usr/lib").glob("**/libsoftokn3.so"))
+
 
 @pytest.mark.parametrize("kind", ["absent", "text", "directory", "another library"])
 def test_what_is_no_module_is_an_error_not_a_crash(tmp_path: Path, kind: str) -> None:
@@ -32,6 +34,13 @@ def test_what_is_no_module_is_an_error_not_a_crash(tmp_path: Path, kind: str) ->
         path = Path(_ctypes.__file__)
     with pytest.raises(KmsError, match="cannot be loaded") as caught:
         load_module(path)
+    assert caught.value.reason is Reason.HSM_UNAVAILABLE
+
+
+@pytest.mark.skipif(not NSS, reason="the softoken of NSS is not installed")
+def test_a_module_that_wants_arguments_is_said_to_want_them() -> None:
+    with pytest.raises(KmsError, match="does not start without arguments") as caught:
+        load_module(NSS[0])
     assert caught.value.reason is Reason.HSM_UNAVAILABLE
 
 

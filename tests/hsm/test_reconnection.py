@@ -1,6 +1,7 @@
 """A token that goes away and comes back, under a running process."""
 
 import asyncio
+import shutil
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -8,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from kms.dev.softhsm import SoftToken
+from kms.dev.softhsm import soft_token as soft_token_in
 from kms.domain.algorithms import KeyType, Purpose, key_spec, signature_algorithm
 from kms.domain.errors import KmsError, Reason
 from kms.domain.keys import Custody
 from kms.hsm.token_hsm import TokenHsm
-from tests.fixtures.softhsm import OpenHsm
+from tests.fixtures.softhsm import LABEL, OpenHsm, settings_of
 from tests.hsm.conftest import Dam
 from tests.hsm.keys import new_key, use
+from tests.hsm.tokens import KnownKey, prepare
 
 AES = key_spec(KeyType.AES, Purpose.ENCRYPTION, None)
 SECP256K1 = key_spec(KeyType.SECP256K1, Purpose.SIGNING, None)
@@ -53,6 +56,7 @@ async def test_a_token_that_was_removed_and_put_back_serves_again_without_a_rest
 ) -> None:
     hsm = await opened(inline_p99_seconds=inline)
     keys = [await new_key(hsm, spec) for spec in (AES, SECP256K1, ED25519)]
+    mac = await hsm.mac(b"data")
     for key in keys:
         await use(hsm, key)
     put_back = take_away(soft_token)
@@ -60,12 +64,14 @@ async def test_a_token_that_was_removed_and_put_back_serves_again_without_a_rest
     for key in keys:
         assert await refused(use(hsm, key)) is Reason.HSM_UNAVAILABLE
     assert await refused(hsm.random(16)) is Reason.HSM_UNAVAILABLE
+    assert await refused(hsm.mac(b"data")) is Reason.HSM_UNAVAILABLE
     assert await refused(new_key(hsm, AES)) is Reason.HSM_UNAVAILABLE
     assert await refused(new_key(hsm, AES, Custody.RESIDENT)) is Reason.HSM_UNAVAILABLE
     put_back()
     await until(hsm.is_available)
     for key in keys:
         await use(hsm, key)
+    assert await hsm.mac(b"data") == mac
 
 
 async def test_requests_under_load_get_an_answer_while_the_token_comes_and_goes(hsm: TokenHsm, soft_token: SoftToken) -> None:
@@ -142,3 +148,24 @@ async def test_another_token_in_its_place_is_not_used(
     put_back()
     await until(hsm.is_available)
     await use(hsm, key)
+
+
+async def test_a_clone_with_another_mac_key_is_not_used(
+    blank_token: SoftToken, opened: OpenHsm, enter_token: Callable[[SoftToken], None]
+) -> None:
+    other = soft_token_in(shutil.copytree(blank_token.directory, blank_token.directory.with_name("other")), LABEL)
+    kek, sealing = KnownKey(), KnownKey()
+    for token in (other, blank_token):
+        enter_token(token)
+        prepare(token, kek, sealing)
+    hsm = await opened(pin=settings_of(blank_token).pin)
+    mac = await hsm.mac(b"data")
+    put_back = take_away(blank_token)
+    await until(lambda: not hsm.is_available())
+    other.token_directory.rename(blank_token.token_directory)
+    await asyncio.sleep(1.0)
+    assert not hsm.is_available()
+    blank_token.token_directory.rename(other.token_directory)
+    put_back()
+    await until(hsm.is_available)
+    assert await hsm.mac(b"data") == mac
