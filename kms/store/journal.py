@@ -10,12 +10,13 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import IO, Any, Final
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from kms.store.errors import unavailable
 
@@ -26,8 +27,9 @@ _FIELDS: Final = frozenset({"sequence", "event", "subject", "occurred_at", "reas
 
 
 class Event(StrEnum):
-    """What is written down. The subject is the id of the key, certificate or user."""
+    """What is written down. The subject is the id of the key, certificate or user; of the first line that of the journal."""
 
+    JOURNAL_BEGUN = "journal_begun"
     KEY_REVOKED = "key_revoked"
     KEY_COMPROMISED = "key_compromised"
     KEY_DESTROYED = "key_destroyed"
@@ -37,7 +39,7 @@ class Event(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The last line of a journal: its number, from 1, and its hash. An empty journal has number 0 and 64 zeros."""
+    """The last line of a journal: its number, from 1, and its hash. Number 0 and 64 zeros stand for no line."""
 
     sequence: int = 0
     hash: str = _BEGINNING
@@ -60,22 +62,31 @@ class Journal:
 
     path: Path
 
+    def begin(self, *, at: datetime) -> Head:
+        """Make the journal, with a first line that no other journal has, unless it is there; return its head.
+
+        Raises OSError, and STORE_UNAVAILABLE for a file that does not end as a journal does.
+        """
+        with self._opened(at) as (_, head):
+            return head
+
     def append(self, event: Event, subject: UUID, *, occurred_at: datetime, reason: str) -> Head:
-        """Write a line, force it to disk and return the new head. Raises OSError, and STORE_UNAVAILABLE for a broken end.
+        """Write a line, force it to disk and return the new head. Raises as `begin` does.
 
         A line that a crash left unfinished, and so was never answered for, is removed.
         """
-        # A new file's name must be on disk as well.
-        is_new = not self.path.exists()
+        with self._opened(occurred_at) as (file, head):
+            return _write(file, _chained(head, event, subject, occurred_at, reason[:_REASON_CHARACTERS_MAX]))
+
+    @contextmanager
+    def _opened(self, now: datetime) -> Iterator[tuple[IO[bytes], Head]]:
         with open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             head = _find_head(file, self.path)
-            entry = _chained(head, event, subject, occurred_at, reason[:_REASON_CHARACTERS_MAX])
-            _write_whole(file, _canonical(entry) + b"\n")
-            os.fsync(file.fileno())
-        if is_new:
-            sync_directory(self.path.parent)
-        return Head(head.sequence + 1, str(entry["hash"]))
+            if head == Head():
+                head = _write(file, _chained(head, Event.JOURNAL_BEGUN, uuid4(), now, ""))
+                sync_directory(self.path.absolute().parent)
+            yield file, head
 
 
 def read_journal(path: Path) -> tuple[Entry, ...]:
@@ -101,7 +112,7 @@ def head_of(entries: tuple[Entry, ...]) -> Head:
 
 def check_continues(entries: tuple[Entry, ...], recorded: Head, name: str) -> None:
     """Raise STORE_UNAVAILABLE unless *recorded*, the head at the time of a backup, is in the journal called *name*."""
-    if recorded != Head() and not any(entry.head == recorded for entry in entries):
+    if not any(entry.head == recorded for entry in entries):
         raise unavailable(
             f"{name} is not the journal of this backup, or its end is lost: expected line {recorded.sequence} with the hash "
             f"{recorded.hash}"
@@ -169,8 +180,10 @@ def _canonical(fields: Mapping[str, object]) -> bytes:
     return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
-def _write_whole(file: IO[bytes], content: bytes) -> None:
+def _write(file: IO[bytes], fields: Mapping[str, object]) -> Head:
+    content = _canonical(fields) + b"\n"
     # An unbuffered write may be cut short by a full disk; what is there then is an unfinished line.
-    written = file.write(content)
-    while written < len(content):
-        written += file.write(content[written:])
+    while content:
+        content = content[file.write(content) :]
+    os.fsync(file.fileno())
+    return Head(int(str(fields["sequence"])), str(fields["hash"]))
