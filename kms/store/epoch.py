@@ -1,0 +1,263 @@
+"""Epochs: a database that was restored or recovered is not served until what it must not bring back is gone.
+
+The newest epoch says where the database lies (cluster, timeline, oid). A dump that is restored lies elsewhere and a recovery to
+a point in time has a new timeline, so that neither can pass for the database that was served last, whatever tool was used.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Final, LiteralString
+from uuid import UUID
+
+import psycopg
+from psycopg import errors as pg
+from psycopg import sql
+from psycopg.rows import class_row
+
+from kms.domain.errors import KmsError, Reason, malformed
+from kms.store.errors import unavailable
+from kms.store.journal import Entry, Event
+from kms.store.pool import AS_ADMINISTRATOR, AS_JOB, Pool
+
+CURRENT: Final = """
+    SELECT e.number, e.cause, e.begun_at, (e.system_identifier, e.timeline, e.database_oid)
+        = (here.system_identifier, here.timeline, here.database_oid) AS is_here
+    FROM cryptography.epochs AS e CROSS JOIN cryptography.location() AS here
+    ORDER BY e.number DESC
+    LIMIT 1
+"""
+BEGIN_FIRST: Final = "SELECT cryptography.begin_first_epoch()"
+UNCONFIRMED: Final = """
+    SELECT key_id, user_id, epoch
+    FROM cryptography.restored_keys
+    WHERE confirmed_at IS NULL
+    ORDER BY user_id, key_id
+"""
+CONFIRM: Final = "SELECT cryptography.confirm_restored_key(%(key)s, %(count)s::bigint) AS is_active"
+BEGIN: Final = """
+    INSERT INTO cryptography.epochs (number, cause, backup_created_at, system_identifier, timeline, database_oid)
+    SELECT (SELECT coalesce(max(number), 0) + 1 FROM cryptography.epochs), %(cause)s, %(backup_created_at)s,
+        here.system_identifier, here.timeline, here.database_oid
+    FROM cryptography.location() AS here
+    RETURNING number
+"""
+TO_BE_EMPTIED: Final = """
+    SELECT n.nspname::text, c.relname::text
+    FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE c.relkind IN ('r', 'p') AND NOT c.relispartition
+        AND starts_with(obj_description(c.oid, 'pg_class'), 'Emptied by a restore')
+    ORDER BY 1, 2
+"""
+# A key that is due for destruction, superseded, expired, revoked or compromised never protects anything again. One that waits
+# for its destruction may be spared it.
+DEACTIVATE: Final = """
+    WITH concerned AS (
+        SELECT id, user_id, key_status, deactivated_at IS NULL AS was_not_deactivated
+        FROM cryptography.keys
+        WHERE destroyed_at IS NULL AND superseded_at IS NULL
+            AND (destruction_scheduled_at > clock_timestamp()) IS NOT FALSE
+            AND cryptography.effective_status(
+                key_status, activated_at, deactivated_at, superseded_at, expires_at, NULL, NULL, clock_timestamp()
+            ) IN ('pre_active', 'active', 'inactive')
+            AND (%(every_key)s OR key_type = 'aes' OR max_usage_count IS NOT NULL)
+    ), noted AS (
+        INSERT INTO cryptography.restored_keys AS known (key_id, user_id, epoch, status_before, deactivated_by_restore)
+        SELECT id, user_id, %(epoch)s, key_status, was_not_deactivated FROM concerned
+        ON CONFLICT (key_id) DO UPDATE SET
+            epoch = excluded.epoch, confirmed_at = NULL, confirmed_count = NULL, confirmed_by = NULL,
+            status_before = CASE WHEN known.confirmed_at IS NULL THEN known.status_before ELSE excluded.status_before END,
+            deactivated_by_restore =
+                excluded.deactivated_by_restore OR (known.confirmed_at IS NULL AND known.deactivated_by_restore)
+        RETURNING key_id
+    ), deactivated AS (
+        UPDATE cryptography.keys AS k
+        SET deactivated_at = clock_timestamp(), key_status = 'inactive'
+        FROM concerned
+        WHERE k.id = concerned.id AND concerned.was_not_deactivated
+        RETURNING k.id
+    )
+    SELECT (SELECT count(*) FROM noted), (SELECT count(*) FROM deactivated)
+"""
+REVOKE_KEYS: Final = """
+    UPDATE cryptography.keys AS k
+    SET key_status = 'revoked', revoked_at = told.at
+    FROM unnest(%(subjects)s::uuid[], %(moments)s::timestamptz[]) AS told (id, at)
+    WHERE k.id = told.id AND k.key_status <> 'revoked'
+"""
+COMPROMISE_KEYS: Final = """
+    UPDATE cryptography.keys AS k
+    SET key_status = 'compromised', compromised_at = told.at
+    FROM unnest(%(subjects)s::uuid[], %(moments)s::timestamptz[]) AS told (id, at)
+    WHERE k.id = told.id AND k.key_status NOT IN ('revoked', 'compromised')
+"""
+DESTROY_KEYS: Final = """
+    UPDATE cryptography.keys AS k
+    SET destroyed_at = told.at, encrypted_private_key = ''
+    FROM unnest(%(subjects)s::uuid[], %(moments)s::timestamptz[]) AS told (id, at)
+    WHERE k.id = told.id AND k.destroyed_at IS NULL
+"""
+REVOKE_CERTIFICATES: Final = """
+    UPDATE cryptography.certificates AS c
+    SET revocation_status = 'revoked', revoked_at = told.at
+    FROM unnest(%(subjects)s::uuid[], %(moments)s::timestamptz[]) AS told (id, at)
+    WHERE c.id = told.id AND c.revocation_status <> 'revoked'
+"""
+# Locked and not deleted: whoever disabled the user can enable him again.
+DISABLE_USERS: Final = """
+    UPDATE authentication.users AS u
+    SET locked_until = '9999-12-31 00:00:00+00', version = version + 1
+    FROM unnest(%(subjects)s::uuid[], %(moments)s::timestamptz[]) AS told (id, at)
+    WHERE u.id = told.id AND (u.locked_until < '9999-12-31 00:00:00+00') IS NOT FALSE
+"""
+_REPLAYS: Final[dict[Event, LiteralString]] = {
+    Event.KEY_REVOKED: REVOKE_KEYS,
+    Event.KEY_COMPROMISED: COMPROMISE_KEYS,
+    Event.KEY_DESTROYED: DESTROY_KEYS,
+    Event.CERTIFICATE_REVOKED: REVOKE_CERTIFICATES,
+    Event.USER_DISABLED: DISABLE_USERS,
+}
+
+
+class Cause(StrEnum):
+    """Why an epoch began. MOVED: the operator says that nothing was lost (a promoted standby, an upgraded cluster)."""
+
+    FIRST_START = "FIRST_START"
+    RESTORED = "RESTORED"
+    RECOVERED = "RECOVERED"
+    MOVED = "MOVED"
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """The newest epoch of a database. `is_here`: the database lies where it says."""
+
+    number: int
+    cause: str
+    begun_at: datetime
+    is_here: bool
+
+
+@dataclass(frozen=True, slots=True)
+class UnconfirmedKey:
+    """A restored key that waits for an administrator to state how often it was used."""
+
+    key_id: UUID
+    user_id: UUID
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """What the beginning of an epoch did. `replayed` counts the rows that the journal changed, by event."""
+
+    number: int
+    replayed: Mapping[Event, int]
+    emptied: tuple[str, ...]
+    unconfirmed: int
+    deactivated: int
+
+
+async def check_epoch(pool: Pool) -> None:
+    """Raise STORE_UNAVAILABLE, saying what to run, for a database that lies elsewhere than its epoch says.
+
+    A database without an epoch was never served; its first begins.
+    """
+    found = await pool.fetch(AS_JOB, CURRENT)
+    if not found:
+        async with pool.transaction(AS_JOB) as connection:
+            await connection.execute(BEGIN_FIRST)
+        found = await pool.fetch(AS_JOB, CURRENT)
+    if not found or not found[0]["is_here"]:
+        raise unavailable(
+            "the database is not where it was served last: it was restored, recovered to a point in time, or moved. "
+            "Run `kms epoch begin` if it may have lost anything, `kms epoch continue` only if it has lost nothing"
+        )
+
+
+async def current_epoch(pool: Pool) -> Epoch | None:
+    """Return the newest epoch, or None for a database that was never served."""
+    rows = await pool.fetch(AS_ADMINISTRATOR, CURRENT)
+    return Epoch(**rows[0]) if rows else None
+
+
+async def unconfirmed_keys(pool: Pool) -> Sequence[UnconfirmedKey]:
+    """Return the restored keys that wait for a confirmation."""
+    return [UnconfirmedKey(**row) for row in await pool.fetch(AS_ADMINISTRATOR, UNCONFIRMED)]
+
+
+async def confirm_key(pool: Pool, key_id: UUID, count: int) -> bool:
+    """State that a restored key was used *count* times; return whether it is what it was before, and not at its limit.
+
+    Raises KEY_NOT_FOUND for a key that waits for nothing, MALFORMED for a count below that of the backup or above the limit.
+    """
+    try:
+        async with pool.transaction(AS_ADMINISTRATOR) as connection:
+            row = await (await connection.execute(CONFIRM, {"key": key_id, "count": count})).fetchone()
+    except pg.NoDataFound:
+        raise KmsError(Reason.KEY_NOT_FOUND, "no restored key of that id waits for a confirmation") from None
+    except pg.InvalidParameterValue as error:
+        raise malformed("count", error.diag.message_primary or "") from None
+    except pg.NumericValueOutOfRange:
+        raise malformed("count", "expected a number of uses") from None
+    assert row is not None  # noqa: S101  # a function that returns no set gives a row or raises
+    return bool(row["is_active"])
+
+
+def read_epoch(connection: psycopg.Connection[Any]) -> Epoch | None:
+    """Return the newest epoch, as the login that owns the schema sees it."""
+    return connection.cursor(row_factory=class_row(Epoch)).execute(CURRENT).fetchone()
+
+
+def begin_epoch(
+    connection: psycopg.Connection[Any],
+    cause: Cause,
+    journal: Sequence[Entry],
+    *,
+    is_complete: bool,
+    backup_created_at: str | None = None,
+) -> Beginning:
+    """Begin an epoch, all of it or nothing: replay *journal*, empty what must not come back, deactivate what is in doubt.
+
+    Unless the journal *is_complete*, every key is in doubt; else those whose uses are counted: with a limit, and AES keys.
+    The connection's login sees every row. Raises STORE_UNAVAILABLE.
+    """
+    with connection.transaction():
+        number = _begin(connection, cause, backup_created_at)
+        replayed = {event: _replay(connection, event, journal) for event in _REPLAYS}
+        emptied = _empty_tables(connection)
+        row = connection.execute(DEACTIVATE, {"every_key": not is_complete, "epoch": number}).fetchone()
+    assert row is not None  # noqa: S101  # a SELECT without FROM gives a row
+    return Beginning(number, replayed, emptied, *row)
+
+
+def continue_epoch(connection: psycopg.Connection[Any]) -> int:
+    """Begin an epoch in which nothing is in doubt, and return its number: the operator says that nothing was lost."""
+    with connection.transaction():
+        return _begin(connection, Cause.MOVED, None)
+
+
+def _begin(connection: psycopg.Connection[Any], cause: Cause, backup_created_at: str | None) -> int:
+    parameters = {"cause": cause, "backup_created_at": backup_created_at}
+    row = connection.execute(BEGIN, parameters).fetchone()
+    assert row is not None  # noqa: S101  # INSERT … RETURNING gives a row or raises
+    return int(row[0])
+
+
+def _replay(connection: psycopg.Connection[Any], event: Event, journal: Sequence[Entry]) -> int:
+    # Of two tellings of one thing the first counts; a join with both would take either.
+    told: dict[UUID, datetime] = {}
+    for entry in journal:
+        if entry.event is event:
+            told.setdefault(entry.subject, entry.occurred_at)
+    parameters = {"subjects": list(told.keys()), "moments": list(told.values())}
+    return connection.execute(_REPLAYS[event], parameters).rowcount
+
+
+def _empty_tables(connection: psycopg.Connection[Any]) -> tuple[str, ...]:
+    found = connection.execute(TO_BE_EMPTIED).fetchall()
+    if found:
+        names = sql.SQL(", ").join(sql.Identifier(schema, name) for schema, name in found)
+        connection.execute(sql.SQL("TRUNCATE {}").format(names))
+    return tuple(f"{schema}.{name}" for schema, name in found)

@@ -1,0 +1,193 @@
+"""`kms restore`: a database made of a backup, checked, in a new epoch, under its name only when all of that is done.
+
+Until then it has a name of its own; whatever fails, it is dropped, and nothing else was touched but roles that were missing.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from uuid import uuid4
+
+import psycopg
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from kms.store.backup import LOGIN_SEES_ALL, check_login_sees_all, connected
+from kms.store.backup_catalog import DatabaseProperties, read_catalog
+from kms.store.backup_file import Manifest, read_manifest
+from kms.store.backup_roles import make_roles
+from kms.store.backup_tools import find_tool, run
+from kms.store.epoch import Beginning, Cause, begin_epoch
+from kms.store.errors import unavailable
+from kms.store.journal import Entry, check_continues, read_journal
+from kms.store.migrate import migrate
+from kms.store.pool import connection_settings
+
+HOLDS_ANYTHING: Final = """
+    SELECT EXISTS (
+        SELECT FROM pg_class AS c WHERE c.relnamespace::regnamespace::text !~ '^(pg_|information_schema)'
+    ) OR EXISTS (SELECT FROM pg_namespace WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'public'))
+"""
+DATABASE_EXISTS: Final = "SELECT EXISTS (SELECT FROM pg_database WHERE datname = %(name)s)"
+_MAINTENANCE: Final = "postgres"
+_NAME_BYTES_MAX: Final = 63
+_DIFFERENCES_TOLD: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What a restoration did. `applied` are migrations that are newer than the backup."""
+
+    database: str
+    created_at: str
+    roles_made: tuple[str, ...]
+    applied: tuple[str, ...]
+    rows: int
+    beginning: Beginning
+
+
+def restore(dsn: str, file: Path, journals: Sequence[Path] = ()) -> Restored:
+    """Restore the backup in *file* as the database that *dsn* names, which is not there yet or is empty.
+
+    *journals* are all the journals whose heads the backup recorded; without them every key comes back inactive. Raises
+    OSError, and STORE_UNAVAILABLE saying what to do; the database is then as it was before.
+    """
+    settings = connection_settings(dsn)
+    target = _target(settings)
+    manifest = read_manifest(file)
+    entries, is_complete = read_journals(manifest, journals)
+    with _maintained(settings) as server:
+        is_there = _check_target(server, settings, target)
+        with scratch_database(server, settings, manifest, target) as (scratch, made):
+            _fill(scratch, file, manifest)
+            applied = tuple(migrate(_dsn(scratch)))
+            with connected(scratch) as connection:
+                beginning = begin_epoch(
+                    connection, Cause.RESTORED, entries, is_complete=is_complete, backup_created_at=manifest.created_at
+                )
+            _settle(server, str(scratch["dbname"]), target, manifest.properties, replaces=is_there)
+    return Restored(target, manifest.created_at, made, applied, sum(manifest.rows.values()), beginning)
+
+
+@contextmanager
+def drilled(dsn: str, file: Path) -> Iterator[tuple[str, Manifest]]:
+    """Restore the backup in *file* beside the database of *dsn*; yield the connection string of it, and drop it at the end.
+
+    It begins no epoch and is not brought up to date. Raises as `restore` does.
+    """
+    settings = connection_settings(dsn)
+    manifest = read_manifest(file)
+    with _maintained(settings) as server, scratch_database(server, settings, manifest, "kms_drill") as (scratch, _):
+        _fill(scratch, file, manifest)
+        yield _dsn(scratch), manifest
+
+
+def read_journals(manifest: Manifest, journals: Sequence[Path]) -> tuple[list[Entry], bool]:
+    """Return all lines of *journals*, and whether they are all that the backup knew of.
+
+    Raises STORE_UNAVAILABLE where some were given and a head that the backup recorded is in none of them.
+    """
+    found = [read_journal(path) for path in journals]
+    entries = [entry for each in found for entry in each]
+    names = ", ".join(map(str, journals))
+    if journals:
+        for head in manifest.journals:
+            check_continues(tuple(entries), head, names)
+    return entries, bool(journals and manifest.journals)
+
+
+@contextmanager
+def scratch_database(
+    server: psycopg.Connection[Any], settings: dict[str, Any], manifest: Manifest, prefix: str
+) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
+    """Make the roles of the backup and an empty database; yield its settings and the roles made; drop it if it is still there."""
+    made = tuple(make_roles(server, manifest.roles, manifest.memberships))
+    ending = f"_{uuid4().hex[:12]}"
+    name = prefix.encode()[: _NAME_BYTES_MAX - len(ending)].decode(errors="ignore") + ending
+    properties = manifest.properties
+    query = sql.SQL("CREATE DATABASE {} TEMPLATE template0 ENCODING {}{}").format(
+        sql.Identifier(name), sql.Literal(properties.encoding), _locale(properties)
+    )
+    try:
+        server.execute(query)
+        # Nobody but us, until it is finished.
+        server.execute(sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(sql.Identifier(name)))
+        yield {**settings, "dbname": name}, made
+    except psycopg.Error as error:
+        raise unavailable(f"the backup could not be restored: {error.diag.message_primary or error}") from None
+    finally:
+        server.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+def _fill(scratch: dict[str, Any], file: Path, manifest: Manifest) -> None:
+    """Load the archive into the scratch database and compare what came of it with what was dumped."""
+    with connected(scratch) as connection:
+        tool = find_tool("pg_restore", max(check_login_sees_all(connection), manifest.client_version))
+        run(tool, scratch, ["--exit-on-error", "--single-transaction", str(file)])
+        found = manifest.contents.differences(read_catalog(connection))
+    if found:
+        told = "; ".join(found[:_DIFFERENCES_TOLD]) + (
+            f"; and {len(found) - _DIFFERENCES_TOLD} more" * (len(found) > _DIFFERENCES_TOLD)
+        )
+        raise unavailable(f"what came of the backup is not what was dumped: {told}")
+
+
+def _settle(server: psycopg.Connection[Any], name: str, target: str, properties: DatabaseProperties, *, replaces: bool) -> None:
+    """Give the scratch database its owner, rights and name."""
+    database = sql.Identifier(name)
+    for grantee, privilege in properties.acl:
+        role = sql.SQL("PUBLIC") if grantee == "PUBLIC" else sql.Identifier(grantee)
+        words = {"CONNECT": sql.SQL("CONNECT"), "CREATE": sql.SQL("CREATE"), "TEMPORARY": sql.SQL("TEMPORARY")}
+        server.execute(sql.SQL("GRANT {} ON DATABASE {} TO {}").format(words[privilege], database, role))
+    server.execute(sql.SQL("ALTER DATABASE {} OWNER TO {}").format(database, sql.Identifier(properties.owner)))
+    if replaces:
+        server.execute(sql.SQL("DROP DATABASE {}").format(sql.Identifier(target)))
+    server.execute(sql.SQL("ALTER DATABASE {} RENAME TO {}").format(database, sql.Identifier(target)))
+
+
+@contextmanager
+def _maintained(settings: dict[str, Any]) -> Iterator[psycopg.Connection[Any]]:
+    """Connect to the database from which others are made, with a login that may do that."""
+    with connected({**settings, "dbname": _MAINTENANCE}) as server:
+        check_login_sees_all(server)
+        row = server.execute(LOGIN_SEES_ALL).fetchone()
+        if row is None or not row[2]:
+            raise unavailable("the login may not make databases: use a superuser, or as a superuser ALTER ROLE … CREATEDB")
+        yield server
+
+
+def _check_target(server: psycopg.Connection[Any], settings: dict[str, Any], target: str) -> bool:
+    """Return whether the database exists. Raises STORE_UNAVAILABLE for one that holds anything."""
+    row = server.execute(DATABASE_EXISTS, {"name": target}).fetchone()
+    if row is None or not row[0]:
+        return False
+    with connected(settings) as connection:
+        held = connection.execute(HOLDS_ANYTHING).fetchone()
+    if held is None or held[0]:
+        raise unavailable(
+            f'the database "{target}" is not empty, and nothing is restored over it: stop the service and rename it '
+            f'(ALTER DATABASE "{target}" RENAME TO …), or name another in [migration]'
+        )
+    return True
+
+
+def _target(settings: dict[str, Any]) -> str:
+    name = settings.get("dbname") or settings.get("user")
+    if not name or name == _MAINTENANCE:
+        raise unavailable(f'expected a connection string that names the database to be made, other than "{_MAINTENANCE}"')
+    return str(name)
+
+
+def _locale(properties: DatabaseProperties) -> sql.Composable:
+    """Return the locale of the backup's database; of another provider than libc the cluster's own is taken."""
+    if properties.locale_provider != "c":
+        return sql.SQL("")
+    return sql.SQL(" LOCALE_PROVIDER libc LC_COLLATE {} LC_CTYPE {}").format(
+        sql.Literal(properties.lc_collate), sql.Literal(properties.lc_ctype)
+    )
+
+
+def _dsn(settings: dict[str, Any]) -> str:
+    return make_conninfo(**settings)

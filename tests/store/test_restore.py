@@ -1,0 +1,426 @@
+"""A restored database is what was dumped, in a new epoch; whatever fails, it is not there, and nothing was touched."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from kms.dev.postgres import EmbeddedPostgres, temporary_postgres
+from kms.domain.errors import KmsError, Reason
+from kms.domain.secret import Secret
+from kms.store.backup import backup
+from kms.store.backup_catalog import read_catalog, read_properties, read_roles
+from kms.store.epoch import Cause, begin_epoch, check_epoch, confirm_key, continue_epoch, current_epoch, unconfirmed_keys
+from kms.store.journal import Event, Journal, read_journal
+from kms.store.migrate import check, set_service_password
+from kms.store.pool import open_pool
+from kms.store.restore import drilled, restore
+from tests.fixtures.postgres import Database
+from tests.store.backup_rows import add_key, add_session, add_user, states
+
+SOON = datetime.now(UTC) + timedelta(days=20)
+PAST = datetime.now(UTC) - timedelta(minutes=1)
+
+
+@pytest.fixture
+def admin(database: Database) -> Iterator[psycopg.Connection[Any]]:
+    with psycopg.connect(database.admin_dsn, autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+def other(postgres: EmbeddedPostgres) -> Iterator[str]:
+    """The connection string of a database that is not there."""
+    name = f"restored_{uuid4().hex[:8]}"
+    yield postgres.superuser_dsn(name)
+    with psycopg.connect(postgres.superuser_dsn(), autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)".encode())
+
+
+@contextmanager
+def on(dsn: str) -> Iterator[psycopg.Connection[Any]]:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        yield connection
+
+
+def refused(work: Callable[[], object]) -> str:
+    with pytest.raises(KmsError) as caught:
+        work()
+    assert caught.value.reason is Reason.STORE_UNAVAILABLE
+    return caught.value.message
+
+
+def databases(postgres: EmbeddedPostgres) -> set[str]:
+    with on(postgres.superuser_dsn()) as connection:
+        return {name for (name,) in connection.execute(b"SELECT datname::text FROM pg_database")}
+
+
+def service_dsn(dsn: str, postgres: EmbeddedPostgres) -> str:
+    return make_conninfo(dsn, user="kms_service", password=postgres.service_password())
+
+
+def test_what_is_restored_is_what_was_dumped(
+    database: Database, admin: psycopg.Connection[Any], other: str, tmp_path: Path
+) -> None:
+    add_key(admin, add_user(admin), "payments")
+    file, manifest = backup(database.admin_dsn, tmp_path / "one", [tmp_path / "journal"])
+    restored = restore(other, file, [tmp_path / "journal"])
+    assert (restored.rows, restored.applied, restored.roles_made) == (sum(manifest.rows.values()), (), ())
+    with on(other) as connection:
+        assert read_catalog(connection).objects == manifest.catalog
+        assert read_properties(connection).acl == manifest.properties.acl
+        assert read_properties(connection).owner == manifest.properties.owner
+        assert read_roles(connection) == (manifest.roles, manifest.memberships)
+        row = connection.execute(b"SELECT key_name, encrypted_private_key FROM cryptography.keys").fetchone()
+    assert row == ("payments", "x")
+    assert check(other) == []
+
+
+@pytest.mark.slow
+def test_a_server_that_never_had_the_roles_gets_them_first(
+    database: Database, admin: psycopg.Connection[Any], tmp_path: Path
+) -> None:
+    add_key(admin, add_user(admin), "payments")
+    file, manifest = backup(database.admin_dsn, tmp_path / "one")
+    with temporary_postgres() as bare:
+        restored = restore(bare.superuser_dsn("kms"), file)
+        assert {"kms_service", "kms_lifecycle"} < set(restored.roles_made)
+        with on(bare.superuser_dsn("kms")) as connection:
+            assert read_roles(connection) == (manifest.roles, manifest.memberships)
+        set_service_password(bare.superuser_dsn(), Secret(b"new"))
+        with on(make_conninfo(bare.superuser_dsn("kms"), user="kms_service", password="new")) as service:  # noqa: S106  # of this test
+            service.execute(b"SET ROLE admin_users")
+            assert service.execute(b"SELECT key_name FROM cryptography.keys").fetchall() == [("payments",)]
+
+
+def test_a_role_that_may_do_more_here_is_refused(
+    postgres: EmbeddedPostgres, database: Database, admin: psycopg.Connection[Any], other: str, tmp_path: Path
+) -> None:
+    admin.execute(b"CREATE ROLE mighty NOLOGIN")
+    try:
+        admin.execute(b"GRANT USAGE ON SCHEMA public TO mighty")
+        file, _ = backup(database.admin_dsn, tmp_path / "one")
+        admin.execute(b"ALTER ROLE mighty BYPASSRLS LOGIN")
+        before = databases(postgres)
+        assert 'the role "mighty" exists here and may do more than it did: BYPASSRLS, LOGIN' in refused(
+            lambda: restore(other, file)
+        )
+        assert databases(postgres) == before
+    finally:
+        admin.execute(b"DROP OWNED BY mighty")
+        admin.execute(b"DROP ROLE mighty")
+
+
+def test_an_empty_database_of_that_name_is_taken(database: Database, other: str, tmp_path: Path) -> None:
+    file, _ = backup(database.admin_dsn, tmp_path / "one")
+    with on(database.admin_dsn) as connection:
+        connection.execute(f"CREATE DATABASE {psycopg.conninfo.conninfo_to_dict(other)['dbname']}".encode())
+    restore(other, file)
+    assert check(other) == []
+
+
+def test_nothing_is_restored_over_a_database_that_holds_anything(
+    postgres: EmbeddedPostgres, database: Database, admin: psycopg.Connection[Any], tmp_path: Path
+) -> None:
+    file, _ = backup(database.admin_dsn, tmp_path / "one")
+    add_user(admin)
+    before = databases(postgres)
+    assert "is not empty, and nothing is restored over it" in refused(lambda: restore(database.admin_dsn, file))
+    assert databases(postgres) == before
+    assert admin.execute(b"SELECT count(*) FROM authentication.users").fetchone() == (1,)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (b"DELETE FROM cryptography.keys", "cryptography.keys has 0 rows instead of 1"),
+        (b"DROP POLICY keys_own_data ON cryptography.keys", "policy cryptography.keys.keys_own_data is missing"),
+        (b"ALTER POLICY keys_own_data ON cryptography.keys USING (TRUE)", "policy cryptography.keys.keys_own_data is another"),
+        (b"ALTER TABLE cryptography.keys NO FORCE ROW LEVEL SECURITY", "relation cryptography.keys is another"),
+        (b"GRANT DELETE ON cryptography.keys TO admin_users", "relation cryptography.keys is another"),
+        (b"GRANT UPDATE (version) ON cryptography.keys TO admin_users", "column cryptography.keys.version is another"),
+        (b"ALTER TABLE cryptography.epochs OWNER TO kms_login", "relation cryptography.epochs is another"),
+        (
+            b"ALTER FUNCTION cryptography.begin_first_epoch OWNER TO postgres",
+            "function cryptography.begin_first_epoch() is another",
+        ),
+        (b"ALTER TABLE cryptography.keys DISABLE TRIGGER tr_keys_advance_version", "trigger cryptography.keys.tr_keys_advance"),
+        (b"DROP INDEX cryptography.idx_keys_expires_at", "index cryptography.idx_keys_expires_at is missing"),
+        (b"ALTER TABLE cryptography.keys DROP CONSTRAINT usage_within_limit", "usage_within_limit is missing"),
+        (b"GRANT USAGE ON SCHEMA cryptography TO backup_reader", "schema cryptography is another"),
+        (b"CREATE TABLE public.more ()", "relation public.more was not in it"),
+    ],
+)
+def test_every_difference_is_told(admin: psycopg.Connection[Any], spoil: bytes, told: str) -> None:
+    add_key(admin, add_user(admin), "payments")
+    before = read_catalog(admin)
+    with admin.transaction(force_rollback=True):
+        admin.execute(b"CREATE ROLE backup_reader")
+        admin.execute(spoil)
+        found = before.differences(read_catalog(admin))
+    assert any(told in each for each in found), found
+
+
+def test_what_came_back_otherwise_is_dropped(
+    postgres: EmbeddedPostgres, database: Database, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, _ = backup(database.admin_dsn, tmp_path / "one")
+    before = databases(postgres)
+
+    def spoiled(connection: psycopg.Connection[Any]) -> object:
+        connection.execute(b"DROP POLICY keys_own_data ON cryptography.keys")
+        return read_catalog(connection)
+
+    monkeypatch.setattr("kms.store.restore.read_catalog", spoiled)
+    assert "not what was dumped: policy cryptography.keys.keys_own_data is missing" in refused(lambda: restore(other, file))
+    assert databases(postgres) == before
+
+
+def test_a_login_that_cannot_restore_is_told_what_to_do(
+    postgres: EmbeddedPostgres, database: Database, admin: psycopg.Connection[Any], other: str, tmp_path: Path
+) -> None:
+    file, _ = backup(database.admin_dsn, tmp_path / "one")
+    assert 'ALTER ROLE "kms_service" BYPASSRLS' in refused(lambda: restore(service_dsn(other, postgres), file))
+
+
+def test_a_restore_begins_an_epoch_that_the_service_accepts(
+    postgres: EmbeddedPostgres, database: Database, other: str, tmp_path: Path
+) -> None:
+    file, manifest = backup(database.admin_dsn, tmp_path / "one")
+    assert restore(other, file).beginning.number == 1
+    with on(other) as connection:
+        row = connection.execute(b"SELECT cause, backup_created_at FROM cryptography.epochs").fetchone()
+    assert row == ("RESTORED", datetime.fromisoformat(manifest.created_at))
+
+
+async def test_a_database_that_was_never_served_begins_its_first_epoch(database: Database) -> None:
+    async with open_pool(database.dsn, 1) as pool:
+        assert await current_epoch(pool) is None
+        await check_epoch(pool)
+        await check_epoch(pool)
+        epoch = await current_epoch(pool)
+    assert epoch is not None
+    assert (epoch.number, epoch.cause, epoch.is_here) == (1, "FIRST_START", True)
+
+
+async def test_what_pg_restore_alone_made_is_not_served_until_an_epoch_is_begun(
+    postgres: EmbeddedPostgres, database: Database, tmp_path: Path
+) -> None:
+    async with open_pool(database.dsn, 1) as pool:
+        await check_epoch(pool)
+    file, _ = backup(database.admin_dsn, tmp_path / "one")
+    with drilled(database.admin_dsn, file) as (dsn, _), on(dsn) as connection:
+        connection.execute(b"DO $$BEGIN EXECUTE format('GRANT CONNECT ON DATABASE %I TO kms_service', current_database()); END$$")
+        async with open_pool(service_dsn(dsn, postgres), 1) as pool:
+            with pytest.raises(KmsError, match="Run `kms epoch begin`"):
+                await check_epoch(pool)
+            begin_epoch(connection, Cause.RECOVERED, [], is_complete=False)
+            await check_epoch(pool)
+            connection.execute(b"UPDATE cryptography.epochs SET timeline = '0000000A' WHERE number = 2")
+            with pytest.raises(KmsError, match="recovered to a point in time"):
+                await check_epoch(pool)
+            assert continue_epoch(connection) == 3
+            await check_epoch(pool)
+
+
+def test_sessions_do_not_come_back_nor_rows_of_any_table_that_says_so(
+    database: Database, admin: psycopg.Connection[Any], other: str, tmp_path: Path
+) -> None:
+    add_session(admin, add_user(admin))
+    admin.execute(b"CREATE TABLE authentication.api_tokens AS SELECT 1 AS id")
+    admin.execute(b"COMMENT ON TABLE authentication.api_tokens IS 'Emptied by a restore: revoked ones would come back.'")
+    file, _ = backup(database.admin_dsn, tmp_path / "one")
+    emptied = restore(other, file).beginning.emptied
+    assert {"authentication.api_tokens", "authentication.user_sessions"} <= set(emptied)
+    with on(other) as connection:
+        for table in (b"authentication.api_tokens", b"authentication.user_sessions"):
+            assert connection.execute(b"SELECT count(*) FROM " + table).fetchone() == (0,)
+
+
+def some_keys(admin: psycopg.Connection[Any], owner: UUID) -> dict[str, UUID]:
+    """Add a key of each standing; return them by name."""
+    inactive: dict[str, Any] = {"max_usage_count": 10, "key_status": "inactive"}
+    kinds: dict[str, dict[str, Any]] = {
+        "free": {},
+        "limited": {"max_usage_count": 10, "usage_counter": 3},
+        "limited-inactive": {**inactive, "deactivated_at": PAST},
+        "limited-superseded": {**inactive, "superseded_at": PAST},
+        "limited-revoked": {"max_usage_count": 10, "revoked_at": PAST, "key_status": "revoked"},
+        "limited-pending": {"max_usage_count": 10, "destruction_scheduled_at": SOON},
+        "limited-due": {"max_usage_count": 10, "destruction_scheduled_at": PAST},
+        "aes": {},
+    }
+    return {name: add_key(admin, owner, name, **columns) for name, columns in kinds.items()}
+
+
+IN_DOUBT = {"limited", "limited-inactive", "limited-pending", "aes"}
+
+
+def test_with_its_journal_keys_whose_uses_are_counted_come_back_inactive(
+    database: Database, admin: psycopg.Connection[Any], other: str, tmp_path: Path
+) -> None:
+    keys = some_keys(admin, add_user(admin))
+    before = states(admin)
+    file, _ = backup(database.admin_dsn, tmp_path / "one", [tmp_path / "journal"])
+    beginning = restore(other, file, [tmp_path / "journal"]).beginning
+    assert (beginning.unconfirmed, beginning.deactivated) == (4, 3)
+    with on(other) as connection:
+        assert states(connection) == before | {"limited": "inactive", "aes": "inactive"}
+        waiting = connection.execute(b"SELECT key_id, deactivated_by_restore FROM cryptography.restored_keys").fetchall()
+        pending = connection.execute(
+            b"SELECT deactivated_at FROM cryptography.keys WHERE key_name = 'limited-pending'"
+        ).fetchone()
+    assert dict(waiting) == {keys[name]: name != "limited-inactive" for name in IN_DOUBT}
+    assert pending != (None,), "it could be spared its destruction, and would be active again"
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_without_its_journal_every_key_comes_back_inactive(
+    database: Database, admin: psycopg.Connection[Any], other: str, tmp_path: Path, *, recorded: bool
+) -> None:
+    some_keys(admin, add_user(admin))
+    Journal(tmp_path / "journal").begin(at=PAST)
+    file, _ = backup(database.admin_dsn, tmp_path / "one", [tmp_path / "journal"] if recorded else [])
+    # A journal that the backup did not know may be anybody's.
+    assert restore(other, file, [] if recorded else [tmp_path / "journal"]).beginning.unconfirmed == 5
+    with on(other) as connection:
+        assert "active" not in states(connection).values()
+
+
+def test_a_journal_whose_end_is_lost_is_refused_before_anything_is_made(
+    postgres: EmbeddedPostgres, database: Database, other: str, tmp_path: Path
+) -> None:
+    journal = Journal(tmp_path / "journal")
+    journal.append(Event.KEY_REVOKED, uuid4(), occurred_at=PAST, reason="")
+    file, _ = backup(database.admin_dsn, tmp_path / "one", [journal.path])
+    journal.path.write_text(journal.path.read_text().splitlines(keepends=True)[0])
+    before = databases(postgres)
+    assert "its end is lost" in refused(lambda: restore(other, file, [journal.path]))
+    assert databases(postgres) == before
+
+
+def test_the_journal_is_replayed(database: Database, admin: psycopg.Connection[Any], other: str, tmp_path: Path) -> None:
+    owner = add_user(admin)
+    keys = {name: add_key(admin, owner, name) for name in ("revoked", "compromised", "both", "destroyed", "spared")}
+    certificate = uuid4()
+    query = b"""
+        INSERT INTO cryptography.certificates (id, user_id, key_id, certificate_type, certificate_data)
+        VALUES ($1, $2, $3, 'x509', 'x')
+    """
+    psycopg.RawCursor(admin).execute(query, [certificate, owner, keys["spared"]])
+    file, _ = backup(database.admin_dsn, tmp_path / "one", [tmp_path / "journal"])
+    journal = Journal(tmp_path / "journal")
+    told = [
+        (Event.KEY_REVOKED, keys["revoked"]),
+        (Event.KEY_REVOKED, keys["revoked"]),
+        (Event.KEY_COMPROMISED, keys["compromised"]),
+        (Event.KEY_COMPROMISED, keys["both"]),
+        (Event.KEY_REVOKED, keys["both"]),
+        (Event.KEY_DESTROYED, keys["destroyed"]),
+        (Event.CERTIFICATE_REVOKED, certificate),
+        (Event.USER_DISABLED, owner),
+        (Event.KEY_REVOKED, uuid4()),  # made after the backup
+    ]
+    for minutes, (event, subject) in enumerate(told):
+        journal.append(event, subject, occurred_at=PAST + timedelta(minutes=minutes), reason="lost")
+    replayed = restore(other, file, [journal.path]).beginning.replayed
+    assert [replayed[event] for event in (Event.KEY_REVOKED, Event.KEY_COMPROMISED, Event.KEY_DESTROYED)] == [2, 1, 1]
+    with on(other) as connection:
+        found = states(connection)
+        assert found == {
+            "revoked": "revoked",
+            "compromised": "compromised",
+            "both": "revoked",
+            "destroyed": "destroyed",
+            "spared": "active",
+        }
+        row = connection.execute(b"SELECT revoked_at FROM cryptography.keys WHERE key_name = 'revoked'").fetchone()
+        assert row == (PAST,), "the first telling counts"
+        row = connection.execute(b"SELECT encrypted_private_key FROM cryptography.keys WHERE key_name = 'destroyed'").fetchone()
+        assert row == ("",)
+        row = connection.execute(b"SELECT revocation_status FROM cryptography.certificates").fetchone()
+        assert row == ("revoked",)
+        query = b"SELECT id FROM authentication.find_user_by_uri($1)"
+        assert psycopg.RawCursor(connection).execute(query, [owner]).fetchall() == []
+
+
+async def test_an_administrator_confirms_a_key_with_a_count(
+    postgres: EmbeddedPostgres, database: Database, admin: psycopg.Connection[Any], tmp_path: Path
+) -> None:
+    keys = some_keys(admin, add_user(admin))
+    begin_epoch(admin, Cause.RECOVERED, [], is_complete=True)
+    async with open_pool(database.dsn, 1) as pool:
+        assert {each.key_id for each in await unconfirmed_keys(pool)} == {keys[name] for name in IN_DOUBT}
+        for count in (2, 11, 2**80):
+            with pytest.raises(KmsError) as caught:
+                await confirm_key(pool, keys["limited"], count)
+            assert caught.value.reason is Reason.MALFORMED
+        assert await confirm_key(pool, keys["limited"], 7)
+        with pytest.raises(KmsError) as caught:
+            await confirm_key(pool, keys["aes"], 2**32 + 1)
+        assert caught.value.reason is Reason.MALFORMED
+        assert not await confirm_key(pool, keys["aes"], 2**32), "at its limit"
+        assert not await confirm_key(pool, keys["limited-inactive"], 1)
+        with pytest.raises(KmsError) as caught:
+            await confirm_key(pool, keys["limited"], 8)
+        assert caught.value.reason is Reason.KEY_NOT_FOUND
+        assert {each.key_id for each in await unconfirmed_keys(pool)} == {keys["limited-pending"]}
+    found = states(admin)
+    assert (found["limited"], found["aes"], found["limited-inactive"]) == ("active", "inactive", "inactive")
+    assert admin.execute(b"SELECT usage_counter FROM cryptography.keys WHERE key_name = 'limited'").fetchone() == (7,)
+
+
+def test_nobody_confirms_a_key_of_his_own(database: Database, admin: psycopg.Connection[Any]) -> None:
+    owner = add_user(admin)
+    key = add_key(admin, owner, "limited", max_usage_count=10)
+    begin_epoch(admin, Cause.RECOVERED, [], is_complete=True)
+    with psycopg.connect(database.dsn) as service:
+        service.execute("SELECT set_config('role', 'admin_users', true), set_config('app.user_id', %s, true)", (str(owner),))
+        with pytest.raises(psycopg.errors.InsufficientPrivilege, match="nobody confirms a key of his own"):
+            service.execute("SELECT cryptography.confirm_restored_key(%s, 5)", (key,))
+
+
+def test_whatever_reactivates_keys_does_not_reactivate_one_that_waits(admin: psycopg.Connection[Any]) -> None:
+    owner = add_user(admin)
+    add_key(admin, owner, "limited", max_usage_count=10)
+    add_key(admin, owner, "free", deactivated_at=PAST, key_status="inactive")
+    begin_epoch(admin, Cause.RECOVERED, [], is_complete=True)
+    reactivate = "UPDATE cryptography.keys SET deactivated_at = NULL, key_status = 'active' WHERE key_name = %s"
+    admin.execute(reactivate, ("free",))
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="waits until an administrator confirms"):
+        admin.execute(reactivate, ("limited",))
+
+
+async def test_a_key_that_waited_at_the_backup_waits_on_and_then_comes_back(
+    database: Database, admin: psycopg.Connection[Any]
+) -> None:
+    key = add_key(admin, add_user(admin), "limited", max_usage_count=10)
+    confirmed = add_key(admin, add_user(admin), "other", max_usage_count=10)
+    begin_epoch(admin, Cause.RECOVERED, [], is_complete=True)
+    async with open_pool(database.dsn, 1) as pool:
+        await confirm_key(pool, confirmed, 1)
+        assert begin_epoch(admin, Cause.RECOVERED, [], is_complete=True).unconfirmed == 2
+        assert {each.epoch for each in await unconfirmed_keys(pool)} == {2}
+        assert await confirm_key(pool, key, 5)
+        assert await confirm_key(pool, confirmed, 5)
+    assert states(admin) == {"limited": "active", "other": "active"}
+
+
+def test_an_epoch_begins_whole_or_not_at_all(admin: psycopg.Connection[Any], tmp_path: Path) -> None:
+    owner = add_user(admin)
+    add_session(admin, owner)
+    key = add_key(admin, owner, "aes")
+    journal = Journal(tmp_path / "journal")
+    journal.append(Event.KEY_REVOKED, key, occurred_at=PAST, reason="")
+    admin.execute(b"ALTER TABLE cryptography.restored_keys ADD CHECK (false)")
+    with pytest.raises(psycopg.errors.CheckViolation):
+        begin_epoch(admin, Cause.RECOVERED, read_journal(journal.path)[:0], is_complete=True)
+    assert admin.execute(b"SELECT count(*) FROM authentication.user_sessions").fetchone() == (1,)
+    assert admin.execute(b"SELECT count(*) FROM cryptography.epochs").fetchone() == (0,)
+    assert states(admin) == {"aes": "active"}
