@@ -1,10 +1,12 @@
 -- Prepares a database to be migrated by a role that is no superuser. A superuser runs it once, in the new database:
 --     createdb kms && psql -1 -d kms -f schema/bootstrap.sql && psql -d kms -c '\password kms_migrator'
--- It can be run again.
+-- It makes what takes a superuser too: the logins of backups and of a standby, the extensions, the right to statistics. The
+-- migrations use these, and do without what is missing. It can be run again.
 
 DO $$
 DECLARE
     name TEXT;
+    wanted_name TEXT;
 BEGIN
     IF to_regrole('kms_migrator') IS NULL THEN
         CREATE ROLE kms_migrator LOGIN CREATEROLE NOSUPERUSER NOCREATEDB NOREPLICATION NOBYPASSRLS;
@@ -22,6 +24,19 @@ BEGIN
     IF to_regrole('kms_partitions') IS NOT NULL THEN
         GRANT kms_partitions TO kms_migrator WITH ADMIN TRUE, INHERIT TRUE, SET TRUE;
     END IF;
+
+    IF to_regrole('backup_user') IS NULL THEN
+        CREATE ROLE backup_user LOGIN BYPASSRLS NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION;
+    END IF;
+    IF to_regrole('replication_user') IS NULL THEN
+        CREATE ROLE replication_user LOGIN REPLICATION NOSUPERUSER NOCREATEDB NOCREATEROLE NOBYPASSRLS;
+    END IF;
+    GRANT pg_read_all_stats TO kms_migrator WITH ADMIN TRUE, INHERIT FALSE, SET FALSE; -- for migration 012 to pass on
+    FOREACH wanted_name IN ARRAY ARRAY['pgcrypto', 'uuid-ossp', 'pg_stat_statements'] LOOP
+        IF EXISTS (SELECT FROM pg_available_extensions AS e WHERE e.name = wanted_name) THEN
+            EXECUTE format('CREATE EXTENSION IF NOT EXISTS %I WITH SCHEMA public', wanted_name);
+        END IF;
+    END LOOP;
 
     -- The owner may make schemas, trusted extensions, and say who connects.
     EXECUTE format('ALTER DATABASE %I OWNER TO kms_migrator', current_database());
