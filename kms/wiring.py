@@ -8,9 +8,11 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Final, TypeVar
+from uuid import UUID
 
 import structlog
 import uvloop
@@ -24,6 +26,7 @@ from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import UserId
 from kms.domain.secret import Secret
 from kms.hsm import probe, provision
+from kms.hsm.drill import Drill, open_envelopes
 from kms.hsm.settings import HsmSettings
 from kms.hsm.token_hsm import HsmStatus, TokenHsm, open_hsm
 from kms.hsm.wrapping_keys import Kind, WrappingKey
@@ -33,9 +36,15 @@ from kms.rpc.crypto import CryptoServicer
 from kms.rpc.edge import Edge
 from kms.rpc.keys import KeyServicer
 from kms.rpc.server import Server, TlsFiles
+from kms.store import epoch as epochs
 from kms.store import migrate as migrations
+from kms.store import restore as restoration
+from kms.store.backup import backup as make_backup
+from kms.store.backup_file import Manifest
+from kms.store.epoch import Beginning
 from kms.store.keys import StoredKeys
 from kms.store.pool import Pool, check_server, open_pool
+from kms.store.restore_drill import held_keys
 from kms.store.users import StoredUsers
 from kms.store.watch import watched
 from kms.store.wrapping import Kind as StoredKind
@@ -90,6 +99,42 @@ def add_service(config: Config, name: str) -> UserId:
     return asyncio.run(_add_service(config, name))
 
 
+def backup(config: Config, out: Path, journals: Sequence[Path]) -> tuple[Path, Manifest]:
+    """Write the database to the file *out*, or into the directory; return where it is and what it holds."""
+    return make_backup(_migration_dsn(config), out, journals)
+
+
+def restore(config: Config, file: Path, journals: Sequence[Path]) -> restoration.Restored:
+    """Restore a backup as the database of [migration], which is not there yet, in a new epoch."""
+    return restoration.restore(_migration_dsn(config), file, journals)
+
+
+def restore_drill(config: Config, file: Path) -> Drill:
+    """Restore a backup beside the database, open each envelope in the token without using it, and drop what was restored."""
+    with restoration.drilled(_migration_dsn(config), file) as (dsn, _):
+        return open_envelopes(_hsm_settings(config), held_keys(dsn))
+
+
+def begin_epoch(config: Config, journals: Sequence[Path]) -> Beginning:
+    """Begin an epoch in a database that was recovered or restored by other means."""
+    return restoration.begin_recovered(_migration_dsn(config), journals)
+
+
+def continue_epoch(config: Config) -> int:
+    """Begin an epoch in which nothing is in doubt, and return its number."""
+    return restoration.continue_moved(_migration_dsn(config))
+
+
+def epoch_status(config: Config) -> tuple[epochs.Epoch | None, Sequence[epochs.UnconfirmedKey]]:
+    """Return the epoch of the database, and the restored keys that wait for a confirmation."""
+    return asyncio.run(_epoch_status(config))
+
+
+def confirm_restored_key(config: Config, key_id: UUID, count: int) -> bool:
+    """State how often a restored key was used; return whether it is active again."""
+    return asyncio.run(_confirm_restored_key(config, key_id, count))
+
+
 async def _serve(config: Config) -> None:
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -114,6 +159,7 @@ async def running(config: Config) -> AsyncIterator[tuple[int, TokenHsm]]:
     )
     async with AsyncExitStack() as stack:
         pool = await stack.enter_async_context(_ready_pool(config))
+        await epochs.check_epoch(pool)
         hsm = await open_hsm(_hsm_settings(config))
         stack.push_async_callback(hsm.close)
         await _check_token(config, hsm, StoredWrappingKeys(pool))
@@ -177,6 +223,16 @@ async def _confirm_backup(config: Config, found: provision.TokenDescription) -> 
 
 def _token_keys(keys: tuple[WrappingKey, ...]) -> list[TokenKey]:
     return [TokenKey(key.key_id, _STORED_KINDS[key.kind], key.generation) for key in keys]
+
+
+async def _epoch_status(config: Config) -> tuple[epochs.Epoch | None, Sequence[epochs.UnconfirmedKey]]:
+    async with _ready_pool(config) as pool:
+        return await epochs.current_epoch(pool), await epochs.unconfirmed_keys(pool)
+
+
+async def _confirm_restored_key(config: Config, key_id: UUID, count: int) -> bool:
+    async with _ready_pool(config) as pool:
+        return await epochs.confirm_key(pool, key_id, count)
 
 
 async def _add_service(config: Config, name: str) -> UserId:

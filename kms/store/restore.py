@@ -19,7 +19,7 @@ from kms.store.backup_catalog import DatabaseProperties, read_catalog
 from kms.store.backup_file import Manifest, read_manifest
 from kms.store.backup_roles import make_roles
 from kms.store.backup_tools import find_tool, run
-from kms.store.epoch import Beginning, Cause, begin_epoch
+from kms.store.epoch import Beginning, Cause, begin_epoch, continue_epoch, read_epoch
 from kms.store.errors import unavailable
 from kms.store.journal import Entry, check_continues, read_journal
 from kms.store.migrate import migrate
@@ -82,6 +82,31 @@ def drilled(dsn: str, file: Path) -> Iterator[tuple[str, Manifest]]:
     with _maintained(settings) as server, scratch_database(server, settings, manifest, "kms_drill") as (scratch, _):
         _fill(scratch, file, manifest)
         yield _dsn(scratch), manifest
+
+
+def begin_recovered(dsn: str, journals: Sequence[Path]) -> Beginning:
+    """Begin an epoch in the database of *dsn*, which was recovered to a point in time or restored by other means.
+
+    That *journals* are all there are and have lost nothing is the operator's to know: here nothing recorded their heads.
+    Without any, every key is in doubt. Raises OSError, and STORE_UNAVAILABLE.
+    """
+    entries = [entry for path in journals for entry in read_journal(path)]
+    with connected(connection_settings(dsn)) as connection:
+        check_login_sees_all(connection)
+        return begin_epoch(connection, Cause.RECOVERED, entries, is_complete=bool(journals))
+
+
+def continue_moved(dsn: str) -> int:
+    """Begin an epoch in which nothing is in doubt, since the operator says that nothing was lost; return its number.
+
+    Raises STORE_UNAVAILABLE where the database is where it was served last.
+    """
+    with connected(connection_settings(dsn)) as connection:
+        check_login_sees_all(connection)
+        epoch = read_epoch(connection)
+        if epoch is None or epoch.is_here:
+            raise unavailable("the database is where it was served last: there is nothing to do")
+        return continue_epoch(connection)
 
 
 def read_journals(manifest: Manifest, journals: Sequence[Path]) -> tuple[list[Entry], bool]:
