@@ -4,18 +4,21 @@ The service's login has no rights of its own. Each transaction first takes a rol
 its end; row security does the rest. Without that statement, or with a wrong one, there are no rows.
 """
 
+import asyncio
 import select
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Final, LiteralString
+from typing import Any, Final, LiteralString, TypeVar
 
 import psycopg
+import psycopg_pool
 from psycopg import AsyncConnection
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import DictRow, dict_row
 from psycopg_pool import AsyncConnectionPool
 
+from kms.domain.errors import KmsError
 from kms.domain.ids import UserId
 from kms.store.errors import translated, unavailable
 
@@ -38,8 +41,10 @@ _CONNECTION_DEFAULTS: Final[Mapping[str, Any]] = {
 _IDLE_CONNECTIONS: Final = 2
 _RECONNECT_SECONDS: Final = 3.0
 _CLOSE_SECONDS: Final = 5.0
+_UNHEARD_SECONDS: Final = 0.5
 
 Parameters = Mapping[str, object]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,21 +65,25 @@ def as_user(user_id: UserId) -> Acting:
     return Acting("authenticated_users", str(user_id))
 
 
-@dataclass(frozen=True, slots=True)
 class Pool:
-    """Connections of the service. Both methods raise STORE_UNAVAILABLE; the pool recovers when the database does."""
+    """Connections of the service. Its methods raise STORE_UNAVAILABLE; the pool recovers when the database does.
 
-    _connections: AsyncConnectionPool[AsyncConnection[DictRow]]
+    A call that is cancelled, as one is whose deadline passes, gives its place up while it waits. Once it has a connection, the
+    connection is always given back whole: psycopg's own pool loses one whose return is cancelled.
+    """
+
+    def __init__(self, connections: AsyncConnectionPool[AsyncConnection[DictRow]], *, wait_seconds: float) -> None:
+        self._connections = connections
+        self._wait_seconds = wait_seconds
+        self._room = asyncio.Semaphore(connections.max_size)
+        self._unheard: set[asyncio.Task[Any]] = set()
 
     async def fetch(self, acting: Acting, query: LiteralString, parameters: Parameters | None = None) -> list[DictRow]:
         """Return the rows of one query that only reads: one round trip, one transaction."""
         with translated():
-            async with self._connection() as connection:
-                # Between two synchronisations of a pipeline the server runs one implicit transaction.
-                async with connection.pipeline():
-                    await connection.execute(ACT_AS, (acting.role, acting.user_id))
-                    cursor = await connection.execute(query, parameters)
-                return await cursor.fetchall()
+            await self._enter()
+            # To cancel a query costs the server a connection, to let it end a millisecond.
+            return await self._to_its_end(self._fetch(acting, query, parameters))
 
     @asynccontextmanager
     async def transaction(self, acting: Acting) -> AsyncIterator[AsyncConnection[DictRow]]:
@@ -83,20 +92,83 @@ class Pool:
         The connection is in pipeline mode: a statement is sent at once, its error comes when its rows are fetched.
         """
         with translated():
+            await self._enter()
             async with self._connection() as connection, connection.pipeline(), connection.transaction():
                 await connection.execute(ACT_AS, (acting.role, acting.user_id))
                 yield connection
 
+    async def _enter(self) -> None:
+        try:
+            async with asyncio.timeout(self._wait_seconds):
+                await self._room.acquire()
+        except TimeoutError:
+            raise unavailable("the database does not answer as fast as it is asked") from None
+
+    async def _fetch(self, acting: Acting, query: LiteralString, parameters: Parameters | None) -> list[DictRow]:
+        async with self._connection() as connection:
+            # Between two synchronisations of a pipeline the server runs one implicit transaction.
+            async with connection.pipeline():
+                await connection.execute(ACT_AS, (acting.role, acting.user_id))
+                cursor = await connection.execute(query, parameters)
+            return await cursor.fetchall()
+
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[AsyncConnection[DictRow]]:
+        """Yield a connection to whoever has entered, and leave at the end."""
+        try:
+            connection = await self._to_its_end(self._take(), unheard=self._connections.putconn)
+        except BaseException:
+            self._room.release()
+            raise
+        is_whole = False
+        try:
+            yield connection
+            is_whole = True
+        except Exception:
+            is_whole = True  # an error has its place in the protocol; the pool looks at what is left
+            raise
+        finally:
+            await self._to_its_end(self._give_back(connection, is_whole=is_whole))
+
+    async def _take(self) -> AsyncConnection[DictRow]:
         # The pool's own check of a connection costs a round trip, and it waits longer after each one that fails it.
         while _was_closed(connection := await self._connections.getconn()):
             await connection.close()
             await self._connections.putconn(connection)
+        return connection
+
+    async def _give_back(self, connection: AsyncConnection[DictRow], *, is_whole: bool) -> None:
         try:
-            yield connection
-        finally:
+            if not is_whole:
+                # Cancelled in the middle of an exchange: what comes next on it, and what it has prepared, is not known.
+                await connection.close()
             await self._connections.putconn(connection)
+        finally:
+            self._room.release()
+
+    async def _to_its_end(
+        self, work: Coroutine[Any, Any, T], *, unheard: Callable[[T], Coroutine[Any, Any, None]] | None = None
+    ) -> T:
+        """Return the result of *work*. If the caller is cancelled it goes on for a while, and its result goes to *unheard*."""
+        task = asyncio.create_task(work)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            self._keep(_finish(task, unheard))
+            raise
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        # The loop itself holds tasks weakly.
+        task = asyncio.create_task(work)
+        self._unheard.add(task)
+        task.add_done_callback(self._unheard.discard)
+
+
+async def _finish(task: asyncio.Task[T], unheard: Callable[[T], Coroutine[Any, Any, None]] | None) -> None:
+    with suppress(psycopg.Error, psycopg_pool.PoolTimeout, KmsError, TimeoutError):
+        result = await asyncio.wait_for(task, _UNHEARD_SECONDS)
+        if unheard is not None:
+            await unheard(result)
 
 
 @asynccontextmanager
@@ -120,7 +192,7 @@ async def open_pool(dsn: str, connections_max: int, *, wait_seconds: float = 5.0
     )
     try:
         await connections.open()
-        yield Pool(connections)
+        yield Pool(connections, wait_seconds=wait_seconds)
     finally:
         await connections.close(_CLOSE_SECONDS)
 

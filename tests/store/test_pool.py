@@ -1,11 +1,13 @@
 """The pool: for whom it acts, whom it refuses, and what happens when the database goes away."""
 
 import asyncio
+import itertools
 import os
 import signal
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -179,6 +181,37 @@ async def test_a_cancelled_call_leaves_a_connection_that_works(database: Databas
                 await (await connection.execute("SELECT pg_sleep(30)")).fetchall()
         assert await pool.fetch(BEFORE_LOGIN, "SELECT current_user::text AS role") == [{"role": "kms_service"}]
         assert time.monotonic() - started < 2
+
+
+async def test_a_flood_of_cancelled_calls_loses_no_connection(database: Database) -> None:
+    async with open_pool(database.dsn, 4) as pool:
+        until = time.monotonic() + 2.0
+        answers: list[str] = []
+        short = itertools.cycle(n * 0.0003 for n in range(1, 14))
+        longer = itertools.cycle(n * 0.0007 for n in range(1, 17))
+
+        async def impatient() -> None:
+            while time.monotonic() < until:
+                with suppress(TimeoutError, KmsError):
+                    async with asyncio.timeout(next(short)):
+                        await pool.fetch(AS_JOB, "SELECT 1 AS one")
+                with suppress(TimeoutError, KmsError):
+                    async with asyncio.timeout(next(longer)), pool.transaction(AS_JOB) as connection:
+                        await (await connection.execute("SELECT 1 AS one")).fetchall()
+                await asyncio.sleep(0.001)
+
+        async def patient(number: int) -> None:
+            while time.monotonic() < until:
+                rows = await pool.fetch(AS_JOB, "SELECT %(n)s::int AS n", {"n": number})
+                answers.append("right" if rows == [{"n": number}] else f"wrong: {rows}")
+
+        await asyncio.gather(*(impatient() for _ in range(8)), *(patient(number) for number in range(3)))
+        assert set(answers) == {"right"}
+        # As many at once as there are connections: none was lost.
+        sleeps = [pool.fetch(AS_JOB, "SELECT pg_sleep(0.3)") for _ in range(4)]
+        began = time.monotonic()
+        await asyncio.gather(*sleeps)
+        assert time.monotonic() - began < 1.0
 
 
 async def test_a_connection_cut_in_a_call_is_an_error_and_the_next_call_works(database: Database) -> None:
