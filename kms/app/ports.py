@@ -26,12 +26,15 @@ class Sealed:
 
 @dataclass(frozen=True, slots=True)
 class NewKey:
-    """A key about to be stored."""
+    """A key about to be stored. One whose `activated_at` lies ahead is pre-active until then; None is no limit, no end."""
 
     identity: KeyIdentity
     name: KeyName
     material: KeyMaterial
     metadata: dict[str, str]
+    max_usage_count: int | None = None
+    activated_at: datetime | None = None
+    expires_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +109,8 @@ class Hsm(Protocol):
 class Keys(Protocol):
     """Stored keys, as the calling user sees them: another user's key is simply not there."""
 
-    async def insert(self, caller: UserId, key: NewKey) -> KeyRecord:
-        """Store a key that is active at once, or raise NAME_TAKEN."""
+    async def insert(self, caller: UserId, key: NewKey, *, call: "Call | None" = None) -> KeyRecord:
+        """Store a key, or raise NAME_TAKEN, or MALFORMED for an expiry that has passed. *call* goes into the trail."""
         ...
 
     async def find(self, caller: UserId, ref: KeyRef) -> KeyRecord | None:

@@ -68,7 +68,10 @@ class HeldKey:
 
 @dataclass(frozen=True, slots=True)
 class KeyRecord:
-    """A key as a reader sees it: everything but the envelope. Moments are aware datetimes by the database's clock."""
+    """A key as a reader sees it: everything but the envelope. Moments are aware datetimes by the database's clock.
+
+    None: no limit, active from the beginning, without end, never used, not pending destruction and so on.
+    """
 
     identity: KeyIdentity
     name: KeyName
@@ -80,6 +83,17 @@ class KeyRecord:
     created_at: datetime
     metadata: Mapping[str, str]
     hsm_key_id: str | None = None
+    max_usage_count: int | None = None
+    activated_at: datetime | None = None
+    expires_at: datetime | None = None
+    last_used_at: datetime | None = None
+    deactivated_at: datetime | None = None
+    superseded_at: datetime | None = None
+    compromised_at: datetime | None = None
+    compromise_occurred_at: datetime | None = None
+    revoked_at: datetime | None = None
+    destruction_scheduled_at: datetime | None = None
+    destroyed_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
 
+from psycopg import errors as pg
 from psycopg.rows import DictRow
 from psycopg.types.json import Jsonb
 
-from kms.app.ports import NewKey
+from kms.app.ports import Call, NewKey
 from kms.domain.algorithms import KeySpec, KeyType, Purpose
+from kms.domain.errors import malformed
 from kms.domain.ids import KeyId, KeyName, KeyRef, UserId
 from kms.domain.keys import Custody, HeldKey, KeyFilter, KeyIdentity, KeyMaterial, KeyRecord, Origin, UsableKey
 from kms.domain.lifecycle import State
@@ -21,7 +23,9 @@ _STATE: Final = """cryptography.effective_status(
         clock_timestamp()
     )"""
 _RECORD: Final = f"""id, user_id, key_name, key_type, key_purpose, key_strength, bound_to, origin, custody, public_key,
-    hsm_key_id, version, usage_counter, created_at, metadata, {_STATE} AS state"""
+    hsm_key_id, version, usage_counter, max_usage_count, created_at, activated_at, expires_at, last_used_at, deactivated_at,
+    superseded_at, compromised_at, compromise_occurred_at, revoked_at, destruction_scheduled_at, destroyed_at, metadata,
+    {_STATE} AS state"""
 
 FIND_BY_ID: Final = f"SELECT {_RECORD} FROM cryptography.keys WHERE user_id = %(caller)s AND id = %(ref)s"
 FIND_BY_NAME: Final = f"SELECT {_RECORD} FROM cryptography.keys WHERE user_id = %(caller)s AND key_name = %(ref)s"
@@ -34,13 +38,15 @@ FIND_USABLE_BY_NAME: Final = f"""
 INSERT: Final = f"""
     INSERT INTO cryptography.keys (
         id, user_id, key_name, key_type, key_purpose, key_curve, key_strength, bound_to, origin, custody, public_key,
-        encrypted_private_key, hsm_key_id, metadata
+        encrypted_private_key, hsm_key_id, metadata, max_usage_count, activated_at, expires_at
     ) VALUES (
         %(id)s, %(caller)s, %(name)s, %(type)s, %(purpose)s, %(curve)s, %(strength)s, %(bound_to)s, %(origin)s, %(custody)s,
-        %(public_key)s, %(envelope)s, %(hsm_key_id)s, %(metadata)s
+        %(public_key)s, %(envelope)s, %(hsm_key_id)s, %(metadata)s, %(max_usage_count)s, %(activated_at)s, %(expires_at)s
     )
     RETURNING {_RECORD}
 """
+# What the trigger that writes the trail says of the call.
+FOR_CALL: Final = "SELECT set_config('app.request_id', %(request_id)s, true), set_config('app.peer', %(peer)s, true)"
 # Names are ASCII and compared byte by byte: DEL is behind every character of a name, so the prefix is a range of the index.
 PAGE: Final = f"""
     SELECT {_RECORD}
@@ -61,19 +67,26 @@ class StoredKeys:
 
     pool: Pool
 
-    async def insert(self, caller: UserId, key: NewKey) -> KeyRecord:
-        """Store a key that is active at once, or raise NAME_TAKEN."""
-        async with self.pool.transaction(as_user(caller)) as connection:
-            cursor = await connection.execute(INSERT, _columns(caller, key))
-            row = await cursor.fetchone()
+    async def insert(self, caller: UserId, key: NewKey, *, call: Call | None = None) -> KeyRecord:
+        """Store a key, or raise NAME_TAKEN, or MALFORMED for an expiry that has passed. *call* goes into the trail."""
+        try:
+            async with self.pool.transaction(as_user(caller)) as connection:
+                if call is not None:
+                    await connection.execute(FOR_CALL, {"request_id": call.request_id, "peer": call.peer})
+                cursor = await connection.execute(INSERT, _columns(caller, key))
+                row = await cursor.fetchone()
+        except pg.CheckViolation as error:
+            if error.diag.constraint_name != "key_expiration_logic":
+                raise
+            raise malformed("expires_at", "expected a moment ahead") from None
         assert row is not None  # noqa: S101  # INSERT … RETURNING gives a row or raises
-        return _record(row)
+        return key_record(row)
 
     async def find(self, caller: UserId, ref: KeyRef) -> KeyRecord | None:
         """Return the key, or None where the caller has none by that id or name."""
         query = FIND_BY_ID if isinstance(ref, UUID) else FIND_BY_NAME
         rows = await self.pool.fetch(as_user(caller), query, {"caller": caller, "ref": ref})
-        return _record(rows[0]) if rows else None
+        return key_record(rows[0]) if rows else None
 
     async def find_usable(self, caller: UserId, ref: KeyRef) -> UsableKey | None:
         """Return the key with its envelope, or None. A destroyed key is found by `find` only."""
@@ -81,7 +94,7 @@ class StoredKeys:
         rows = await self.pool.fetch(as_user(caller), query, {"caller": caller, "ref": ref})
         if not rows or rows[0]["state"] == State.DESTROYED:
             return None
-        record = _record(rows[0])
+        record = key_record(rows[0])
         material = KeyMaterial(record.custody, record.public_key, rows[0]["encrypted_private_key"], record.hsm_key_id)
         return UsableKey(record, HeldKey(record.identity, material, record.version))
 
@@ -96,7 +109,7 @@ class StoredKeys:
             "state": which.status,
             "limit": limit,
         }
-        return [_record(row) for row in await self.pool.fetch(as_user(caller), PAGE, parameters)]
+        return [key_record(row) for row in await self.pool.fetch(as_user(caller), PAGE, parameters)]
 
 
 def _columns(caller: UserId, key: NewKey) -> dict[str, Any]:
@@ -116,10 +129,14 @@ def _columns(caller: UserId, key: NewKey) -> dict[str, Any]:
         "envelope": material.envelope,
         "hsm_key_id": material.hsm_key_id,
         "metadata": Jsonb(key.metadata),
+        "max_usage_count": key.max_usage_count,
+        "activated_at": key.activated_at,
+        "expires_at": key.expires_at,
     }
 
 
-def _record(row: DictRow) -> KeyRecord:
+def key_record(row: DictRow) -> KeyRecord:
+    """Return the key in a row of `FIND_BY_ID` and its like."""
     spec = KeySpec(KeyType(row["key_type"]), Purpose(row["key_purpose"]), row["key_strength"])
     identity = KeyIdentity(KeyId(row["id"]), UserId(row["user_id"]), spec, row["bound_to"], Origin(row["origin"]))
     return KeyRecord(
@@ -133,4 +150,15 @@ def _record(row: DictRow) -> KeyRecord:
         created_at=row["created_at"],
         metadata=row["metadata"],
         hsm_key_id=row["hsm_key_id"],
+        max_usage_count=row["max_usage_count"],
+        activated_at=row["activated_at"],
+        expires_at=row["expires_at"],
+        last_used_at=row["last_used_at"],
+        deactivated_at=row["deactivated_at"],
+        superseded_at=row["superseded_at"],
+        compromised_at=row["compromised_at"],
+        compromise_occurred_at=row["compromise_occurred_at"],
+        revoked_at=row["revoked_at"],
+        destruction_scheduled_at=row["destruction_scheduled_at"],
+        destroyed_at=row["destroyed_at"],
     )

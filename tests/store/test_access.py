@@ -35,11 +35,13 @@ NOBODYS: Final = {
     "configuration.environments": {"admin_users", "auditor_users", "job_runner"},
     "configuration.service_configs": {"admin_users", "job_runner"},
     "authentication.roles": {"authenticated_users", "admin_users", "auditor_users"},
+    "cryptography.ledger_writers": set(),
+    "cryptography.epochs": {"job_runner", "admin_users"},
     "cryptography.wrapping_keys": {"job_runner"},
 }
 # Of a row that names no user, the table whose row does.
 SEEN_THROUGH: Final = {"blockchain.contract_invocations": "blockchain.transactions"}
-UNSEEN_BY_THEIR_USER: Final = {"audit.aggregate_heads"}
+UNSEEN_BY_THEIR_USER: Final = {"audit.aggregate_heads", "cryptography.request_records"}
 HIDDEN: Final = {
     "authentication.users": {"password_hash", "salt", "mfa_secret"},
     "authentication.user_profiles": {"two_factor_backup_codes"},
@@ -78,6 +80,9 @@ _NEW_KEY: Final = {
     "custody",
     "origin",
     "bound_to",
+    "max_usage_count",
+    "activated_at",
+    "expires_at",
 }
 _NETWORK: Final = {
     "chain_id",
@@ -186,7 +191,12 @@ ROWS_OF_A_USER: Final = """
     INSERT INTO cryptography.key_rotations (user_id, old_key_id, rotation_reason) VALUES (%(user)s, %(key)s, 'age');
     INSERT INTO cryptography.certificates (user_id, key_id, certificate_type, certificate_data)
         VALUES (%(user)s, %(key)s, 'x509', 'x');
-    INSERT INTO audit.aggregate_heads VALUES (%(key)s, 'key', 1, %(user)s);
+    INSERT INTO cryptography.epochs (number, cause, system_identifier, timeline, database_oid)
+        VALUES (1, 'RESTORED', 1, '00000001', 1) ON CONFLICT DO NOTHING;
+    INSERT INTO cryptography.restored_keys VALUES (%(key)s, %(user)s, 1, 'active', true);
+    INSERT INTO audit.aggregate_heads VALUES (gen_random_uuid(), 'account', 1, %(user)s);
+    INSERT INTO cryptography.request_records VALUES (%(user)s, 'Sign', '1', '', '', gen_random_uuid(), now());
+    INSERT INTO cryptography.ledger_writers VALUES (gen_random_uuid(), 1, '{OK}', now());
     INSERT INTO audit.domain_events (aggregate_id, aggregate_type, aggregate_version, event_type, event_data)
         VALUES (%(key)s, 'key', 1, 'created', '{}');
     INSERT INTO audit.aggregate_snapshots VALUES (%(key)s, 'key', 1, '{}');

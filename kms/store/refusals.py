@@ -1,0 +1,201 @@
+"""Refused calls in the trail: at their own pace, on a connection of their own, so that a flood of them delays nothing.
+
+Of each user and address the first few in a window have a row each; the rest of the window becomes one row with their number,
+the first and the last moment and the reasons. Critical ones always have a row of their own.
+"""
+
+import asyncio
+import contextlib
+import json
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any, Final
+
+import psycopg
+import structlog
+
+from kms.app.ports import Call
+from kms.domain.errors import KmsError, Reason
+from kms.domain.ids import KeyId
+from kms.store.batches import DirectConnection, connect
+from kms.store.pool import connection_settings
+
+RECORD: Final = "SELECT audit.record_refusals(%(refusals)s) AS written"
+SINGLE_MAX: Final = 20
+_WAITING_MAX: Final = 10_000
+_SOURCES_MAX: Final = 10_000
+_BATCH_MAX: Final = 500
+_FLUSH_SECONDS: Final = 0.1
+_ANSWER_SECONDS: Final = 5.0
+_RETRY_SECONDS: Final = 1.0
+_CRITICAL: Final = frozenset({Reason.ENVELOPE_INVALID})
+# What somebody who has no business here would meet.
+_HIGH: Final = frozenset(
+    {Reason.KEY_PENDING_DESTRUCTION, Reason.KEY_COMPROMISED, Reason.KEY_REVOKED, Reason.PERMISSION_DENIED, Reason.INCORRECT_KEY}
+)
+_MEDIUM: Final = frozenset(
+    {Reason.CREDENTIALS_INVALID, Reason.CIPHERTEXT_INVALID, Reason.WRONG_PURPOSE, Reason.REQUEST_ID_REUSED, Reason.KEY_DESTROYED}
+)
+_FAILURES: Final = frozenset(
+    {
+        Reason.ENVELOPE_INVALID,
+        Reason.HSM_UNAVAILABLE,
+        Reason.HSM_KEK_MISSING,
+        Reason.HSM_MECHANISM_UNSUPPORTED,
+        Reason.STORE_UNAVAILABLE,
+        Reason.OUTCOME_UNKNOWN,
+        Reason.DEADLINE_EXCEEDED,
+        Reason.NOT_IMPLEMENTED,
+    }
+)
+_RISK_SCORES: Final = {"low": 10, "medium": 30, "high": 60, "critical": 95}
+_LOG = structlog.get_logger("kms.store.refusals")
+_Source = tuple[str, str]
+
+
+def severity(reason: Reason) -> str:
+    """Return how grave a refusal is: low, medium, high or critical."""
+    if reason in _CRITICAL:
+        return "critical"
+    if reason in _HIGH:
+        return "high"
+    return "medium" if reason in _MEDIUM else "low"
+
+
+@dataclass(slots=True, eq=False)
+class _Window:
+    """Refusals of one source since `began_at` (monotonic): it counts, so it changes."""
+
+    began_at: float
+    singles: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    first_at: float = 0.0
+    last_at: float = 0.0
+
+    def add(self, reason: Reason, at: float) -> None:
+        self.first_at = self.first_at if self.reasons else at
+        self.last_at = at
+        self.reasons[reason] += 1
+
+
+class Refusals:
+    """The queue. Nothing in it waits for the database; what the database does not take in time is counted together."""
+
+    def __init__(self, *, window_seconds: float) -> None:
+        self._window_seconds = window_seconds
+        self._windows: dict[_Source, _Window] = {}
+        self._rows: deque[tuple[float, dict[str, object]]] = deque()
+
+    def note(self, call: Call, action: str, key: KeyId | None, reason: Reason) -> None:
+        """Let a refusal be recorded. Never waits and never fails."""
+        now = monotonic()
+        window = self._window((str(call.user.user_id), call.peer), now)
+        is_critical = reason in _CRITICAL
+        if not is_critical and (window.singles >= SINGLE_MAX or len(self._rows) >= _WAITING_MAX):
+            window.add(reason, now)
+            return
+        window.singles += not is_critical
+        details = {"request_id": call.request_id}
+        row = _row((str(call.user.user_id), call.peer), action, reason, details)
+        self._rows.append((now, {**row, "key_id": None if key is None else str(key)}))
+
+    def take(self, *, is_last: bool = False) -> list[tuple[float, dict[str, object]]]:
+        """Return at most 500 rows to be written, each with its moment; windows that have ended become a row first."""
+        now = monotonic()
+        for source, window in list(self._windows.items()):
+            if is_last or now - window.began_at >= self._window_seconds:
+                del self._windows[source]
+                if window.reasons:
+                    self._rows.append((window.last_at, _summary(source, window)))
+        return [self._rows.popleft() for _ in range(min(len(self._rows), _BATCH_MAX))]
+
+    def put_back(self, rows: list[tuple[float, dict[str, object]]]) -> None:
+        """Return rows that could not be written."""
+        self._rows.extendleft(reversed(rows))
+
+    def _window(self, source: _Source, now: float) -> _Window:
+        if source not in self._windows and len(self._windows) >= _SOURCES_MAX:
+            source = ("", "")
+        return self._windows.setdefault(source, _Window(now))
+
+
+@asynccontextmanager
+async def open_refusals(dsn: str, *, window_seconds: float = 10.0) -> AsyncIterator[Refusals]:
+    """Yield the queue, written by a task until the end of the block, when the rest is written too if the database answers."""
+    refusals, settings = Refusals(window_seconds=window_seconds), connection_settings(dsn)
+    stopping = asyncio.Event()
+    writing = asyncio.create_task(_write(refusals, settings, stopping), name="refusals")
+    try:
+        yield refusals
+    finally:
+        stopping.set()
+        await asyncio.wait({writing}, timeout=2 * _ANSWER_SECONDS)
+        writing.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await writing
+
+
+async def _write(refusals: Refusals, settings: Mapping[str, Any], stopping: asyncio.Event) -> None:
+    connection: DirectConnection | None = None
+    pause = _FLUSH_SECONDS
+    while not stopping.is_set():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stopping.wait(), pause)
+        pause = _FLUSH_SECONDS
+        while rows := refusals.take(is_last=stopping.is_set()):
+            connection = await _written(connection, settings, rows)
+            if connection is None:
+                refusals.put_back(rows)
+                pause = _RETRY_SECONDS
+                break
+    if connection is not None:
+        await connection.close()
+
+
+async def _written(
+    connection: DirectConnection | None, settings: Mapping[str, Any], rows: list[tuple[float, dict[str, object]]]
+) -> DirectConnection | None:
+    """Write the rows and return the connection, or None where that failed."""
+    now = monotonic()
+    text = json.dumps([{**row, "age_seconds": now - at} for at, row in rows])
+    try:
+        if connection is None or connection.is_lost:
+            connection = await connect(settings, seconds=_ANSWER_SECONDS)
+        await connection.ask(RECORD, {"refusals": text}, seconds=_ANSWER_SECONDS)
+    except psycopg.DataError:
+        # A NUL in a text: once more would fail again, and with it everything behind it.
+        _LOG.exception("refusals that the database does not take", rows=len(rows))
+    except (KmsError, psycopg.Error) as error:
+        _LOG.warning("refusals wait: the database does not take them", waiting=len(rows), error=type(error).__name__)
+        if connection is not None:
+            await connection.close()
+        return None
+    return connection
+
+
+def _row(source: _Source, action: str, reason: Reason, details: Mapping[str, object]) -> dict[str, object]:
+    level = severity(reason)
+    return {
+        "user_id": source[0] or None,
+        "peer": source[1] or None,
+        "action": action,
+        "reason": reason,
+        "severity": level,
+        "outcome": "failure" if reason in _FAILURES else "blocked",
+        "risk_score": _RISK_SCORES[level],
+        "details": details,
+    }
+
+
+def _summary(source: _Source, window: _Window) -> dict[str, object]:
+    gravest = max((Reason(reason) for reason in window.reasons), key=lambda reason: _RISK_SCORES[severity(reason)])
+    details = {
+        "count": window.reasons.total(),
+        "reasons": dict(window.reasons),
+        "first_seconds_ago": monotonic() - window.first_at,
+        "last_seconds_ago": monotonic() - window.last_at,
+    }
+    return _row(source, "many", gravest, details)
