@@ -3,9 +3,14 @@
 Each function has the module to itself while it runs: they are for commands, not for a process that serves.
 """
 
+import fcntl
+import hashlib
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, TypeVar
 from uuid import UUID
 
@@ -14,6 +19,7 @@ import pkcs11
 from kms.domain.errors import KmsError, Reason
 from kms.hsm.connection import as_token_session, check_complete, login
 from kms.hsm.errors import MisfitError, translate, unavailable
+from kms.hsm.hardening import protect_memory
 from kms.hsm.module import load_module
 from kms.hsm.settings import HsmSettings
 from kms.hsm.wrapping_keys import (
@@ -60,9 +66,14 @@ def init(settings: HsmSettings) -> TokenDescription:
         if inventory.canaries and inventory.mac_keys:
             raise KmsError(Reason.NAME_TAKEN, "the token already has all keys of ours: they are never overwritten")
         _add_missing(session, inventory)
-        return _described(settings, token, take_inventory(session))
+        made = take_inventory(session)
+        check_attributes(made)
+        check_complete(made)
+        return _described(settings, token, made)
 
-    return _with_token(settings, make)
+    # PKCS #11 has no lock that outlives a call, and two that look at once would both make: on one host a file keeps them apart.
+    with _alone(settings):
+        return _with_token(settings, make)
 
 
 def describe(settings: HsmSettings) -> TokenDescription:
@@ -104,6 +115,22 @@ def _add_missing(session: pkcs11.Session, inventory: Inventory) -> None:
         make_canary(as_token_session(session, made, frozenset()), _FIRST)
 
 
+@contextmanager
+def _alone(settings: HsmSettings) -> Iterator[None]:
+    """Wait until no other process of this user provisions a token of that label."""
+    name = hashlib.sha256(f"{settings.module.resolve()}\n{settings.token_label}".encode()).hexdigest()[:16]
+    path = Path(tempfile.gettempdir()) / f"kms-hsm-init-{os.getuid()}-{name}"
+    # O_NOFOLLOW and the owner's check: the directory is everybody's.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        if os.fstat(descriptor).st_uid != os.getuid():
+            raise unavailable(f"{path} belongs to another user: remove it")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _new_id(session: pkcs11.Session) -> UUID:
     return UUID(bytes=session.generate_random(128), version=4)
 
@@ -131,6 +158,7 @@ def _with_token(settings: HsmSettings, work: Callable[[pkcs11.Token, pkcs11.Sess
 
 @contextmanager
 def _logged_in(settings: HsmSettings) -> Iterator[tuple[pkcs11.Token, pkcs11.Session]]:
+    protect_memory()
     module = load_module(settings.module)
     module.claim()
     try:

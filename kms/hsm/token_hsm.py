@@ -253,13 +253,17 @@ class TokenHsm:
     async def _generate_resident(self, identity: KeyIdentity) -> KeyMaterial:
         self._residence()
         self._count_resident(1)  # counted before it is there, so that two at once cannot pass the limit
-        future = self._submit_generation(identity, Custody.RESIDENT)
+        try:
+            future = self._submit_generation(identity, Custody.RESIDENT)
+        except KmsError:
+            self._count_resident(-1)
+            raise
         try:
             return await _result(future)
         except asyncio.CancelledError:
             future.add_done_callback(self._discard_unwanted)
             raise
-        except KmsError:
+        except Exception:
             self._count_resident(-1)
             raise
 

@@ -237,3 +237,12 @@ async def test_closing_twice_and_using_a_closed_one_is_harmless(hsm: TokenHsm) -
 def test_the_default_settings_fit_the_default_limit(hsm_settings: HsmSettings) -> None:
     hsm_settings.check()
     assert hsm_settings.sessions_needed <= hsm_settings.sessions_max == 16
+
+
+async def test_a_resident_key_that_could_not_be_begun_is_not_counted(opened: OpenHsm) -> None:
+    hsm = await opened(resident_keys_max=1)
+    hsm._link.lose()
+    for _ in range(3):
+        with pytest.raises(KmsError):
+            await hsm.generate(identity_of(SECP256K1), Custody.RESIDENT)
+    assert hsm.status().resident_keys == 0

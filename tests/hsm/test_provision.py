@@ -1,8 +1,10 @@
 """`kms hsm init` and what every start demands of the token's own keys."""
 
 import hmac
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -255,3 +257,16 @@ def test_opensc_sees_what_we_made(soft_token: SoftToken) -> None:
     assert listing.count("Secret Key Object; AES length 32") == 2
     assert listing.count("Secret Key Object; Generic secret length 32") == 1
     assert "neo-kms canary 1" in listing
+
+
+def test_several_runs_at_once_make_one_set_of_keys(blank_token: SoftToken) -> None:
+    config_file = blank_token.directory / "kms.toml"
+    config_file.write_text(
+        f'[hsm]\nmodule = "{blank_token.module}"\ntoken_label = "{blank_token.label}"\npin_file = "{blank_token.pin_file}"\n'
+    )
+    command = [sys.executable, "-m", "kms", "--config", str(config_file), "hsm", "init"]
+    environment = {**os.environ, **blank_token.environment}
+    runs = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(4)]
+    said = [run.communicate(timeout=60)[1].decode() for run in runs]
+    assert sorted(run.returncode for run in runs) == [0, 1, 1, 1], said
+    assert len(provision.check_copy(settings_of(blank_token)).wrapping_keys) == 2
