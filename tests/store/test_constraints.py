@@ -1,125 +1,14 @@
 """What the tables themselves refuse, whoever writes."""
 
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any
 
 import psycopg
 import pytest
 from psycopg import errors, sql
 
 from tests.fixtures.postgres import Database
-
-Row = dict[str, object]
-OWNER: Final = "00000000-0000-4000-8000-000000000001"
-OTHER: Final = "00000000-0000-4000-8000-000000000002"
-AES: Final[Row] = {
-    "user_id": OWNER,
-    "key_name": "good",
-    "key_type": "aes",
-    "key_purpose": "encryption",
-    "public_key": "kcv:0a1b2c",
-    "encrypted_private_key": "envelope",
-    "key_strength": 256,
-    "custody": "SEALED",
-    "origin": "GENERATED",
-}
-USER: Final[Row] = {"username": "carol", "email": "carol@example.org", "password_hash": "!", "salt": "!"}
-ROTATION: Final[Row] = {"user_id": OWNER, "old_key_id": OWNER, "rotation_reason": "age"}
-CERTIFICATE: Final[Row] = {
-    "user_id": OWNER,
-    "key_id": OWNER,
-    "certificate_type": "x509",
-    "certificate_data": "MII",
-}
-SESSION: Final[Row] = {
-    "user_id": OWNER,
-    "session_token": "0" * 64,
-    "refresh_token": "1" * 64,
-    "expires_at": "2030-01-01",
-}
-WRAPPING: Final[Row] = {"id": OWNER, "kind": "kek", "generation": 1, "token_serial": "1"}
-PAST, FUTURE = "2020-01-01", "2999-01-01"
-
-GOOD: Final[list[tuple[str, Row]]] = [
-    ("cryptography.keys", AES),
-    ("cryptography.keys", {**AES, "usage_counter": 2**62, "max_usage_count": None}),
-    ("cryptography.keys", {**AES, "usage_counter": 5, "max_usage_count": 5}),
-    ("cryptography.keys", {**AES, "key_name": "a" * 90 + "@999999999"}),
-    ("cryptography.keys", {**AES, "expires_at": FUTURE}),
-    ("cryptography.keys", {**AES, "key_status": "revoked", "revoked_at": PAST}),
-    ("cryptography.keys", {**AES, "key_status": "compromised", "compromised_at": PAST, "compromise_occurred_at": PAST}),
-    ("cryptography.keys", {**AES, "destroyed_at": PAST, "encrypted_private_key": ""}),
-    ("cryptography.keys", {**AES, "custody": "RESIDENT", "hsm_key_id": "00ff"}),
-    ("authentication.users", USER),
-    ("authentication.user_sessions", SESSION),
-    ("cryptography.key_rotations", ROTATION),
-    ("cryptography.certificates", CERTIFICATE),
-    ("cryptography.wrapping_keys", WRAPPING),
-]
-BAD_KEYS: Final[tuple[Row, ...]] = (
-    {"usage_counter": -1},
-    {"usage_counter": -1, "max_usage_count": 5},
-    {"usage_counter": 6, "max_usage_count": 5},
-    {"max_usage_count": 0},
-    {"max_usage_count": -1, "usage_counter": -2},
-    {"key_name": ""},
-    {"key_name": "-a"},
-    {"key_name": "a b"},
-    {"key_name": "a" * 91},
-    {"key_name": "a@0"},
-    {"key_name": "a\n"},
-    {"key_name": OWNER},
-    {"key_name": "AAAAAAAA-0000-4000-8000-00000000000A"},
-    {"key_type": "dsa"},
-    {"key_type": "rsa"},
-    {"key_purpose": "anything"},
-    {"key_curve": "secp256k1"},
-    {"key_strength": 512},
-    {"public_key": "-----BEGIN PUBLIC KEY-----"},
-    {"public_key": "kcv:0A1B2C"},
-    {"encrypted_private_key": ""},
-    {"destroyed_at": PAST},
-    {"key_status": "pending"},
-    {"key_status": "revoked"},
-    {"revoked_at": PAST},
-    {"key_status": "compromised"},
-    {"compromise_occurred_at": PAST},
-    {"expires_at": PAST},
-    {"custody": "PLAIN"},
-    {"custody": "RESIDENT"},
-    {"hsm_key_id": "00ff"},
-    {"custody": "RESIDENT", "hsm_key_id": "xyz"},
-    {"origin": "FOUND"},
-    {"bound_to": "b" * 51},
-    {"version": 0},
-    {"metadata": "[]"},
-)
-BAD: Final[list[tuple[str, Row, Row]]] = [
-    *(("cryptography.keys", AES, change) for change in BAD_KEYS),
-    ("authentication.users", USER, {"username": "ab"}),
-    ("authentication.users", USER, {"email": "nobody"}),
-    ("authentication.users", USER, {"email": "a@b.c|d"}),
-    ("authentication.users", USER, {"password_changed_at": None}),
-    ("authentication.user_sessions", SESSION, {"session_token": "plain"}),
-    ("authentication.user_sessions", SESSION, {"refresh_token": "plain"}),
-    ("cryptography.key_rotations", ROTATION, {"new_key_id": OWNER}),
-    ("cryptography.key_rotations", ROTATION, {"migration_status": "completed", "completed_at": PAST}),
-    ("cryptography.key_rotations", ROTATION, {"migration_status": "completed"}),
-    ("cryptography.key_rotations", ROTATION, {"completed_at": PAST}),
-    ("cryptography.key_rotations", ROTATION, {"migration_status": "begun"}),
-    ("cryptography.certificates", CERTIFICATE, {"certificate_type": "pgp"}),
-    ("cryptography.certificates", CERTIFICATE, {"revocation_status": "lost"}),
-    ("cryptography.wrapping_keys", WRAPPING, {"kind": "other"}),
-    ("cryptography.wrapping_keys", WRAPPING, {"generation": 0}),
-]
-FOREIGN: Final[list[tuple[str, Row]]] = [
-    ("cryptography.keys", {**AES, "user_id": "00000000-0000-4000-8000-00000000dead"}),
-    ("cryptography.keys", {**AES, "user_id": OTHER, "parent_key_id": OWNER}),
-    ("cryptography.key_rotations", {**ROTATION, "user_id": OTHER}),
-    ("cryptography.key_rotations", {**ROTATION, "new_key_id": OTHER}),
-    ("cryptography.certificates", {**CERTIFICATE, "user_id": OTHER}),
-    ("authentication.user_sessions", {**SESSION, "user_id": "00000000-0000-4000-8000-00000000dead"}),
-]
+from tests.store.examples import AES, BAD, FOREIGN, GOOD, OTHER, OWNER, USER, WRAPPING, Row
 
 
 @pytest.fixture
