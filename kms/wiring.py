@@ -6,10 +6,12 @@ to do.
 
 import asyncio
 import logging
+import resource
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import date
 from pathlib import Path
 from typing import Final, TypeVar
 from uuid import UUID
@@ -35,9 +37,10 @@ from kms.pki.public_keys import PublicKeyOperations
 from kms.rpc.crypto import CryptoServicer
 from kms.rpc.edge import Edge
 from kms.rpc.keys import KeyServicer
-from kms.rpc.server import Server, TlsFiles
+from kms.rpc.server import Server, TlsFiles, check_pair
 from kms.store import epoch as epochs
 from kms.store import migrate as migrations
+from kms.store import partitions
 from kms.store import restore as restoration
 from kms.store.backup import backup as make_backup
 from kms.store.backup_file import Manifest
@@ -51,6 +54,7 @@ from kms.store.wrapping import Kind as StoredKind
 from kms.store.wrapping import StoredWrappingKeys, TokenKey
 
 Section = TypeVar("Section")
+Found = TypeVar("Found")
 _STORED_KINDS: Final[dict[Kind, StoredKind]] = {Kind.KEK: "kek", Kind.SEALING: "sealing"}
 _LOG = structlog.get_logger("kms")
 
@@ -58,6 +62,9 @@ _LOG = structlog.get_logger("kms")
 def serve(config: Config) -> None:
     """Run the service until SIGTERM or SIGINT, then let the calls in flight end. SIGUSR1 logs the state of the HSM."""
     _configure_log(config.log_level)
+    # A connection is a file descriptor, and the usual soft limit is lower than what one client can open.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     uvloop.run(_serve(config))
 
 
@@ -132,7 +139,27 @@ def epoch_status(config: Config) -> tuple[epochs.Epoch | None, Sequence[epochs.U
 
 def confirm_restored_key(config: Config, key_id: UUID, count: int) -> bool:
     """State how often a restored key was used; return whether it is active again."""
-    return asyncio.run(_confirm_restored_key(config, key_id, count))
+    return asyncio.run(_with_pool(config, lambda pool: epochs.confirm_key(pool, key_id, count)))
+
+
+def ensure_partitions(config: Config, ahead_days: int) -> Sequence[str]:
+    """Make the partitions that are missing, and return their names."""
+    return asyncio.run(_with_pool(config, lambda pool: partitions.ensure(pool, ahead_days)))
+
+
+def default_partition_rows(config: Config) -> Sequence[partitions.DefaultRows]:
+    """Return the DEFAULT partitions that hold rows."""
+    return asyncio.run(_with_pool(config, partitions.default_rows))
+
+
+def drain_partitions(config: Config) -> int:
+    """Move the rows of the DEFAULT partitions where they belong, and return how many."""
+    return asyncio.run(_with_pool(config, partitions.drain))
+
+
+def archive_partitions(config: Config, before: date, directory: Path) -> list[partitions.Archived]:
+    """Put the partitions that end by *before* into files, and drop them."""
+    return partitions.archive(_migration_dsn(config), before, directory)
 
 
 async def _serve(config: Config) -> None:
@@ -154,12 +181,14 @@ async def running(config: Config) -> AsyncIterator[tuple[int, TokenHsm]]:
     """Serve within the block; yield the port and the HSM. Leaving it drains: calls in flight end, no new one is taken."""
     server_config = _needed(config.server)
     tls = TlsFiles(server_config.tls_cert_file, server_config.tls_key_file, server_config.client_ca_file)
+    check_pair(tls)
     identity = ClientIdentity(
         server_config.client_ca_file, deployment=config.deployment_id, clock=host_clock, crl_file=server_config.client_crl_file
     )
     async with AsyncExitStack() as stack:
         pool = await stack.enter_async_context(_ready_pool(config))
         await epochs.check_epoch(pool)
+        await stack.enter_async_context(partitions.kept_up(pool))
         hsm = await open_hsm(_hsm_settings(config))
         stack.push_async_callback(hsm.close)
         await _check_token(config, hsm, StoredWrappingKeys(pool))
@@ -172,7 +201,12 @@ async def running(config: Config) -> AsyncIterator[tuple[int, TokenHsm]]:
 
 def _server(pool: Pool, hsm: TokenHsm, identity: ClientIdentity, config: ServerConfig, *, is_ready: Callable[[], bool]) -> Server:
     keys, public_keys = StoredKeys(pool), PublicKeyOperations()
-    edge = Edge(identity, Access(StoredUsers(pool)), call_seconds_max=config.call_seconds_max)
+    edge = Edge(
+        identity,
+        Access(StoredUsers(pool)),
+        call_seconds_max=config.call_seconds_max,
+        calls_per_user_max=config.calls_per_user_max,
+    )
     return Server(
         edge,
         KeyServicer(Keyring(keys, hsm)),
@@ -230,9 +264,9 @@ async def _epoch_status(config: Config) -> tuple[epochs.Epoch | None, Sequence[e
         return await epochs.current_epoch(pool), await epochs.unconfirmed_keys(pool)
 
 
-async def _confirm_restored_key(config: Config, key_id: UUID, count: int) -> bool:
+async def _with_pool(config: Config, work: Callable[[Pool], Awaitable[Found]]) -> Found:
     async with _ready_pool(config) as pool:
-        return await epochs.confirm_key(pool, key_id, count)
+        return await work(pool)
 
 
 async def _add_service(config: Config, name: str) -> UserId:
@@ -294,3 +328,13 @@ def _configure_log(level: str) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
+    logging.basicConfig(level=logging.WARNING, handlers=[_Forwarded()], force=True)
+
+
+class _Forwarded(logging.Handler):
+    """Libraries log with the standard library; one line of theirs becomes one of ours."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Log *record*."""
+        error = record.exc_info[1] if record.exc_info else None
+        _LOG.warning("library", logger=record.name, message=record.getMessage(), error=type(error).__name__ if error else None)

@@ -1,0 +1,178 @@
+"""Upkeep of the partitions of the trail: made ahead, DEFAULT kept empty, old ones put away in files."""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import psycopg
+import structlog
+from psycopg import sql
+
+from kms.domain.errors import KmsError, malformed
+from kms.store.backup import check_login_sees_all, connected
+from kms.store.backup_file import new_private_file
+from kms.store.backup_tools import find_tool, run
+from kms.store.errors import unavailable
+from kms.store.pool import AS_JOB, Pool, connection_settings
+
+ENSURE: Final = "SELECT made::text AS name FROM audit.ensure_partitions(make_interval(days => %(days)s)) AS made"
+IN_DEFAULT: Final = "SELECT parent::text, default_partition::text, row_count FROM audit.default_partition_rows()"
+DRAIN: Final = "SELECT audit.drain_default() AS moved"
+PARTITIONS: Final = """
+    SELECT c.relname::text, k.parent::text, c.relispartition
+    FROM audit.partitioned_by_time() AS k
+        JOIN pg_class AS p ON p.oid = k.parent
+        JOIN pg_class AS c ON c.relnamespace = p.relnamespace AND c.relkind = 'r' AND starts_with(c.relname, p.relname || '_')
+    ORDER BY 1
+"""
+DETACH: Final = (
+    "SELECT audit.with_brief_locks(format('ALTER TABLE %%s DETACH PARTITION audit.%%I', %(parent)s::text, %(name)s::text))"
+)
+AHEAD_DAYS: Final = 2 * 366
+_AHEAD_DAYS_MAX: Final = 3600  # ten years, as PostgreSQL compares intervals
+_INTERVAL_SECONDS: Final = 6 * 3600.0
+_ENDING: Final = re.compile(r"_(\d{4})(?:_(\d{2}))?")
+_LOG = structlog.get_logger("kms")
+
+
+@dataclass(frozen=True, slots=True)
+class DefaultRows:
+    """Rows that found no partition of their own. `row_count` counts to 10,000."""
+
+    parent: str
+    default_partition: str
+    row_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Archived:
+    """A partition that was put away: rows from `begins_on` until before `ends_on` (UTC). `sha256` of `file`, in hex."""
+
+    table: str
+    begins_on: str
+    ends_on: str
+    rows: int
+    file: str
+    bytes: int
+    sha256: str
+
+
+async def ensure(pool: Pool, ahead_days: int = AHEAD_DAYS) -> Sequence[str]:
+    """Make the partitions that are missing from now to *ahead_days* ahead, 0 to 3600; return their names."""
+    if not 0 <= ahead_days <= _AHEAD_DAYS_MAX:
+        raise malformed("ahead", "expected 0 to 3600 days")
+    async with pool.transaction(AS_JOB) as connection:
+        rows = await (await connection.execute(ENSURE, {"days": ahead_days})).fetchall()
+    return [row["name"] for row in rows]
+
+
+async def default_rows(pool: Pool) -> Sequence[DefaultRows]:
+    """Return the DEFAULT partitions that hold rows. None is as it should be."""
+    return [DefaultRows(**row) for row in await pool.fetch(AS_JOB, IN_DEFAULT)]
+
+
+async def drain(pool: Pool) -> int:
+    """Move the rows of the DEFAULT partitions into partitions of their own, in one transaction; return how many."""
+    async with pool.transaction(AS_JOB) as connection:
+        row = await (await connection.execute(DRAIN)).fetchone()
+    assert row is not None  # noqa: S101  # a function that returns no set gives a row or raises
+    return int(row["moved"])
+
+
+@asynccontextmanager
+async def kept_up(pool: Pool) -> AsyncIterator[None]:
+    """Make partitions ahead at once and every six hours within the block, and warn of rows in a DEFAULT one.
+
+    What fails is logged and tried again: the DEFAULT partitions take the rows meanwhile.
+    """
+
+    async def keep_up() -> None:
+        while True:
+            await _look_after(pool)
+            await asyncio.sleep(_INTERVAL_SECONDS)
+
+    task = asyncio.create_task(keep_up())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+def archive(dsn: str, before: date, directory: Path) -> list[Archived]:
+    """Put every partition of the trail that ends by *before* (UTC, not in the future) into a file in *directory*, and drop it.
+
+    A partition is detached, dumped, its manifest `<file>.json` is on disk, and only then is it dropped; a run that was
+    interrupted is completed by the next. Raises OSError, MALFORMED and STORE_UNAVAILABLE.
+    """
+    with connected(connection_settings(dsn)) as connection:
+        version = check_login_sees_all(connection)
+        if before > datetime.now(UTC).date():  # noqa: TID251  # a day, and the cutoff is the operator's
+            raise malformed("before", "expected a day that is not in the future")
+        done = []
+        for name, parent, is_attached in connection.execute(PARTITIONS).fetchall():
+            span = _span(name, parent)
+            if span is not None and span[1] <= before:
+                if is_attached:
+                    connection.execute(DETACH, {"parent": parent, "name": name})
+                done.append(_put_away(connection, version, name, span, directory))
+        return done
+
+
+async def _look_after(pool: Pool) -> None:
+    try:
+        made = await ensure(pool)
+        if made:
+            _LOG.info("partitions made", names=made)
+        for found in await default_rows(pool):
+            _LOG.warning("rows in a default partition", **asdict(found), run="kms partitions drain")
+    except (KmsError, psycopg.Error) as error:
+        _LOG.warning("partitions not looked after", error=str(error))
+
+
+def _put_away(connection: psycopg.Connection[Any], version: int, name: str, span: tuple[date, date], directory: Path) -> Archived:
+    table, path = sql.Identifier("audit", name), directory / f"{name}.dump"
+    counted = connection.execute(sql.SQL("SELECT count(*) FROM {}").format(table)).fetchone()
+    assert counted is not None  # noqa: S101  # count(*) gives a row
+    manifest = path.with_suffix(".dump.json")
+    if not manifest.exists():
+        path.unlink(missing_ok=True)  # of a run that was interrupted: the table is still there
+        settings = {**connection.info.get_parameters(), "password": connection.info.password or None}
+        with new_private_file(path) as temporary:
+            arguments = ["--format=custom", f"--file={temporary}", f'--table=audit."{name}"']
+            run(find_tool("pg_dump", version), settings, arguments)
+    archived = Archived(f"audit.{name}", str(span[0]), str(span[1]), int(counted[0]), path.name, *_measured(path))
+    text = json.dumps(asdict(archived), indent=2) + "\n"
+    if not manifest.exists():
+        with new_private_file(manifest) as temporary:
+            temporary.write_text(text)
+    elif manifest.read_text() != text:
+        raise unavailable(f"{path} is there, but is not what {table.as_string()} holds: it is neither dropped nor written over")
+    connection.execute(sql.SQL("DROP TABLE {}").format(table))
+    return archived
+
+
+def _measured(path: Path) -> tuple[int, str]:
+    with path.open("rb") as file:
+        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _span(name: str, parent: str) -> tuple[date, date] | None:
+    """Return the first day of the partition and the first one behind it, as its name says; None for DEFAULT."""
+    match = _ENDING.fullmatch(name.removeprefix(parent.removeprefix("audit.")))
+    if match is None:
+        return None
+    year = int(match[1])
+    if match[2] is None:
+        return date(year, 1, 1), date(year + 1, 1, 1)
+    month = int(match[2])
+    return date(year, month, 1), date(year + month // 12, month % 12 + 1, 1)

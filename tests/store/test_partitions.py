@@ -1,0 +1,208 @@
+"""Upkeep of the trail's partitions: writers are not held up, DEFAULT is drained, old ones are put away whole."""
+
+import asyncio
+import hashlib
+import json
+import stat
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from kms.domain.errors import KmsError, Reason
+from kms.store import partitions
+from kms.store.backup_tools import find_tool
+from kms.store.pool import Pool
+from tests.fixtures.postgres import Database
+
+FAR = datetime(2055, 3, 4, tzinfo=UTC)
+ADD = """
+    INSERT INTO audit.security_events (event_type, severity, action, outcome, created_at)
+    VALUES ('t', 'low', 'a', 'success', %s)
+"""
+
+
+@pytest.fixture
+def admin(database: Database) -> Iterator[psycopg.Connection[Any]]:
+    with psycopg.connect(database.admin_dsn, autocommit=True) as connection:
+        yield connection
+
+
+def add(admin: psycopg.Connection[Any], moment: datetime, count: int = 1) -> None:
+    for _ in range(count):
+        admin.execute(ADD, (moment,))
+
+
+def where(admin: psycopg.Connection[Any]) -> dict[str, int]:
+    """Return how many security events lie in which partition."""
+    found = admin.execute(b"SELECT tableoid::regclass::text, count(*) FROM audit.security_events GROUP BY 1").fetchall()
+    return {name: int(number) for name, number in found}
+
+
+async def test_partitions_are_made_as_far_ahead_as_asked(store: Pool, admin: psycopg.Connection[Any]) -> None:
+    made = await partitions.ensure(store, 3600)
+    last = datetime.now(UTC) + timedelta(days=3599)
+    assert f"audit.security_events_{last:%Y_%m}" in made
+    assert f"audit.domain_events_{last:%Y}" in made
+    assert await partitions.ensure(store, 3600) == []
+    add(admin, last)
+    assert where(admin) == {f"audit.security_events_{last:%Y_%m}": 1}
+
+
+@pytest.mark.parametrize("days", [-1, 3601])
+async def test_a_distance_that_cannot_be_is_refused(store: Pool, days: int) -> None:
+    with pytest.raises(KmsError) as caught:
+        await partitions.ensure(store, days)
+    assert caught.value.reason is Reason.MALFORMED
+
+
+async def test_attaching_does_not_hold_up_writers(database: Database, store: Pool) -> None:
+    done, longest, written = threading.Event(), 0.0, 0
+
+    def write() -> None:
+        nonlocal longest, written
+        with psycopg.connect(database.admin_dsn, autocommit=True) as writer:
+            while not done.is_set():
+                begun = time.monotonic()
+                writer.execute(ADD, (datetime.now(UTC),))
+                longest, written = max(longest, time.monotonic() - begun), written + 1
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        begun = time.monotonic()
+        made = await partitions.ensure(store, 1100)
+        took = time.monotonic() - begun
+    finally:
+        done.set()
+        thread.join()
+    assert len(made) >= 10
+    assert written > 10
+    assert longest < max(0.5, took / 3)
+
+
+@pytest.mark.slow
+async def test_a_long_transaction_of_a_writer_is_not_waited_for_by_the_others(database: Database, store: Pool) -> None:
+    with psycopg.connect(database.admin_dsn) as reader, psycopg.connect(database.admin_dsn, autocommit=True) as writer:
+        reader.execute(b"LOCK TABLE audit.security_events_default IN ACCESS SHARE MODE")
+        thread = threading.Thread(target=_ensure_in_vain, args=(database.dsn,))
+        thread.start()
+        longest = 0.0
+        while thread.is_alive():
+            begun = time.monotonic()
+            writer.execute(ADD, (datetime.now(UTC),))
+            longest = max(longest, time.monotonic() - begun)
+        thread.join()
+    assert longest < 1.0
+    assert store
+
+
+def _ensure_in_vain(dsn: str) -> None:
+    with psycopg.connect(dsn) as service:
+        service.execute(b"SELECT set_config('role', 'job_runner', true)")
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            service.execute(b"SELECT audit.ensure_partitions('4 years')")
+
+
+async def test_rows_in_default_are_reported_and_drained(store: Pool, admin: psycopg.Connection[Any]) -> None:
+    assert await partitions.default_rows(store) == []
+    add(admin, FAR, 3)
+    add(admin, datetime(1999, 1, 1, tzinfo=UTC))
+    found = await partitions.default_rows(store)
+    assert [(each.default_partition, each.row_count) for each in found] == [("audit.security_events_default", 4)]
+    assert await partitions.drain(store) == 4
+    assert await partitions.default_rows(store) == []
+    assert where(admin) == {"audit.security_events_2055_03": 3, "audit.security_events_1999_01": 1}
+    assert await partitions.drain(store) == 0
+
+
+async def test_the_service_makes_partitions_and_warns_of_rows_in_default(
+    store: Pool, admin: psycopg.Connection[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    add(admin, FAR)
+    month = datetime.now(UTC) + timedelta(days=700)
+    name = f"audit.security_events_{month:%Y_%m}"
+    admin.execute(f"DROP TABLE {name}".encode())
+    async with partitions.kept_up(store):
+        for _ in range(100):
+            row = admin.execute("SELECT to_regclass(%s) IS NOT NULL", (name,)).fetchone()
+            if row == (True,) and "rows in a default partition" in (seen := capsys.readouterr().out):
+                break
+            await asyncio.sleep(0.05)
+        else:
+            pytest.fail("neither made nor warned of")
+    assert "audit.security_events_default" in seen
+
+
+def test_an_old_partition_is_put_away_whole(database: Database, admin: psycopg.Connection[Any], tmp_path: Path) -> None:
+    add(admin, datetime(2024, 1, 31, 23, 59, tzinfo=UTC), 3)
+    add(admin, datetime(2024, 2, 1, tzinfo=UTC))
+    done = partitions.archive(database.admin_dsn, date(2024, 2, 1), tmp_path)
+    assert [(each.table, each.rows, each.begins_on, each.ends_on) for each in done] == [
+        ("audit.security_events_2024_01", 3, "2024-01-01", "2024-02-01")
+    ]
+    assert where(admin) == {"audit.security_events_2024_02": 1}
+    file, manifest = tmp_path / "security_events_2024_01.dump", tmp_path / "security_events_2024_01.dump.json"
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {
+        file.name: 0o600,
+        manifest.name: 0o600,
+    }
+    assert json.loads(manifest.read_text())["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    options = ["--data-only", "--file=-", str(file)]
+    script = subprocess.run([find_tool("pg_restore", 17).path, *options], capture_output=True, text=True, check=True)
+    assert script.stdout.count("2024-01-31 23:59:00+00") == 3
+    assert partitions.archive(database.admin_dsn, date(2024, 2, 1), tmp_path) == []
+
+
+def test_a_day_in_the_future_is_refused(database: Database, tmp_path: Path) -> None:
+    with pytest.raises(KmsError) as caught:
+        partitions.archive(database.admin_dsn, datetime.now(UTC).date() + timedelta(days=2), tmp_path)
+    assert caught.value.reason is Reason.MALFORMED
+
+
+def test_neither_default_nor_this_month_is_put_away(database: Database, admin: psycopg.Connection[Any], tmp_path: Path) -> None:
+    today = datetime.now(UTC).date()
+    add(admin, FAR)
+    for year in (2024, 2025):
+        for month in range(1, 13):
+            admin.execute(f"DROP TABLE audit.security_events_{year}_{month:02}".encode())
+    names = {each.table for each in partitions.archive(database.admin_dsn, today, tmp_path)}
+    assert f"audit.security_events_{today:%Y_%m}" not in names
+    assert names
+    assert where(admin) == {"audit.security_events_default": 1}
+
+
+def test_an_interrupted_run_is_completed(
+    database: Database, admin: psycopg.Connection[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(admin, datetime(2024, 1, 15, tzinfo=UTC), 2)
+    cutoff = date(2024, 2, 1)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    # Stopped after the partition was detached, then after it was dumped, then before it was dropped.
+    for victim in ("run", "_measured", "asdict"):
+        with monkeypatch.context() as patch:
+            patch.setattr(partitions, victim, stop)
+            with pytest.raises(KeyboardInterrupt):
+                partitions.archive(database.admin_dsn, cutoff, tmp_path)
+        assert admin.execute(b"SELECT count(*) FROM audit.security_events_2024_01").fetchone() == (2,)
+    assert [each.rows for each in partitions.archive(database.admin_dsn, cutoff, tmp_path)] == [2]
+
+
+def test_an_archive_that_is_not_what_the_table_holds_is_kept_and_so_is_the_table(
+    database: Database, admin: psycopg.Connection[Any], tmp_path: Path
+) -> None:
+    for name in ("security_events_2024_01.dump", "security_events_2024_01.dump.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(KmsError, match="neither dropped nor written over"):
+        partitions.archive(database.admin_dsn, date(2024, 2, 1), tmp_path)
+    assert (tmp_path / "security_events_2024_01.dump").read_text() == "{}"
+    assert admin.execute(b"SELECT count(*) FROM audit.security_events_2024_01").fetchone() == (0,)

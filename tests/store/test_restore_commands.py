@@ -1,0 +1,130 @@
+"""The commands on real parts: a served database is saved, tried, restored and served again, in a new epoch."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+import pytest
+
+from kms.dev.postgres import EmbeddedPostgres
+from kms.pki.private_file import write_private
+from kms.v1 import crypto_pb2 as cpb
+from tests.conformance.refusals import refusal
+from tests.conformance.requests import made
+from tests.fixtures.server import Caller, Deployment
+from tests.store.backup_rows import add_key
+
+
+def run(deployment: Deployment, *arguments: str, code: int = 0) -> dict[str, Any]:
+    done = deployment.run(*arguments, "--json")
+    assert done.returncode == code, done.stderr + done.stdout
+    found: dict[str, Any] = json.loads(done.stdout or done.stderr)
+    return found
+
+
+def databases(deployment: Deployment) -> int:
+    with psycopg.connect(deployment.database.admin_dsn) as connection:
+        row = connection.execute(b"SELECT count(*) FROM pg_database").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def sign(caller: Caller) -> bytes:
+    return caller.crypto.Sign(cpb.SignRequest(key="signer", message=b"m"), timeout=20).signature
+
+
+@pytest.fixture
+def elsewhere(postgres: EmbeddedPostgres, deployment: Deployment) -> Iterator[Deployment]:
+    """The deployment, its configuration naming a database that is not there."""
+    name = f"elsewhere_{uuid4().hex[:8]}"
+    directory = deployment.directory / "elsewhere"
+    directory.mkdir()
+    write_private(directory / "dsn", postgres.service_dsn(name).encode())
+    write_private(directory / "admin-dsn", postgres.superuser_dsn(name).encode())
+    yield deployment
+    with psycopg.connect(postgres.superuser_dsn(), autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)".encode())
+
+
+def move(deployment: Deployment) -> None:
+    for name in ("dsn", "admin-dsn"):
+        (deployment.directory / "elsewhere" / name).replace(deployment.directory / name)
+
+
+@pytest.mark.slow
+def test_a_restored_service_signs_on_and_counted_keys_wait(elsewhere: Deployment, tmp_path: Path) -> None:
+    deployment, journal = elsewhere, str(tmp_path / "journal")
+    with deployment.serving() as server:
+        caller = server.caller()
+        made(caller, "secp256r1", name="signer")
+        aes = made(caller, "aes", name="aes")
+    saved = run(deployment, "backup", "--out", str(tmp_path / "one"), "--journal", journal)
+    assert (saved["file"], saved["journals"]) == (str(tmp_path / "one"), 1)
+    assert run(deployment, "restore", "--drill", saved["file"]) == {"opened": 2, "kek_missing": [], "invalid": []}
+    assert "is not empty" in run(deployment, "restore", saved["file"], "--journal", journal, code=5)["message"]
+    move(deployment)
+    restored = run(deployment, "restore", saved["file"], "--journal", journal)
+    assert (restored["epoch"], restored["unconfirmed"]) == (2, 1)
+    assert run(deployment, "epoch", "show")["unconfirmed"][0]["key"] == aes.id
+    with deployment.serving() as server:
+        caller = server.caller(caller.user_id)
+        assert sign(caller)
+        request = cpb.EncryptRequest(key="aes", plaintext=b"p")
+        assert refusal(caller.crypto.Encrypt, request).reason == "KEY_INACTIVE"
+        assert run(deployment, "epoch", "confirm", aes.id, "--count", "12") == {"key": aes.id, "count": 12, "active": True}
+        assert caller.crypto.Encrypt(request, timeout=20).ciphertext
+
+
+@pytest.mark.slow
+def test_a_database_that_pg_restore_made_is_not_served(postgres: EmbeddedPostgres, elsewhere: Deployment) -> None:
+    deployment = elsewhere
+    with deployment.serving():
+        pass
+    with psycopg.connect(postgres.superuser_dsn(), autocommit=True) as connection:
+        name = psycopg.conninfo.conninfo_to_dict((deployment.directory / "elsewhere" / "dsn").read_text())["dbname"]
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE {deployment.database.name}".encode())
+        connection.execute(f"GRANT CONNECT ON DATABASE {name} TO kms_service".encode())
+    move(deployment)
+    refused = deployment.run("serve")
+    assert (refused.returncode, "Run `kms epoch begin`" in refused.stderr) == (5, True)
+    assert run(deployment, "epoch", "show")["may_be_served"] is False
+    assert run(deployment, "epoch", "continue") == {"epoch": 2}
+    assert "nothing to do" in run(deployment, "epoch", "continue", code=5)["message"]
+    assert run(deployment, "epoch", "begin")["epoch"] == 3
+    with deployment.serving():
+        pass
+
+
+def test_a_drill_tells_what_does_not_open_and_leaves_nothing(deployment: Deployment, tmp_path: Path) -> None:
+    with deployment.serving() as server:
+        caller = server.caller()
+        keys = {kind: made(caller, kind, name=kind).id for kind in ("secp256k1", "ed25519", "aes")}
+    with psycopg.connect(deployment.database.admin_dsn, autocommit=True) as connection:
+        # The sealing key's id is in bytes 18 to 34 of the envelope.
+        connection.execute(
+            b"UPDATE cryptography.keys SET encrypted_private_key = encode(overlay("
+            b"decode(encrypted_private_key, 'base64') PLACING '\\x00000000000000000000000000000000' FROM 19), 'base64')"
+            b"WHERE key_name = 'aes'"
+        )
+        connection.execute(
+            b"UPDATE cryptography.keys SET encrypted_private_key = replace(encrypted_private_key, E'\\n', '')"
+            b"WHERE key_name = 'aes'"
+        )
+        bad = add_key(connection, caller.user_id, "no-envelope")
+    before = databases(deployment)
+    file = run(deployment, "backup", "--out", str(tmp_path / "one"))["file"]
+    found = run(deployment, "restore", "--drill", file, code=1)
+    assert found == {"opened": 2, "kek_missing": [keys["aes"]], "invalid": [str(bad)]}
+    assert databases(deployment) == before
+
+
+def test_a_drill_takes_no_journal(deployment: Deployment, tmp_path: Path) -> None:
+    assert deployment.run("restore", "--drill", "--journal", "x", str(tmp_path / "one")).returncode == 2
+
+
+def test_a_file_that_is_not_there_is_named(deployment: Deployment, tmp_path: Path) -> None:
+    done = deployment.run("restore", str(tmp_path / "none"))
+    assert (done.returncode, done.stderr) == (1, f"kms: FILE: {tmp_path / 'none'}: No such file or directory\n")
