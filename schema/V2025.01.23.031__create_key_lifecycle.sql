@@ -27,7 +27,7 @@ GRANT EXECUTE ON FUNCTION authentication.current_user_id() TO kms_lifecycle;
 GRANT INSERT (max_usage_count, activated_at, expires_at) ON cryptography.keys TO authenticated_users;
 GRANT SELECT (
     id, user_id, key_type, key_status, usage_counter, max_usage_count, activated_at, expires_at, version, hsm_key_id,
-    deactivated_at, superseded_at, destruction_scheduled_at, destroyed_at
+    metadata, deactivated_at, superseded_at, destruction_scheduled_at, destroyed_at
 ) ON cryptography.keys TO kms_lifecycle;
 GRANT UPDATE (
     key_status, max_usage_count, activated_at, expires_at, compromised_at, revoked_at, metadata, deactivated_at,

@@ -82,9 +82,8 @@ class _Writer:
 
     async def run(self) -> None:
         """Settle what arrives, until closed and empty."""
-        while not self.is_closing:
+        while not (self.is_closing and not self.queue):
             await self.arrived.wait()
-            self.arrived.clear()
             while batch := self._take():
                 try:
                     await self._write(batch)
@@ -92,6 +91,8 @@ class _Writer:
                     _LOG.exception("bug in the ledger")
                     _fail(batch, error)
                     await self.drop_connection()
+            if not self.is_closing:
+                self.arrived.clear()
 
     async def connected(self) -> BatchConnection:
         """Return the connection, a new one if it was lost. Raises STORE_UNAVAILABLE."""

@@ -141,11 +141,12 @@ async def open_refusals(dsn: str, *, window_seconds: float = 10.0) -> AsyncItera
 async def _write(refusals: Refusals, settings: Mapping[str, Any], stopping: asyncio.Event) -> None:
     connection: DirectConnection | None = None
     pause = _FLUSH_SECONDS
-    while not stopping.is_set():
+    is_last = False
+    while not is_last:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stopping.wait(), pause)
-        pause = _FLUSH_SECONDS
-        while rows := refusals.take(is_last=stopping.is_set()):
+        pause, is_last = _FLUSH_SECONDS, stopping.is_set()
+        while rows := refusals.take(is_last=is_last):
             connection = await _written(connection, settings, rows)
             if connection is None:
                 refusals.put_back(rows)
@@ -160,7 +161,7 @@ async def _written(
 ) -> DirectConnection | None:
     """Write the rows and return the connection, or None where that failed."""
     now = monotonic()
-    text = json.dumps([{**row, "age_seconds": now - at} for at, row in rows])
+    text = json.dumps([_aged(row, at, now) for at, row in rows])
     try:
         if connection is None or connection.is_lost:
             connection = await connect(settings, seconds=_ANSWER_SECONDS)
@@ -174,6 +175,13 @@ async def _written(
             await connection.close()
         return None
     return connection
+
+
+def _aged(row: Mapping[str, object], at: float, now: float) -> dict[str, object]:
+    """Return the row with how long ago it was: only the database's clock goes into the trail."""
+    first_at = row.get("first_at")
+    first = {"first_age_seconds": now - first_at} if isinstance(first_at, float) else {}
+    return {**row, **first, "age_seconds": now - at}
 
 
 def _row(source: _Source, action: str, reason: Reason, details: Mapping[str, object]) -> dict[str, object]:
@@ -192,10 +200,5 @@ def _row(source: _Source, action: str, reason: Reason, details: Mapping[str, obj
 
 def _summary(source: _Source, window: _Window) -> dict[str, object]:
     gravest = max((Reason(reason) for reason in window.reasons), key=lambda reason: _RISK_SCORES[severity(reason)])
-    details = {
-        "count": window.reasons.total(),
-        "reasons": dict(window.reasons),
-        "first_seconds_ago": monotonic() - window.first_at,
-        "last_seconds_ago": monotonic() - window.last_at,
-    }
-    return _row(source, "many", gravest, details)
+    details = {"count": window.reasons.total(), "reasons": dict(window.reasons)}
+    return {**_row(source, "many", gravest, details), "first_at": window.first_at}

@@ -1,0 +1,139 @@
+"""Refusals in the trail: each is there or counted, and a flood of them delays no charge."""
+
+import asyncio
+import time
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from kms.app.ports import Call, User
+from kms.domain.errors import Reason
+from kms.domain.ids import KeyId, UserId
+from kms.store.ledger import open_ledger
+from kms.store.pool import Pool
+from kms.store.refusals import SINGLE_MAX, open_refusals, severity
+from tests.fixtures.postgres import Database
+from tests.store.uses import a_call, make_key, make_user, rows, sign
+
+REFUSED = """
+    SELECT user_id, host(source_ip) AS peer, resource_type, resource_id, action, outcome, severity, risk_score, event_details
+    FROM audit.security_events WHERE event_type = 'request.refused' ORDER BY created_at
+"""
+
+
+@pytest.fixture
+async def alice(store: Pool) -> User:
+    return await make_user(store, "alice")
+
+
+def refused(database: Database) -> list[dict[str, Any]]:
+    return rows(database, REFUSED)
+
+
+async def test_a_refusal_is_a_line_of_the_trail(database: Database, store: Pool, alice: User) -> None:
+    call, key = a_call(alice), KeyId(uuid4())
+    async with open_ledger(database.dsn, store) as ledger:
+        ledger.note_refusal(call, "sign", key, Reason.KEY_REVOKED)
+        ledger.note_refusal(call, "create", None, Reason.STORE_UNAVAILABLE)
+    line = {
+        "user_id": alice.user_id,
+        "peer": "192.0.2.7",
+        "resource_type": "key",
+        "resource_id": key,
+        "action": "sign",
+        "outcome": "blocked",
+        "severity": "high",
+        "risk_score": 60,
+        "event_details": {"reason": "KEY_REVOKED", "request_id": call.request_id},
+    }
+    other = {
+        "resource_type": None,
+        "resource_id": None,
+        "action": "create",
+        "outcome": "failure",
+        "severity": "low",
+        "risk_score": 10,
+        "event_details": {"reason": "STORE_UNAVAILABLE", "request_id": call.request_id},
+    }
+    assert refused(database) == [line, {**line, **other}]
+
+
+async def test_more_than_a_few_become_one_row_with_their_number(database: Database, alice: User) -> None:
+    async with open_refusals(database.dsn) as refusals:
+        for number in range(1000):
+            refusals.note(a_call(alice), "sign", None, Reason.KEY_REVOKED if number % 2 else Reason.MALFORMED)
+    found = refused(database)
+    assert len(found) == SINGLE_MAX + 1
+    assert found[-1]["event_details"]["count"] == 1000 - SINGLE_MAX
+    assert found[-1]["event_details"]["reasons"] == {"KEY_REVOKED": 490, "MALFORMED": 490}
+    assert {"first", "last"} <= set(found[-1]["event_details"])
+    assert found[-1]["severity"] == "high"
+    assert found[-1]["user_id"] == alice.user_id
+
+
+async def test_users_and_addresses_are_counted_apart(database: Database, store: Pool, alice: User) -> None:
+    bob = await make_user(store, "bob")
+    async with open_refusals(database.dsn) as refusals:
+        for call in (Call(alice, "1", "192.0.2.1"), Call(alice, "1", "192.0.2.2"), Call(bob, "1", "192.0.2.1")):
+            for _ in range(SINGLE_MAX + 5):
+                refusals.note(call, "sign", None, Reason.MALFORMED)
+    counts = [row["event_details"]["count"] for row in refused(database) if "count" in row["event_details"]]
+    assert counts == [5, 5, 5]
+
+
+async def test_a_window_ends_and_another_begins(database: Database, alice: User) -> None:
+    async with open_refusals(database.dsn, window_seconds=0.2) as refusals:
+        for _ in range(2):
+            for _ in range(SINGLE_MAX + 3):
+                refusals.note(a_call(alice), "sign", None, Reason.MALFORMED)
+            await asyncio.sleep(0.5)
+        assert len(refused(database)) == 2 * (SINGLE_MAX + 1)
+
+
+async def test_critical_ones_are_never_counted_together(database: Database, alice: User) -> None:
+    async with open_refusals(database.dsn) as refusals:
+        for _ in range(100):
+            refusals.note(a_call(alice), "sign", None, Reason.ENVELOPE_INVALID)
+    found = refused(database)
+    assert len(found) == 100
+    assert {(row["severity"], row["outcome"], row["risk_score"]) for row in found} == {("critical", "failure", 95)}
+
+
+async def test_a_user_that_is_unknown_is_left_out(database: Database) -> None:
+    async with open_refusals(database.dsn) as refusals:
+        refusals.note(Call(User(UserId(uuid4()), "nobody", 0), "1", "unix:"), "sign", None, Reason.CREDENTIALS_INVALID)
+    assert [(row["user_id"], row["peer"]) for row in refused(database)] == [(None, None)]
+
+
+async def test_a_text_that_the_database_does_not_take_stops_nothing(database: Database, alice: User) -> None:
+    async with open_refusals(database.dsn) as refusals:
+        refusals.note(a_call(alice), "si\x00gn", None, Reason.MALFORMED)
+        await asyncio.sleep(0.4)
+        refusals.note(a_call(alice), "sign", None, Reason.MALFORMED)
+    assert [row["action"] for row in refused(database)] == ["sign"]
+
+
+async def test_while_nobody_answers_noting_waits_for_nothing(alice: User) -> None:
+    async with open_refusals("host=/nowhere user=kms_service dbname=kms") as refusals:
+        began = time.monotonic()
+        for _ in range(20_000):
+            refusals.note(a_call(alice), "sign", None, Reason.ENVELOPE_INVALID)
+        await asyncio.sleep(0.3)
+        assert time.monotonic() - began < 5
+
+
+async def test_a_flood_of_refusals_does_not_stop_charges(database: Database, store: Pool, alice: User) -> None:
+    key = await make_key(store, alice)
+    async with open_ledger(database.dsn, store) as ledger:
+        for _ in range(100):
+            for _ in range(50):
+                ledger.note_refusal(a_call(alice), "sign", None, Reason.MALFORMED)
+            await ledger.settle(sign(alice, key))
+        assert ledger.status().charges == 100
+    assert sum(row["event_details"].get("count", 1) for row in refused(database)) == 5000
+
+
+def test_every_reason_has_a_severity() -> None:
+    assert {severity(reason) for reason in Reason} == {"low", "medium", "high", "critical"}
+    assert [reason for reason in Reason if severity(reason) == "critical"] == [Reason.ENVELOPE_INVALID]
