@@ -13,14 +13,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 _PREFIX: Final = "KMS_"
 _NOT_SETTINGS: Final = frozenset({"KMS_CONFIG"})
 _SECRETS: Final = frozenset({"pin", "dsn"})
 _SECRET_BYTES_MAX: Final = 4096
-Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$")]
+_PORT_MAX: Final = 65_535
+
+
+def _check_port(address: str) -> str:
+    if int(address.rpartition(":")[2]) > _PORT_MAX:
+        raise ValueError(f"expected a port of at most {_PORT_MAX}")
+    return address
+
+
+Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$"), AfterValidator(_check_port)]
 
 
 class ConfigError(Exception):
@@ -45,6 +54,7 @@ class ServerConfig(_Section):
     client_crl_file: Path | None = None
     call_seconds_max: Annotated[float, Field(gt=0, le=600)] = 30.0
     calls_max: Annotated[int, Field(ge=1, le=100_000)] = 1000
+    calls_per_user_max: Annotated[int, Field(ge=1, le=100_000)] = 200
 
 
 class _SecretSection(_Section):
@@ -182,9 +192,10 @@ def load(path: Path | None, *, needs: tuple[str, ...] = ()) -> Config:
         config = Config(**content)
     except ValidationError as error:
         faults += [_sentence(fault["loc"], fault["msg"]) for fault in error.errors(include_input=False, include_url=False)]
-    if config is not None:
-        faults += [f"[{name}]: missing, and needed here" for name in needs if getattr(config, name) is None]
-        faults += [fault for name in needs for fault in _missing_files(name, getattr(config, name))]
+    # Where a section does not parse, what the file says of the others is looked at all the same.
+    sections = {name: _values(config, content, name) for name in needs}
+    faults += [f"[{name}]: missing, and needed here" for name, values in sections.items() if values is None]
+    faults += [fault for name, values in sections.items() for fault in _missing_files(name, values or {})]
     if faults or config is None:
         raise ConfigError(faults)
     return config
@@ -195,6 +206,8 @@ def _read(path: Path | None) -> tuple[dict[str, Any], list[str]]:
     if path is None:
         return {}, []
     try:
+        if path.stat().st_mode & stat.S_IWOTH:
+            return {}, [f"{path}: anybody can write to it; take that right away"]
         content = tomllib.loads(path.read_text())
     except OSError as error:
         return {}, [f"{path}: cannot be read: {error.strerror}"]
@@ -235,11 +248,18 @@ def _sentence(where: tuple[int | str, ...], message: str) -> str:
     )
 
 
-def _missing_files(section: str, values: _Section | None) -> list[str]:
-    found = {name: getattr(values, name) for name in type(values).model_fields} if values is not None else {}
-    return [
-        f"{section}.{name}: no such file: {file}" for name, file in found.items() if isinstance(file, Path) and not file.exists()
-    ]
+def _values(config: Config | None, content: dict[str, Any], section: str) -> dict[str, Any] | None:
+    if config is None:
+        prefix = _variable(section, "")
+        given = content.get(section)
+        return given if isinstance(given, dict) else {} if any(name.startswith(prefix) for name in os.environ) else None
+    found: _Section | None = getattr(config, section)
+    return None if found is None else {name: getattr(found, name) for name in type(found).model_fields}
+
+
+def _missing_files(section: str, values: Mapping[str, Any]) -> list[str]:
+    files = {name: Path(value) for name, value in values.items() if value and (name.endswith("_file") or name == "module")}
+    return [f"{section}.{name}: no such file: {file}" for name, file in files.items() if not file.exists()]
 
 
 def _read_descriptor(descriptor: int) -> bytes:

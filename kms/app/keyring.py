@@ -1,6 +1,5 @@
 """Making keys and looking at them."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -16,7 +15,6 @@ from kms.domain.lifecycle import Use, check_use
 METADATA_ENTRIES_MAX: Final = 32
 METADATA_NAME_BYTES_MAX: Final = 63
 METADATA_VALUE_BYTES_MAX: Final = 255
-_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +83,12 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
     fits = len(metadata) <= METADATA_ENTRIES_MAX and all(
         0 < len(name.encode()) <= METADATA_NAME_BYTES_MAX
         and len(value.encode()) <= METADATA_VALUE_BYTES_MAX
-        and not _CONTROL.search(name + value)
+        and (name + value).isprintable()
         for name, value in metadata.items()
     )
     if not fits:
         raise malformed(
             "metadata",
             f"expected at most {METADATA_ENTRIES_MAX} entries, names of 1 to {METADATA_NAME_BYTES_MAX} bytes, "
-            f"values of at most {METADATA_VALUE_BYTES_MAX} bytes, no control characters",
+            f"values of at most {METADATA_VALUE_BYTES_MAX} bytes, all printable",
         )

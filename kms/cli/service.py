@@ -1,5 +1,6 @@
 """`kms serve`, `migrate`, `dev`, `demo`, `version`: running the service."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ def serve(invocation: Invocation) -> None:
     must be, and says why.
     """
     config = invocation.operator_config("server", "hsm", "database")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read when grpc is loaded: its own lines are no JSON
     from kms import wiring
 
     wiring.serve(config)

@@ -18,24 +18,33 @@ if TYPE_CHECKING:
 _CERT: Final = "client.crt"
 _KEY: Final = "client.key"
 _CONFIG: Final = "client.toml"
+_EVERY_INTERFACE: Final = ("0.0.0.0", "[::]")  # noqa: S104 - where a server may listen, and no client connects to
 
 
 def add_service(
     invocation: Invocation,
     name: Annotated[str, typer.Argument(metavar="NAME", help="What the user is called.", show_default=False)],
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where its files go. Default: ./NAME")] = None,
+    server: Annotated[
+        str | None, typer.Option("--server", metavar="HOST:PORT", help="Where it reaches the service. Default: as configured.")
+    ] = None,
 ) -> None:
-    """Make a user that is a program, with a client certificate from the development authority.
+    """Make a user that is a program, and print the URI that its client certificate must name.
 
-    Writes the certificate, its private key (mode 0400) and a configuration for this command to a new directory. Needs
-    [database] and [authority]. With an authority of your own, issue a certificate whose one URI name is the one printed.
+    Needs [database]. With [authority], the development authority, it also writes a certificate, its private key (mode 0400)
+    and a configuration for this command to a new directory. With an authority of your own, issue the certificate there.
     """
-    config = invocation.operator_config("database", "authority")
+    config = invocation.operator_config("database")
     from kms import wiring
+
+    if config.authority is None:
+        user_id = wiring.add_service(config, name)
+        _print(invocation, {"id": str(user_id), "name": name, "uri": identity_uri(config.deployment_id, user_id)})
+        return
     from kms.pki.authority import issue_client, load_authority
 
-    assert config.authority is not None  # noqa: S101 - `needs` has seen to it
     # All that can fail without the database comes before the row, so that no user is left without its files.
+    address = _client_address(config, server)
     authority = load_authority(config.authority.cert_file, config.authority.key_file)
     directory = _new_directory(out or Path(name))
     try:
@@ -45,13 +54,9 @@ def add_service(
         raise
     uri = identity_uri(config.deployment_id, user_id)
     issued = issue_client(authority, uri, now=datetime.now(UTC))  # noqa: TID251 - no database's clock is in this
-    _write(directory, issued, config)
-    found = {"id": str(user_id), "name": name, "uri": uri, "cert_file": str(directory / _CERT), "key_file": str(directory / _KEY)}
-    found["config_file"] = str(directory / _CONFIG)
-    if invocation.as_json:
-        print_json(found)
-    else:
-        print_fields({field.replace("_", " "): value for field, value in found.items()})
+    _write(directory, issued, address, config.client.ca_file if config.client else config.authority.cert_file)
+    files = {"cert_file": str(directory / _CERT), "key_file": str(directory / _KEY), "config_file": str(directory / _CONFIG)}
+    _print(invocation, {"id": str(user_id), "name": name, "uri": uri, **files})
 
 
 def register(app: typer.Typer) -> None:
@@ -60,7 +65,7 @@ def register(app: typer.Typer) -> None:
     command(
         users,
         "add-service",
-        "kms user add-service billing --config admin.toml --out /etc/billing/kms",
+        "kms user add-service billing --config kms.toml --out /etc/billing/kms --server kms.example:7443",
         "kms --config /etc/billing/kms/client.toml key list",
     )(add_service)
 
@@ -73,11 +78,24 @@ def _new_directory(directory: Path) -> Path:
     return directory
 
 
-def _write(directory: Path, issued: "Issued", config: "Config") -> None:
+def _client_address(config: "Config", given: str | None) -> str:
+    listens = config.server.listen if config.server else "127.0.0.1:7443"
+    address = given or (config.client.server if config.client else listens)
+    if address.rpartition(":")[0] in _EVERY_INTERFACE:
+        raise typer.BadParameter(f"--server: expected the HOST:PORT at which a client reaches the service, not {address}")
+    return address
+
+
+def _write(directory: Path, issued: "Issued", address: str, ca_file: Path) -> None:
     issued.write(directory / _CERT, directory / _KEY)
-    server = config.client.server if config.client else config.server.listen if config.server else "127.0.0.1:7443"
-    assert config.authority is not None  # noqa: S101 - the caller has seen to it
     # A JSON string is a TOML string.
-    settings = {"server": server, "ca_file": str(config.authority.cert_file.absolute()), "cert_file": _CERT, "key_file": _KEY}
+    settings = {"server": address, "ca_file": str(ca_file.absolute()), "cert_file": _CERT, "key_file": _KEY}
     lines = ("[client]", *(f"{setting} = {json.dumps(value)}" for setting, value in settings.items()))
     write_file(directory / _CONFIG, "".join(line + "\n" for line in lines).encode())
+
+
+def _print(invocation: Invocation, found: dict[str, str]) -> None:
+    if invocation.as_json:
+        print_json(found)
+    else:
+        print_fields({field.replace("_", " "): value for field, value in found.items()})

@@ -5,6 +5,7 @@ does not return, and ends the process when the event loop or too many lanes are 
 """
 
 import asyncio
+import math
 import os
 import threading
 import time
@@ -23,7 +24,6 @@ from kms.hsm.settings import HsmSettings
 
 EXIT_STUCK: Final = 70
 _BACKOFF_SECONDS_MAX: Final = 2.0
-_PIN_PAUSE_SECONDS: Final = 60.0
 _PATIENCE_SECONDS: Final = 0.2
 
 _log = structlog.get_logger(__name__)
@@ -171,7 +171,8 @@ class Watch:
         self._failures += 1
         pause = min(self._settings.watch_seconds * 2.0 ** min(self._failures - 1, 10), _BACKOFF_SECONDS_MAX)
         if isinstance(error, PinRefusedError):
-            pause = _PIN_PAUSE_SECONDS  # a token locks after a few wrong PINs
+            pause = math.inf  # a token locks after a few wrong PINs: only a restart tries again
+            _log.error("hsm_pin_refused", what="not tried again before a restart")
         self._next_try_at = time.monotonic() + pause
 
     def _lost(self, why: str) -> None:

@@ -7,7 +7,7 @@ decoding and errors are handled here and nowhere else.
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -22,9 +22,10 @@ from kms.app.access import Access
 from kms.app.ports import User
 from kms.domain.errors import KmsError, Reason, malformed
 from kms.domain.ids import UserId
+from kms.rpc.bystanders import Bystanders, Identify
+from kms.rpc.room import Room
 from kms.rpc.status import INTERNAL, abort, internal_status, status_of
 
-Identify = Callable[[Mapping[str, Iterable[bytes]]], UserId]
 Context = grpc.aio.ServicerContext[Any, Any]
 if TYPE_CHECKING:  # generic in the stubs only
     MethodHandler = grpc.RpcMethodHandler[Any, Any]
@@ -55,12 +56,14 @@ class _Method:
 
 
 class Edge(Interceptor):
-    """Wraps every method of ours; health and reflection pass untouched."""
+    """Wraps every method: ours, and health and reflection, which ask for a certificate that is good and for no more."""
 
-    def __init__(self, identify: Identify, access: Access, *, call_seconds_max: float) -> None:
+    def __init__(self, identify: Identify, access: Access, *, call_seconds_max: float, calls_per_user_max: int) -> None:
         self._identify = identify
         self._access = access
         self._call_seconds_max = call_seconds_max
+        self._room = Room(calls_per_user_max)
+        self._bystanders = Bystanders(identify)
 
     async def intercept_service(
         self,
@@ -69,8 +72,10 @@ class Edge(Interceptor):
     ) -> MethodHandler:
         """Return the handler, wrapped if it is ours."""
         handler: MethodHandler | None = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(OURS):
+        if handler is None:
             return handler  # type: ignore[return-value]  # None is how grpc says UNIMPLEMENTED; the stubs leave it out
+        if not handler_call_details.method.startswith(OURS):
+            return self._bystanders.guarded(handler)
         decode, call = handler.request_deserializer, handler.unary_unary
         if decode is None or call is None:
             raise TypeError(f"{handler_call_details.method} streams, and the edge knows unary methods only")
@@ -90,8 +95,10 @@ class Edge(Interceptor):
         refusal: status_pb2.Status
         try:
             async with asyncio.timeout(seconds):
-                _CALLER.set(await self._access.admit(self._identify(context.auth_context())))
-                response = await method.call(_decode(method, body), context)
+                user_id = self._identify(context.auth_context())
+                with self._room.taken(user_id):
+                    _CALLER.set(await self._access.admit(user_id))
+                    response = await method.call(_decode(method, body), context)
         except TimeoutError:
             reason, refusal = _refused(KmsError(Reason.DEADLINE_EXCEEDED, "the call took longer than it may"))
         except KmsError as error:

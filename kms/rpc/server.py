@@ -1,6 +1,8 @@
 """The gRPC server: TLS with client certificates, our services behind the edge, health and reflection."""
 
 import asyncio
+import resource
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,8 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from kms.domain.errors import malformed
+from kms.rpc.bystanders import BYSTANDERS_MAX
 from kms.rpc.crypto import CryptoServicer
 from kms.rpc.edge import Edge
 from kms.rpc.keys import KeyServicer
@@ -21,6 +25,7 @@ SERVICES: Final = (
     crypto_pb2.DESCRIPTOR.services_by_name["CryptoService"].full_name,
 )
 _HEALTH_SECONDS: Final = 0.25
+_HANDSHAKE_MILLISECONDS: Final = 10_000
 _SERVING: Final = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING: Final = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -40,9 +45,14 @@ class Server:
     def __init__(
         self, edge: Edge, keys: KeyServicer, crypto: CryptoServicer, *, calls_max: int, is_ready: Callable[[], bool]
     ) -> None:
-        # Without SO_REUSEPORT a second server on the port is refused instead of taking half of the calls.
-        options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX)]
-        self._server = grpc.aio.server(interceptors=[edge], options=options, maximum_concurrent_rpcs=calls_max)
+        options = [
+            # With SO_REUSEPORT a second server on the port would take half of the calls instead of being refused.
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+            ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MILLISECONDS),
+            ("grpc.max_allowed_incoming_connections", _connections_max()),
+        ]
+        self._server = grpc.aio.server(interceptors=[edge], options=options, maximum_concurrent_rpcs=calls_max + BYSTANDERS_MAX)
         keys_pb2_grpc.add_KeyServiceServicer_to_server(keys, self._server)
         crypto_pb2_grpc.add_CryptoServiceServicer_to_server(crypto, self._server)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs leave it out
@@ -78,6 +88,21 @@ class Server:
         status = _SERVING if self._is_ready() else _NOT_SERVING
         for service in ("", *SERVICES):
             await self._health.set(service, status)
+
+
+def check_pair(tls: TlsFiles) -> None:
+    """Raise MALFORMED unless the key is that of the certificate: grpc would only say that it cannot listen."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key)
+    except (ssl.SSLError, OSError):
+        raise malformed(
+            "server.tls_key_file", f"expected in {tls.key} the PEM key of the certificate in {tls.certificate}"
+        ) from None
+
+
+def _connections_max() -> int:
+    """Return how many connections leave enough file descriptors for the token and the database."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
 
 
 def _credentials(tls: TlsFiles) -> grpc.ServerCredentials:

@@ -4,6 +4,7 @@ from typing import NoReturn, assert_never
 
 import grpc
 from google.protobuf import any_pb2
+from google.protobuf.duration_pb2 import Duration
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -11,6 +12,7 @@ from kms.domain.errors import KmsError, Reason
 
 ERROR_DOMAIN = "kms"
 INTERNAL = "INTERNAL"
+_RETRY_SECONDS = 1
 
 
 def code_of(reason: Reason) -> code_pb2.Code.ValueType:  # noqa: C901 - one flat table; the checker proves it complete
@@ -44,6 +46,8 @@ def code_of(reason: Reason) -> code_pb2.Code.ValueType:  # noqa: C901 - one flat
             return code_pb2.ALREADY_EXISTS
         case Reason.STALE:
             return code_pb2.ABORTED
+        case Reason.RATE_LIMITED:
+            return code_pb2.RESOURCE_EXHAUSTED
         case Reason.HSM_MECHANISM_UNSUPPORTED | Reason.NOT_IMPLEMENTED:
             return code_pb2.UNIMPLEMENTED
         case Reason.HSM_UNAVAILABLE | Reason.HSM_KEK_MISSING | Reason.STORE_UNAVAILABLE:
@@ -58,7 +62,10 @@ def code_of(reason: Reason) -> code_pb2.Code.ValueType:  # noqa: C901 - one flat
 
 def status_of(error: KmsError) -> status_pb2.Status:
     """Return *error* as the caller sees it: code, message and `google.rpc.ErrorInfo`."""
-    return _status(code_of(error.reason), error.message, error.reason, error.metadata)
+    status = _status(code_of(error.reason), error.message, error.reason, error.metadata)
+    if error.reason is Reason.RATE_LIMITED:
+        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=Duration(seconds=_RETRY_SECONDS)))
+    return status
 
 
 def internal_status(request_id: str) -> status_pb2.Status:

@@ -286,7 +286,7 @@ class CreateKeyRequest(_message.Message):
     """Not offered yet: UNIMPLEMENTED when set."""
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """At most 32 entries, names to 63 bytes, values to 255 bytes, no control characters."""
+        """At most 32 entries, names to 63 bytes, values to 255 bytes, all printable."""
 
     @_builtins.property
     def expires_at(self) -> _timestamp_pb2.Timestamp:

@@ -168,3 +168,23 @@ def _command_line(file: Path) -> str:
         return file.read_text(errors="replace").replace("\0", " ")
     except OSError:
         return ""  # it has ended
+
+
+def test_without_the_development_authority_a_user_is_made_and_his_uri_printed(deployment: Deployment, tmp_path: Path) -> None:
+    text = deployment.config_file.read_text()
+    deployment.config_file.write_text(text.replace('[authority]\ncert_file = "authority.crt"\nkey_file = "authority.key"\n', ""))
+    done = deployment.run("user", "add-service", "billing", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["uri"] == f"kms://test/user/{found['id']}"
+    assert sorted(found) == ["id", "name", "uri"]
+
+
+def test_a_client_is_not_told_to_connect_to_every_interface(deployment: Deployment, tmp_path: Path) -> None:
+    deployment.config_file.write_text(deployment.config_file.read_text().replace("127.0.0.1:0", "0.0.0.0:7443"))
+    refused = deployment.run("user", "add-service", "billing", "--out", str(tmp_path / "billing"))
+    assert (refused.returncode, "--server" in refused.stderr) == (2, True)
+    assert not (tmp_path / "billing").exists()
+    done = deployment.run("user", "add-service", "billing", "--out", str(tmp_path / "billing"), "--server", "kms.example:7443")
+    assert done.returncode == 0, done.stderr
+    assert 'server = "kms.example:7443"' in (tmp_path / "billing" / "client.toml").read_text()

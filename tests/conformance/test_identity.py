@@ -3,16 +3,19 @@
 import uuid
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psycopg
 import pytest
 from cryptography import x509
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kms.domain.ids import UserId, identity_uri
 from kms.pki.authority import issue_client, issue_crl, make_authority
 from kms.v1 import keys_pb2 as kpb
-from tests.conformance.refusals import refusal
+from tests.conformance.refusals import refusal, refusal_of
+from tests.conformance.requests import create
 from tests.fixtures.server import DEPLOYMENT, Deployment, RunningServer
 
 NOBODY = UserId(uuid.UUID(int=7))
@@ -94,3 +97,44 @@ def test_a_certificate_that_ends_is_refused_on_the_connection_it_already_has(ser
         except grpc.RpcError:
             break
     assert refusal(caller.keys.ListKeys, LIST).reason == "CREDENTIALS_INVALID"
+
+
+def test_health_and_reflection_ask_for_a_good_certificate_too_and_leave_room_for_calls(server: RunningServer) -> None:
+    stranger = server.caller_with(server.deployment.certificate("https://example.invalid/"), NOBODY)
+    stub: Any = health_pb2_grpc.HealthStub(stranger.channel)
+    assert refusal(stub.Check, health_pb2.HealthCheckRequest()).reason == "CREDENTIALS_INVALID"
+    with pytest.raises(grpc.RpcError) as caught:
+        next(stub.Watch(health_pb2.HealthCheckRequest(), timeout=5))
+    assert refusal_of(caught.value).reason == "CREDENTIALS_INVALID"
+
+    caller = server.caller()
+    watching: Any = health_pb2_grpc.HealthStub(caller.channel)
+    streams = [watching.Watch(health_pb2.HealthCheckRequest(), timeout=20) for _ in range(64)]
+    for stream in streams:
+        assert next(stream).status == health_pb2.HealthCheckResponse.SERVING
+    with pytest.raises(grpc.RpcError) as caught:
+        next(watching.Watch(health_pb2.HealthCheckRequest(), timeout=5))
+    assert refusal_of(caught.value).reason == "RATE_LIMITED"
+    caller.keys.ListKeys(LIST)
+    for stream in streams:
+        stream.cancel()
+
+
+def test_one_user_has_so_many_calls_in_flight_and_another_is_not_touched(deployment: Deployment) -> None:
+    text = deployment.config_file.read_text().replace("call_seconds_max = 20", "call_seconds_max = 20\ncalls_per_user_max = 2")
+    deployment.config_file.write_text(text)
+    with deployment.serving() as server:
+        busy, other = server.caller(), server.caller()
+        slow = [busy.keys.CreateKey.future(create("rsa", name=f"k{n}", size_bits=4096), timeout=60) for n in range(2)]
+        found = None
+        while found is None and not all(call.done() for call in slow):
+            try:
+                busy.keys.ListKeys(LIST)
+            except grpc.RpcError as error:
+                found = refusal_of(error)
+        assert found is not None
+        assert (found.code, found.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "RATE_LIMITED")
+        other.keys.ListKeys(LIST)
+        for call in slow:
+            assert call.result().key.name
+        busy.keys.ListKeys(LIST)

@@ -114,7 +114,16 @@ def test_metadata_comes_back_and_is_bounded(caller: Caller) -> None:
     request = create("aes")
     request.metadata.update({"team": "zahlungen-ü", "empty": ""})
     assert dict(caller.keys.CreateKey(request).key.metadata) == {"team": "zahlungen-ü", "empty": ""}
-    for bad in ({"": "x"}, {"x" * 64: "y"}, {"x": "y" * 256}, {"x": "a\nb"}, {"x": "a\x00b"}, {str(n): "" for n in range(33)}):
+    for bad in (
+        {"": "x"},
+        {"x" * 64: "y"},
+        {"x": "y" * 256},
+        {"x": "a\nb"},
+        {"x": "a\x00b"},
+        {"\u202e": ""},
+        {"x": "\x9b"},
+        {str(n): "" for n in range(33)},
+    ):
         request = create("aes", name="other")
         request.metadata.update(bad)
         assert refusal(caller.keys.CreateKey, request).metadata == {"field": "metadata"}

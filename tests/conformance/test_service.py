@@ -1,7 +1,9 @@
 """Health, reflection, what has not landed, request ids, deadlines, draining, the log."""
 
+import shutil
 import signal
 import time
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -92,3 +94,23 @@ def test_a_server_without_its_database_or_schema_says_what_to_run(deployment: De
     done = deployment.run("serve")
     assert done.returncode != 0
     assert "kms migrate" in done.stderr
+
+
+def test_a_key_that_is_not_the_certificates_is_told_as_that(deployment: Deployment) -> None:
+    shutil.copy(deployment.directory / "authority.key", deployment.directory / "server.key.new")
+    (deployment.directory / "server.key.new").replace(deployment.directory / "server.key")
+    done = deployment.run("serve")
+    assert done.returncode != 0
+    assert "server.tls_key_file" in done.stderr
+
+
+def test_every_line_of_the_log_is_json_also_when_clients_give_up(deployment: Deployment) -> None:
+    with deployment.serving() as server:
+        caller = server.caller()
+        made(caller, "secp256k1")
+        for number in range(200):
+            with suppress(grpc.RpcError):
+                caller.crypto.Sign(cpb.SignRequest(key="k", message=b"m"), timeout=0.0005 * (number % 12))
+        assert caller.crypto.Sign(cpb.SignRequest(key="k", message=b"m"), timeout=5).signature
+    assert {line["event"] for line in server.log()} >= {"serving", "call", "stopped"}
+    assert not [line for line in server.log() if line["event"] == "bug"]

@@ -119,3 +119,26 @@ def test_a_broken_file_is_a_configuration_error(tmp_path: Path, text: str) -> No
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.toml"):
         config.load(tmp_path / "absent.toml")
+
+
+def test_a_fault_of_one_section_hides_none_of_another(tmp_path: Path) -> None:
+    text = _hsm(tmp_path, 'token_lable = "t"\npin_file = "absent-pin"\n') + '[database]\ndsn_file = "absent-dsn"\n'
+    with pytest.raises(ConfigError) as refusal:
+        config.load(_written(tmp_path, text), needs=("hsm", "database", "server"))
+    faults = "\n".join(refusal.value.faults)
+    for name in ("hsm.token_lable", "hsm.pin_file: no such file", "database.dsn_file: no such file", "[server]: missing"):
+        assert name in faults
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:99999", "127.0.0.1", "127.0.0.1:", "a b:1", ":1", "[::1:1"])
+def test_an_address_is_a_host_and_a_port_that_exists(tmp_path: Path, address: str) -> None:
+    text = f'[client]\nserver = "{address}"\nca_file = "x"\ncert_file = "x"\nkey_file = "x"\n'
+    with pytest.raises(ConfigError, match=r"client\.server"):
+        config.load(_written(tmp_path, text))
+
+
+def test_a_file_that_anybody_can_write_to_is_refused(tmp_path: Path) -> None:
+    file = _written(tmp_path, "")
+    file.chmod(0o666)
+    with pytest.raises(ConfigError, match="anybody"):
+        config.load(file)
