@@ -90,10 +90,11 @@ def begin_recovered(dsn: str, journals: Sequence[Path]) -> Beginning:
     That *journals* are all there are and have lost nothing is the operator's to know: here nothing recorded their heads.
     Without any, every key is in doubt. Raises OSError, and STORE_UNAVAILABLE.
     """
-    entries = [entry for path in journals for entry in read_journal(path)]
+    found = [read_journal(path) for path in journals]
+    entries = [entry for each in found for entry in each]
     with connected(connection_settings(dsn)) as connection:
         check_login_sees_all(connection)
-        return begin_epoch(connection, Cause.RECOVERED, entries, is_complete=bool(journals))
+        return begin_epoch(connection, Cause.RECOVERED, entries, is_complete=_are_written(found))
 
 
 def continue_moved(dsn: str) -> int:
@@ -110,7 +111,7 @@ def continue_moved(dsn: str) -> int:
 
 
 def read_journals(manifest: Manifest, journals: Sequence[Path]) -> tuple[list[Entry], bool]:
-    """Return all lines of *journals*, and whether they are all that the backup knew of.
+    """Return all lines of *journals*, and whether they are all that the backup knew of, and something was written to each.
 
     Raises STORE_UNAVAILABLE where some were given and a head that the backup recorded is in none of them.
     """
@@ -120,7 +121,12 @@ def read_journals(manifest: Manifest, journals: Sequence[Path]) -> tuple[list[En
     if journals:
         for head in manifest.journals:
             check_continues(tuple(entries), head, names)
-    return entries, bool(journals and manifest.journals)
+    return entries, bool(manifest.journals) and _are_written(found)
+
+
+def _are_written(journals: Sequence[tuple[Entry, ...]]) -> bool:
+    """Whether each journal tells of something: one that was only begun does not show that anybody writes to it."""
+    return bool(journals) and all(len(journal) > 1 for journal in journals)
 
 
 @contextmanager

@@ -267,6 +267,7 @@ def test_with_its_journal_keys_whose_uses_are_counted_come_back_inactive(
 ) -> None:
     keys = some_keys(admin, add_user(admin))
     before = states(admin)
+    Journal(tmp_path / "journal").append(Event.KEY_REVOKED, uuid4(), occurred_at=PAST, reason="")
     file, _ = backup(database.admin_dsn, tmp_path / "one", [tmp_path / "journal"])
     beginning = restore(other, file, [tmp_path / "journal"]).beginning
     assert (beginning.unconfirmed, beginning.deactivated) == (4, 3)
@@ -280,15 +281,17 @@ def test_with_its_journal_keys_whose_uses_are_counted_come_back_inactive(
     assert pending != (None,), "it could be spared its destruction, and would be active again"
 
 
-@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize(("written", "recorded", "given"), [(True, True, False), (True, False, True), (False, True, True)])
 def test_without_its_journal_every_key_comes_back_inactive(
-    database: Database, admin: psycopg.Connection[Any], other: str, tmp_path: Path, *, recorded: bool
+    database: Database, admin: psycopg.Connection[Any], other: str, tmp_path: Path, *, written: bool, recorded: bool, given: bool
 ) -> None:
     some_keys(admin, add_user(admin))
-    Journal(tmp_path / "journal").begin(at=PAST)
-    file, _ = backup(database.admin_dsn, tmp_path / "one", [tmp_path / "journal"] if recorded else [])
-    # A journal that the backup did not know may be anybody's.
-    assert restore(other, file, [] if recorded else [tmp_path / "journal"]).beginning.unconfirmed == 5
+    journal = Journal(tmp_path / "journal")
+    if written:
+        journal.append(Event.KEY_REVOKED, uuid4(), occurred_at=PAST, reason="")
+    file, _ = backup(database.admin_dsn, tmp_path / "one", [journal.path] if recorded else [])
+    # A journal that the backup did not know may be anybody's; to one that tells of nothing perhaps nobody writes.
+    assert restore(other, file, [journal.path] if given else []).beginning.unconfirmed == 5
     with on(other) as connection:
         assert "active" not in states(connection).values()
 

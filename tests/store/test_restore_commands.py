@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -11,6 +12,7 @@ import pytest
 
 from kms.dev.postgres import EmbeddedPostgres
 from kms.pki.private_file import write_private
+from kms.store.journal import Event, Journal
 from kms.v1 import crypto_pb2 as cpb
 from tests.conformance.refusals import refusal
 from tests.conformance.requests import made
@@ -57,6 +59,7 @@ def move(deployment: Deployment) -> None:
 @pytest.mark.slow
 def test_a_restored_service_signs_on_and_counted_keys_wait(elsewhere: Deployment, tmp_path: Path) -> None:
     deployment, journal = elsewhere, str(tmp_path / "journal")
+    Journal(Path(journal)).append(Event.KEY_REVOKED, uuid4(), occurred_at=datetime.now(UTC), reason="")
     with deployment.serving() as server:
         caller = server.caller()
         made(caller, "secp256r1", name="signer")
