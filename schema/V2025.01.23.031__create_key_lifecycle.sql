@@ -249,16 +249,19 @@ BEGIN
     UPDATE cryptography.keys AS k
     SET encrypted_private_key = '', destroyed_at = clock_timestamp()
     WHERE k.id IN (
+        -- By the index of what is due: in the order of ids all keys would be read, and a bare clock_timestamp() is volatile
+        -- and no condition of an index.
         SELECT d.id
         FROM cryptography.keys AS d
-        WHERE d.destroyed_at IS NULL AND d.destruction_scheduled_at <= clock_timestamp()
-        ORDER BY d.id
+        WHERE d.destroyed_at IS NULL AND d.destruction_scheduled_at <= (SELECT clock_timestamp())
+        ORDER BY d.destruction_scheduled_at
         LIMIT 100
         FOR NO KEY UPDATE SKIP LOCKED
     )
     RETURNING k.id, k.hsm_key_id::TEXT;
 END;
 $$;
+-- squawk-ignore require-concurrent-index-creation
 CREATE INDEX idx_keys_destruction_due ON cryptography.keys (destruction_scheduled_at)
     WHERE destruction_scheduled_at IS NOT NULL AND destroyed_at IS NULL;
 

@@ -201,6 +201,16 @@ ONE_OF_EACH: Final[dict[str, Row]] = {
     },
     "audit.security_events": EVENT,
     "audit.data_access_log": {"id": ONE, "user_id": OWNER, "table_name": "keys", "operation": "SELECT"},
+    "cryptography.request_records": {
+        "user_id": OWNER,
+        "rpc": "Sign",
+        "request_id": "1",
+        "body_mac": b"mac",
+        "result": b"result",
+        "event_id": ONE,
+        "created_at": PAST,
+    },
+    "cryptography.ledger_writers": {"writer_id": ONE, "batch": 1, "written_at": PAST},
     "schema_migrations": {"version": "9"},
 }
 # What a second row has instead, where a value of its type is not enough.
@@ -212,6 +222,7 @@ SECOND: Final[dict[str, Row]] = {
     "cryptography.keys": {"id": SECOND_KEY, "key_name": "second"},
     "cryptography.restored_keys": {"key_id": OTHER, "user_id": OTHER},
     "cryptography.wrapping_keys": {"kind": "sealing"},
+    "cryptography.request_records": {"user_id": OTHER},
     "configuration.service_configs": {"environment": "testing"},
     "blockchain.addresses": {"address": "N2", "user_id": OTHER, "key_id": OTHER},
 }
@@ -238,6 +249,7 @@ BAD_REST: Final[list[tuple[str, Row]]] = [
     ("configuration.config_history", {"change_type": "renamed"}),
     ("configuration.service_configs", {"version": 0}),
     ("configuration.service_configs", {"environment": "laptop"}),
+    ("cryptography.ledger_writers", {"batch": 0}),
     ("cryptography.epochs", {"number": 0}),
     ("cryptography.epochs", {"cause": "WHIM"}),
     ("cryptography.epochs", {"timeline": "1"}),

@@ -11,7 +11,6 @@ from uuid import UUID
 import psycopg
 import pytest
 from psycopg import errors, sql
-from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
 from tests.fixtures.postgres import Database
@@ -513,11 +512,11 @@ def test_policies_alone_refuse_a_row_for_another_user_in_every_table(
     for table, columns in tables(admin).items():
         owner = owner_column(table, columns)
         of_alice = sql.SQL("WHERE {} = {}").format(sql.Identifier(owner), sql.Literal(ALICE)) if owner else sql.SQL("")
-        with admin.cursor(row_factory=dict_row) as cursor:
-            row = cursor.execute(sql.SQL("SELECT * FROM {} {} LIMIT 1").format(named(table), of_alice)).fetchone()
+        row = admin.execute(sql.SQL("SELECT to_jsonb(t) FROM {} AS t {} LIMIT 1").format(named(table), of_alice)).fetchone()
         assert row is not None, f"ROWS_OF_A_USER makes no row of {table}"
-        values = [Jsonb(value) if isinstance(value, dict | list) else value for value in row.values()]
-        copy = sql.SQL("INSERT INTO {} VALUES ({})").format(named(table), sql.SQL(", ").join(map(sql.Literal, values)))
+        copy = sql.SQL("INSERT INTO {} SELECT * FROM jsonb_populate_record(NULL::{}, {})").format(
+            named(table), named(table), sql.Literal(Jsonb(row[0]))
+        )
         refused = pytest.raises(errors.InsufficientPrivilege, match="row-level security")
         with acting(service, "authenticated_users", BOB), refused, service.transaction():
             service.execute(copy)

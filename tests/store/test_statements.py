@@ -15,14 +15,15 @@ from kms.domain.lifecycle import Standing, effective_state
 from tests.fixtures.postgres import Database
 
 _STATEMENT = re.compile(r"\s*(SELECT|INSERT|UPDATE|DELETE|WITH)\b")
-_PARAMETER = re.compile(r"%\((\w+)\)s|%s")
+_PARAMETER = re.compile(r"%%|%\((\w+)\)s|%s")
 _NOW = datetime(2030, 1, 1, tzinfo=UTC)
 
 
 def statements() -> Iterator[tuple[str, str]]:
     for module in pkgutil.iter_modules(kms.store.__path__, "kms.store."):
         for name, value in vars(importlib.import_module(module.name)).items():
-            if isinstance(value, str) and name.strip("_").isupper() and _STATEMENT.match(value):
+            # A fragment, from which statements are put together, begins with an underscore.
+            if isinstance(value, str) and name.isupper() and not name.startswith("_") and _STATEMENT.match(value):
                 yield f"{module.name}.{name}", value
 
 
@@ -30,7 +31,13 @@ def numbered(statement: str) -> str:
     """Return the statement with $1, $2 … for psycopg's parameters."""
     numbers: dict[str, int] = {}
     positions = itertools.count()
-    return _PARAMETER.sub(lambda match: f"${numbers.setdefault(match[1] or str(next(positions)), len(numbers) + 1)}", statement)
+
+    def replaced(match: re.Match[str]) -> str:
+        if match[0] == "%%":
+            return "%"
+        return f"${numbers.setdefault(match[1] or str(next(positions)), len(numbers) + 1)}"
+
+    return _PARAMETER.sub(replaced, statement)
 
 
 def test_the_search_for_statements_finds_them() -> None:
