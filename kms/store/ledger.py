@@ -124,6 +124,10 @@ class _Writer:
             _fail([*batch, *self.queue], error)
             self.queue.clear()
             return None
+        # To connect took time: who has given up meanwhile was told that nothing was charged.
+        batch = [waiting for waiting in batch if not waiting.outcome.done()]
+        if not batch:
+            return None
         for waiting in batch:
             waiting.is_sent = True
         began = monotonic()
