@@ -4,13 +4,10 @@ Each function has the module to itself while it runs: they are for commands, not
 """
 
 import fcntl
-import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, TypeVar
 from uuid import UUID
 
@@ -71,7 +68,7 @@ def init(settings: HsmSettings) -> TokenDescription:
         check_complete(made)
         return _described(settings, token, made)
 
-    # PKCS #11 has no lock that outlives a call, and two that look at once would both make: on one host a file keeps them apart.
+    # PKCS #11 has no lock that outlives a call, and two that look at once would both make.
     with _alone(settings):
         return _with_token(settings, make)
 
@@ -117,14 +114,12 @@ def _add_missing(session: pkcs11.Session, inventory: Inventory) -> None:
 
 @contextmanager
 def _alone(settings: HsmSettings) -> Iterator[None]:
-    """Wait until no other process of this user provisions a token of that label."""
-    name = hashlib.sha256(f"{settings.module.resolve()}\n{settings.token_label}".encode()).hexdigest()[:16]
-    path = Path(tempfile.gettempdir()) / f"kms-hsm-init-{os.getuid()}-{name}"
-    # O_NOFOLLOW and the owner's check: the directory is everybody's.
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    """Wait until no other process of this host provisions a token of the module: the lock is on the module's file."""
     try:
-        if os.fstat(descriptor).st_uid != os.getuid():
-            raise unavailable(f"{path} belongs to another user: remove it")
+        descriptor = os.open(settings.module, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise unavailable(f"the HSM module cannot be read: {error.strerror}") from None
+    try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
