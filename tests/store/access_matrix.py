@@ -1,8 +1,8 @@
-"""The matrix role × table × right of `schema/README.md`, from the catalog.
+"""The matrix role × table × right of `schema/README.md`, and its diagram of the tables, from the catalog.
 
     python -m tests.store.access_matrix
 
-writes it anew, after a migration that changes rights.
+writes both anew, after a migration that changes tables or rights.
 """
 
 from pathlib import Path
@@ -16,6 +16,8 @@ from kms.store.migrate import migrate
 README = Path(__file__).parents[2] / "schema" / "README.md"
 BEGIN = "<!-- matrix: written by python -m tests.store.access_matrix -->"
 END = "<!-- end of matrix -->"
+BEGIN_DIAGRAM = "<!-- diagram: written by python -m tests.store.access_matrix -->"
+END_DIAGRAM = "<!-- end of diagram -->"
 
 _RIGHTS = b"""
     SELECT c.oid::regclass::text AS name, r.rolname::text AS role, a.attname::text AS attribute,
@@ -46,6 +48,61 @@ _ROLES = b"""
     ORDER BY 1
 """
 
+_COLUMNS = b"""
+    SELECT n.nspname::text, c.relname::text, a.attname::text,
+        CASE t.typcategory WHEN 'A' THEN substr(t.typname, 2) || '[]' ELSE t.typname::text END,
+        k.is_primary IS TRUE, k.is_reference IS TRUE
+    FROM pg_class AS c
+        JOIN pg_namespace AS n ON n.oid = c.relnamespace
+        JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+        JOIN pg_type AS t ON t.oid = a.atttypid
+        LEFT JOIN LATERAL (
+            SELECT bool_or(contype = 'p') AS is_primary, bool_or(contype = 'f') AS is_reference
+            FROM pg_constraint WHERE conrelid = c.oid AND a.attnum = ANY (conkey)
+        ) AS k ON TRUE
+    WHERE c.relkind IN ('r', 'p') AND NOT c.relispartition AND n.nspname !~ '^(pg_|information_schema)'
+    ORDER BY 1, 2, a.attnum
+"""
+_REFERENCES = b"""
+    SELECT DISTINCT n.nspname::text, k.confrelid::regclass::text, k.conrelid::regclass::text,
+        (
+            SELECT string_agg(attname, ', ' ORDER BY attnum) FROM pg_attribute
+            WHERE attrelid = k.conrelid AND attnum = ANY (k.conkey)
+        )
+    FROM pg_constraint AS k
+        JOIN pg_class AS c ON c.oid = k.conrelid AND NOT c.relispartition
+        JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE k.contype = 'f' AND k.conparentid = 0
+    ORDER BY 1, 2, 3, 4
+"""
+
+
+def diagram(connection: psycopg.Connection[Any]) -> str:
+    """Return the tables of the connection's database as one Mermaid diagram for each schema.
+
+    Of a table of another schema that is referred to there is the name alone.
+    """
+    cursor = psycopg.RawCursor(connection)
+    tables: dict[str, dict[str, list[str]]] = {}
+    for schema, table, column, kind, is_primary, is_reference in cursor.execute(_COLUMNS).fetchall():
+        keys = ", ".join(["PK"] * is_primary + ["FK"] * is_reference)
+        tables.setdefault(schema, {}).setdefault(table, []).append(f"        {kind} {column} {keys}".rstrip())
+    arrows: dict[str, list[str]] = {}
+    for schema, target, source, columns in cursor.execute(_REFERENCES).fetchall():
+        arrow = f'    {_entity(target)} ||--o{{ {_entity(source)} : "{columns}"'
+        arrows.setdefault(schema, []).append(arrow)
+    lines = []
+    for schema, found in tables.items():
+        lines += [f"### {schema}", "", "```mermaid", "erDiagram"]
+        for table, columns in found.items():
+            lines += [f"    {_entity(f'{schema}.{table}')} {{", *columns, "    }"]
+        lines += [*arrows.get(schema, []), "```", ""]
+    return "\n".join(lines).rstrip()
+
+
+def _entity(table: str) -> str:
+    return table.replace(".", "_")
+
 
 def matrix(connection: psycopg.Connection[Any]) -> str:
     """Return the matrix of the connection's database as two Markdown tables."""
@@ -74,18 +131,19 @@ def _cell(found: list[tuple[str, list[bool]]], right: int) -> str:
     return f"all but {', '.join(withheld)}" if len(withheld) < len(granted) else ", ".join(granted)
 
 
-def with_matrix(text: str, tables: str) -> str:
-    """Return the README's text with the matrix replaced."""
-    head, _, rest = text.partition(BEGIN)
-    return f"{head}{BEGIN}\n\n{tables}\n\n{END}{rest.partition(END)[2]}"
+def replaced(text: str, begin: str, end: str, content: str) -> str:
+    """Return the README's text with what stands between two marks replaced."""
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n\n{content}\n\n{end}{rest.partition(end)[2]}"
 
 
 def main() -> None:
-    """Write the matrix into the README."""
+    """Write the matrix and the diagram into the README."""
     with temporary_postgres() as server:
         migrate(server.superuser_dsn())
         with psycopg.connect(server.superuser_dsn()) as connection:
-            README.write_text(with_matrix(README.read_text(), matrix(connection)))
+            text = replaced(README.read_text(), BEGIN, END, matrix(connection))
+            README.write_text(replaced(text, BEGIN_DIAGRAM, END_DIAGRAM, diagram(connection)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from psycopg import errors, sql
 from psycopg.types.json import Jsonb
 
 from tests.fixtures.postgres import Database
-from tests.store.access_matrix import BEGIN, END, README, matrix
+from tests.store.access_matrix import BEGIN, BEGIN_DIAGRAM, END, END_DIAGRAM, README, diagram, matrix
 
 ALICE: Final = UUID("aaaaaaaa-0000-4000-8000-000000000001")
 BOB: Final = UUID("bbbbbbbb-0000-4000-8000-000000000002")
@@ -399,6 +399,12 @@ def test_no_function_may_be_called_by_everybody(admin: psycopg.Connection[Any]) 
 def test_the_matrix_in_the_readme_is_that_of_the_catalog(admin: psycopg.Connection[Any]) -> None:
     written = README.read_text().partition(BEGIN)[2].partition(END)[0].strip()
     assert written == matrix(admin).strip(), "run python -m tests.store.access_matrix"
+
+
+def test_the_diagram_in_the_readme_is_that_of_the_catalog(admin: psycopg.Connection[Any]) -> None:
+    written = README.read_text().partition(BEGIN_DIAGRAM)[2].partition(END_DIAGRAM)[0].strip()
+    assert written == diagram(admin).strip(), "run python -m tests.store.access_matrix"
+    assert written.count("erDiagram") == 6
 
 
 @pytest.mark.parametrize("role", ROLES)
