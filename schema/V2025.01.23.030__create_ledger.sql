@@ -317,7 +317,7 @@ BEGIN
     WHERE (r.user_id, r.rpc, r.request_id) IN (
         SELECT o.user_id, o.rpc, o.request_id
         FROM cryptography.request_records AS o
-        WHERE o.created_at <= clock_timestamp() - INTERVAL '24 hours'
+        WHERE o.created_at <= (SELECT clock_timestamp()) - INTERVAL '24 hours' -- bare it is volatile, and no index serves it
         ORDER BY o.created_at
         LIMIT 10000
         FOR UPDATE SKIP LOCKED
