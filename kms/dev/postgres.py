@@ -84,6 +84,8 @@ def embedded_postgres(directory: Path, settings: Mapping[str, str] = DURABLE) ->
     to whom *directory* must be reachable. Raises STORE_UNAVAILABLE, saying why, if it does not start.
     """
     directory = directory.absolute()
+    if set('"$`\\') & set(str(directory)):
+        raise KmsError(Reason.STORE_UNAVAILABLE, f"initdb, which asks a shell, cannot work in {directory}: choose a plainer name")
     directory.mkdir(mode=0o711, parents=True, exist_ok=True)
     account = server_account()
     account.check_reaches(directory)

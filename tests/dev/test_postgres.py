@@ -72,9 +72,15 @@ def test_the_service_password_is_made_once_and_closed_to_others(directory: Path)
 
 
 def test_a_path_with_spaces_quotes_commas_and_great_length_works(directory: Path) -> None:
-    for name in ('it\'s "a" path', "one,two", "long" * 30):
+    for name in ("it's a path", "one,two", "long" * 30):
         with embedded_postgres(directory / name, FAST_UNSAFE) as server:
             assert value(server, b"SELECT 1") == 1
+
+
+@pytest.mark.parametrize("name", ['a "path"', "a $path", "a `path`"])
+def test_a_path_that_initdb_would_read_as_a_shell_does_is_refused(directory: Path, name: str) -> None:
+    with pytest.raises(KmsError, match="initdb"), embedded_postgres(directory / name, FAST_UNSAFE):
+        pass
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root runs it as another user")
