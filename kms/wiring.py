@@ -10,7 +10,7 @@ import resource
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import date
 from pathlib import Path
 from typing import Final, TypeVar
@@ -22,6 +22,8 @@ import uvloop
 from kms.app.access import Access
 from kms.app.encryption import Encryption
 from kms.app.keyring import Keyring
+from kms.app.moving import Destruction, Moving
+from kms.app.repeats import Uses
 from kms.app.signing import Signing
 from kms.config import Config, ConfigError, ServerConfig
 from kms.domain.errors import KmsError, Reason
@@ -46,6 +48,8 @@ from kms.store.backup import backup as make_backup
 from kms.store.backup_file import Manifest
 from kms.store.epoch import Beginning
 from kms.store.keys import StoredKeys
+from kms.store.ledger import StoredLedger, open_ledger
+from kms.store.lifecycle import StoredLifecycle
 from kms.store.pool import Pool, check_server, open_pool
 from kms.store.restore_drill import held_keys
 from kms.store.users import StoredUsers
@@ -54,6 +58,7 @@ from kms.store.wrapping import Kind as StoredKind
 from kms.store.wrapping import StoredWrappingKeys, TokenKey
 
 Section = TypeVar("Section")
+_DESTRUCTION_SECONDS: Final = 60.0
 Found = TypeVar("Found")
 _STORED_KINDS: Final[dict[Kind, StoredKind]] = {Kind.KEK: "kek", Kind.SEALING: "sealing"}
 _LOG = structlog.get_logger("kms")
@@ -186,45 +191,81 @@ async def running(config: Config) -> AsyncIterator[tuple[int, TokenHsm]]:
         server_config.client_ca_file, deployment=config.deployment_id, clock=host_clock, crl_file=server_config.client_crl_file
     )
     async with AsyncExitStack() as stack:
-        pool = await stack.enter_async_context(_ready_pool(config))
+        dsn = _database_dsn(config)
+        pool = await stack.enter_async_context(_ready_pool(config, dsn))
         await epochs.check_epoch(pool)
         await stack.enter_async_context(partitions.kept_up(pool))
         hsm = await open_hsm(_hsm_settings(config))
         stack.push_async_callback(hsm.close)
         await _check_token(config, hsm, StoredWrappingKeys(pool))
+        ledger = await stack.enter_async_context(open_ledger(dsn, pool))
+        await stack.enter_async_context(_destroying(Destruction(StoredLifecycle(pool), hsm)))
         store_answers = await stack.enter_async_context(watched(pool))
-        server = _server(pool, hsm, identity, server_config, is_ready=lambda: hsm.is_available() and store_answers())
+        server = _server(pool, hsm, ledger, identity, server_config, is_ready=lambda: hsm.is_available() and store_answers())
         port = await server.start(server_config.listen, tls)
         stack.push_async_callback(server.stop, server_config.call_seconds_max)
         yield port, hsm
 
 
-def _server(pool: Pool, hsm: TokenHsm, identity: ClientIdentity, config: ServerConfig, *, is_ready: Callable[[], bool]) -> Server:
+def _server(
+    pool: Pool,
+    hsm: TokenHsm,
+    ledger: StoredLedger,
+    identity: ClientIdentity,
+    config: ServerConfig,
+    *,
+    is_ready: Callable[[], bool],
+) -> Server:
     keys, public_keys = StoredKeys(pool), PublicKeyOperations()
     edge = Edge(
         identity,
         Access(StoredUsers(pool)),
+        ledger,
         call_seconds_max=config.call_seconds_max,
         calls_per_user_max=config.calls_per_user_max,
     )
     return Server(
         edge,
-        KeyServicer(Keyring(keys, hsm)),
-        CryptoServicer(Signing(keys, hsm, public_keys), Encryption(keys, hsm, public_keys)),
+        KeyServicer(Keyring(keys, hsm), Moving(keys, StoredLifecycle(pool))),
+        CryptoServicer(Signing(keys, hsm, public_keys), Encryption(keys, hsm, public_keys), Uses(keys, hsm, ledger)),
         calls_max=config.calls_max,
         is_ready=is_ready,
     )
 
 
+def _database_dsn(config: Config) -> str:
+    return _needed(config.database).read_secret("database").decode()
+
+
 @asynccontextmanager
-async def _ready_pool(config: Config) -> AsyncIterator[Pool]:
+async def _ready_pool(config: Config, dsn: str) -> AsyncIterator[Pool]:
     """Yield the pool of a database that is as the service needs it, or raise STORE_UNAVAILABLE saying what to run."""
-    database = _needed(config.database)
-    dsn = database.read_secret("database").decode()
-    async with open_pool(dsn, database.connections_max) as pool:
+    async with open_pool(dsn, _needed(config.database).connections_max) as pool:
         await check_server(pool, allow_unsafe=config.mode == "development")
         await migrations.check_schema(pool)
         yield pool
+
+
+@asynccontextmanager
+async def _destroying(destruction: Destruction) -> AsyncIterator[None]:
+    """Destroy keys whose time has come, within the block. That they are not usable does not wait for it."""
+
+    async def repeat() -> None:
+        while True:
+            try:
+                for key_id in await destruction.destroy_due():
+                    _LOG.info("key destroyed", key=str(key_id))
+            except KmsError as error:
+                _LOG.warning("destruction put off", reason=error.reason, message=error.message)
+            await asyncio.sleep(_DESTRUCTION_SECONDS)
+
+    task = asyncio.create_task(repeat())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
 
 
 async def _check_token(config: Config, hsm: TokenHsm, known: StoredWrappingKeys) -> None:
@@ -244,7 +285,7 @@ async def _check_token(config: Config, hsm: TokenHsm, known: StoredWrappingKeys)
 
 
 async def _confirm_backup(config: Config, found: provision.TokenDescription) -> None:
-    async with _ready_pool(config) as pool:
+    async with _ready_pool(config, _database_dsn(config)) as pool:
         known = StoredWrappingKeys(pool)
         before = {key.key_id for key in await known.read()}
         # A copy may have a serial of its own; only where the database knows nothing yet is it written down.
@@ -260,17 +301,17 @@ def _token_keys(keys: tuple[WrappingKey, ...]) -> list[TokenKey]:
 
 
 async def _epoch_status(config: Config) -> tuple[epochs.Epoch | None, Sequence[epochs.UnconfirmedKey]]:
-    async with _ready_pool(config) as pool:
+    async with _ready_pool(config, _database_dsn(config)) as pool:
         return await epochs.current_epoch(pool), await epochs.unconfirmed_keys(pool)
 
 
 async def _with_pool(config: Config, work: Callable[[Pool], Awaitable[Found]]) -> Found:
-    async with _ready_pool(config) as pool:
+    async with _ready_pool(config, _database_dsn(config)) as pool:
         return await work(pool)
 
 
 async def _add_service(config: Config, name: str) -> UserId:
-    async with _ready_pool(config) as pool:
+    async with _ready_pool(config, _database_dsn(config)) as pool:
         return await StoredUsers(pool).create_service(name)
 
 

@@ -1,11 +1,13 @@
 """Encrypting, decrypting and making data keys."""
 
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Final
 
 from kms.app.keyring import key_not_found, usable
 from kms.app.limits import CIPHERTEXT_BYTES_MAX, MESSAGE_BYTES_MAX, check_size
-from kms.app.ports import Hsm, Keys, PublicKeys, Sealed
+from kms.app.ports import Call, Entry, Hsm, Keys, PublicKeys, Sealed
+from kms.app.uses import Draft
 from kms.domain.algorithms import DIGEST_BYTES, Hash, KeyType, Purpose
 from kms.domain.ciphertext import AesCiphertext, Ciphertext, RsaCiphertext, ciphertext_aad, ciphertext_invalid, parse_ciphertext
 from kms.domain.errors import KmsError, Reason, malformed
@@ -58,43 +60,41 @@ class Encryption:
     hsm: Hsm
     public_keys: PublicKeys
 
-    async def encrypt(self, caller: UserId, what: ToEncrypt) -> tuple[bytes, KeyId]:
-        """Encrypt under a key of the caller; the ciphertext names its key."""
+    async def encrypt(self, call: Call, what: ToEncrypt) -> Draft[tuple[bytes, KeyId]]:
+        """Encrypt under a key of the caller, to be charged; the ciphertext names its key."""
         check_size("plaintext", what.plaintext)
         check_size("aad", what.aad)
-        key = await usable(self.keys, caller, what.key, Use.PROTECT)
+        key = await usable(self.keys, call.user.user_id, what.key, Use.PROTECT)
         identity = _for_encryption(key)
         if identity.spec.key_type is KeyType.RSA:
-            return self._encrypt_rsa(key, what).encode(), identity.key_id
-        if what.oaep_hash is not None:
+            ciphertext = self._encrypt_rsa(key, what).encode()
+        elif what.oaep_hash is not None:
             raise malformed("oaep_hash", "expected none: this key encrypts by AES-GCM")
-        return await self._encrypt_aes(key, what.plaintext, what.aad), identity.key_id
+        else:
+            ciphertext = await self._encrypt_aes(key, what.plaintext, what.aad)
+        return Draft((ciphertext, identity.key_id), _entry(call, "encrypt", key, Use.PROTECT, ciphertext))
 
-    async def decrypt(self, caller: UserId, what: ToDecrypt) -> tuple[bytes, KeyId]:
-        """Open a ciphertext with the key that it names."""
+    async def decrypt(self, call: Call, what: ToDecrypt) -> Draft[tuple[bytes, KeyId]]:
+        """Open a ciphertext with the key that it names, to be recorded."""
         check_size("ciphertext", what.ciphertext, bytes_max=CIPHERTEXT_BYTES_MAX)
         check_size("aad", what.aad)
-        if what.raw_oaep:
-            return await self._decrypt_raw(caller, what)
-        if what.oaep_hash is not None:
-            raise malformed("oaep_hash", "expected none: the ciphertext names its hash")
-        ciphertext = parse_ciphertext(what.ciphertext)
-        if what.key is not None:
-            await self._check_named(caller, what.key, ciphertext.key_id)
-        key = await usable(self.keys, caller, ciphertext.key_id, Use.PROCESS)
-        return await self._open(key, ciphertext, what.aad), key.record.identity.key_id
+        key, ciphertext = await (self._bare(call, what) if what.raw_oaep else self._self_describing(call, what))
+        plaintext = await self._open(key, ciphertext, what.aad)
+        entry = _entry(call, "decrypt", key, Use.PROCESS, what.ciphertext)
+        return Draft((plaintext, key.record.identity.key_id), entry)
 
-    async def data_key(self, caller: UserId, ref: KeyRef, size_bytes: int, aad: bytes) -> DataKey:
-        """Draw a data key of 16 to 64 bytes from the token and encrypt it under an AES key of the caller."""
+    async def data_key(self, call: Call, ref: KeyRef, size_bytes: int, aad: bytes) -> Draft[DataKey]:
+        """Draw a data key of 16 to 64 bytes from the token and encrypt it under an AES key of the caller, to be charged."""
         check_size("aad", aad)
         if not 16 <= size_bytes <= 64:
             raise malformed("size_bytes", "expected 16 to 64")
-        key = await usable(self.keys, caller, ref, Use.PROTECT)
+        key = await usable(self.keys, call.user.user_id, ref, Use.PROTECT)
         identity = _for_encryption(key)
         if identity.spec.key_type is not KeyType.AES:
             raise KmsError(Reason.WRONG_PURPOSE, "data keys are made under AES keys", key_type=identity.spec.key_type)
         plaintext = await self.hsm.random(size_bytes)
-        return DataKey(plaintext, await self._encrypt_aes(key, plaintext, aad), identity.key_id)
+        made = DataKey(plaintext, await self._encrypt_aes(key, plaintext, aad), identity.key_id)
+        return Draft(made, _entry(call, "generate_data_key", key, Use.PROTECT, made.ciphertext))
 
     async def random(self, size_bytes: int) -> bytes:
         """Return 1 to 65,536 random bytes from the token."""
@@ -134,14 +134,21 @@ class Encryption:
         if record.identity.key_id != named:
             raise KmsError(Reason.INCORRECT_KEY, "the ciphertext was made with another key")
 
-    async def _decrypt_raw(self, caller: UserId, what: ToDecrypt) -> tuple[bytes, KeyId]:
+    async def _self_describing(self, call: Call, what: ToDecrypt) -> tuple[UsableKey, Ciphertext]:
+        if what.oaep_hash is not None:
+            raise malformed("oaep_hash", "expected none: the ciphertext names its hash")
+        ciphertext = parse_ciphertext(what.ciphertext)
+        if what.key is not None:
+            await self._check_named(call.user.user_id, what.key, ciphertext.key_id)
+        return await usable(self.keys, call.user.user_id, ciphertext.key_id, Use.PROCESS), ciphertext
+
+    async def _bare(self, call: Call, what: ToDecrypt) -> tuple[UsableKey, Ciphertext]:
         if what.key is None:
             raise malformed("key", "expected a key: bare RSA-OAEP does not name its own")
         if what.oaep_hash is None:
             raise malformed("oaep_hash", "expected the hash that the ciphertext was made with")
-        key = await usable(self.keys, caller, what.key, Use.PROCESS)
-        identity = key.record.identity
-        return await self._open(key, RsaCiphertext(identity.key_id, what.oaep_hash, what.ciphertext), what.aad), identity.key_id
+        key = await usable(self.keys, call.user.user_id, what.key, Use.PROCESS)
+        return key, RsaCiphertext(key.record.identity.key_id, what.oaep_hash, what.ciphertext)
 
     async def _open(self, key: UsableKey, ciphertext: Ciphertext, aad: bytes) -> bytes:
         identity = _for_encryption(key)
@@ -156,6 +163,17 @@ class Encryption:
             raise ciphertext_invalid()
         self._check_oaep(ciphertext.hash)
         return await self.hsm.decrypt_rsa(key.held, ciphertext.hash, ciphertext.body)
+
+
+def _entry(call: Call, action: str, key: UsableKey, use: Use, ciphertext: bytes) -> Entry:
+    """Return the line of the trail: of the plaintext it holds nothing but, by the ciphertext, its length."""
+    identity = key.record.identity
+    details = {
+        "algorithm": "aes-gcm" if identity.spec.key_type is KeyType.AES else "rsa-oaep",
+        "ciphertext_bytes": len(ciphertext),
+        "ciphertext_sha256": sha256(ciphertext).hexdigest(),
+    }
+    return Entry(call, action, identity.key_id, key.record.version, use, is_charged=use is Use.PROTECT, details=details)
 
 
 def _for_encryption(key: UsableKey) -> KeyIdentity:

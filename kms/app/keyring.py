@@ -2,19 +2,33 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Final
 from uuid import UUID
 
-from kms.app.ports import Hsm, Keys, NewKey
+from kms.app.ports import Call, Hsm, Keys, NewKey
 from kms.domain.algorithms import KeySpec
 from kms.domain.errors import KmsError, Reason, malformed
 from kms.domain.ids import KeyId, KeyName, KeyRef, UserId
 from kms.domain.keys import Custody, KeyFilter, KeyIdentity, KeyMaterial, KeyRecord, UsableKey
-from kms.domain.lifecycle import Use, check_use
+from kms.domain.lifecycle import State, Use, check_use
 
 METADATA_ENTRIES_MAX: Final = 32
 METADATA_NAME_BYTES_MAX: Final = 63
 METADATA_VALUE_BYTES_MAX: Final = 255
+
+
+@dataclass(frozen=True, slots=True)
+class KeyWish:
+    """What a caller asks of a new key. None: no minimum, no limit, active at once, without end."""
+
+    name: KeyName
+    spec: KeySpec
+    custody_min: Custody | None
+    metadata: Mapping[str, str]
+    max_usage_count: int | None = None
+    activated_at: datetime | None = None
+    expires_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,18 +38,20 @@ class Keyring:
     keys: Keys
     hsm: Hsm
 
-    async def create(
-        self, caller: UserId, name: KeyName, spec: KeySpec, *, custody_min: Custody | None, metadata: Mapping[str, str]
-    ) -> KeyRecord:
-        """Make a key in the token and store it, or raise NAME_TAKEN, CUSTODY_UNAVAILABLE or HSM_UNAVAILABLE."""
-        check_metadata(metadata)
-        custody = self.hsm.custody_for(spec, custody_min)
+    async def create(self, call: Call, wish: KeyWish) -> KeyRecord:
+        """Make a key in the token and store it, or raise NAME_TAKEN, CUSTODY_UNAVAILABLE, MALFORMED or HSM_UNAVAILABLE."""
+        caller, name, spec = call.user.user_id, wish.name, wish.spec
+        check_metadata(wish.metadata)
+        if wish.expires_at is not None and wish.activated_at is not None and wish.expires_at <= wish.activated_at:
+            raise malformed("expires_at", "expected a moment behind activated_at")
+        custody = self.hsm.custody_for(spec, wish.custody_min)
         if await self.keys.find(caller, name) is not None:
             raise KmsError(Reason.NAME_TAKEN, "you have a key of that name", field="name")
         identity = KeyIdentity(KeyId(UUID(bytes=await self.hsm.random(16), version=4)), caller, spec)
         material = await self.hsm.generate(identity, custody)
         try:
-            return await self.keys.insert(caller, NewKey(identity, name, material, dict(metadata)))
+            new = NewKey(identity, name, material, dict(wish.metadata), wish.max_usage_count, wish.activated_at, wish.expires_at)
+            return await self.keys.insert(caller, new, call=call)
         except BaseException:
             await self._discard_unless_stored(identity, material)
             raise
@@ -67,10 +83,18 @@ async def usable(keys: Keys, caller: UserId, ref: KeyRef, use: Use) -> UsableKey
         # A destroyed key has no envelope left, but its owner is told what became of it.
         check_use((await existing(keys, caller, ref)).state, use)
         raise key_not_found()
+    _check_limit(key.record, use)
     check_use(key.record.state, use)
     if key.record.identity.bound_to:
         raise KmsError(Reason.WRONG_PURPOSE, "this key belongs to the service itself", bound_to=key.record.identity.bound_to)
     return key
+
+
+def _check_limit(key: KeyRecord, use: Use) -> None:
+    # A key that has reached its limit is stored as inactive: the caller is told what made it so.
+    is_spent = key.max_usage_count is not None and key.usage_counter >= key.max_usage_count
+    if use is Use.PROTECT and key.state is State.INACTIVE and is_spent:
+        raise KmsError(Reason.USAGE_LIMIT_REACHED, f"this key's {key.max_usage_count} uses have been made")
 
 
 def key_not_found() -> KmsError:

@@ -170,8 +170,7 @@ class Ledger(Protocol):
         """Charge and record a use, or raise what the database says at that very moment.
 
         The state's reason (KEY_REVOKED, …), KEY_NOT_FOUND, USAGE_LIMIT_REACHED, CREDENTIALS_INVALID (the caller's standing or
-        version changed), STALE (the key's version changed, or the same request was answered meanwhile: begin again, with
-        `earlier` and the key), REQUEST_ID_REUSED; STORE_UNAVAILABLE only where
+        version changed), STALE (the key's version changed: read it again), REQUEST_ID_REUSED; STORE_UNAVAILABLE only where
         certainly nothing was charged, OUTCOME_UNKNOWN where that cannot be learnt before the call's time is up.
         """
         ...
@@ -197,6 +196,14 @@ class Change:
     metadata: Mapping[str, str] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class DestroyedKey:
+    """A key that was destroyed. `hsm_key_id` names the token object that is to be removed, of a RESIDENT key."""
+
+    key_id: KeyId
+    hsm_key_id: str | None
+
+
 class Lifecycle(Protocol):
     """Moves keys between states. Each move is a domain event with the next version of the key, and a line of the trail."""
 
@@ -207,6 +214,10 @@ class Lifecycle(Protocol):
         has no such move; USAGE_LIMIT_REACHED for reactivating a key at its limit; MALFORMED for an update that raises a
         limit or puts off an expiry.
         """
+        ...
+
+    async def destroy_due(self) -> Sequence[DestroyedKey]:
+        """Destroy at most 100 keys whose time has come and return them: their envelopes are gone, the rows stay."""
         ...
 
 

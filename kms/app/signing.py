@@ -1,10 +1,12 @@
 """Signing in the token, verifying in the service."""
 
 from dataclasses import dataclass
+from hashlib import sha256
 
 from kms.app.keyring import existing, usable
 from kms.app.limits import check_size
-from kms.app.ports import Hsm, Keys, PublicKeys
+from kms.app.ports import Call, Entry, Hsm, Keys, PublicKeys
+from kms.app.uses import Draft
 from kms.domain import ecdsa
 from kms.domain.algorithms import (
     DIGEST_BYTES,
@@ -54,17 +56,25 @@ class Signing:
     hsm: Hsm
     public_keys: PublicKeys
 
-    async def sign(self, caller: UserId, what: ToSign) -> Signed:
-        """Sign with a key of the caller. ECDSA signatures are always low-S."""
+    async def sign(self, call: Call, what: ToSign) -> Draft[Signed]:
+        """Sign with a key of the caller, to be charged. ECDSA signatures are always low-S."""
         check_size("message", what.data)
-        key = await usable(self.keys, caller, what.key, Use.PROTECT)
+        key = await usable(self.keys, call.user.user_id, what.key, Use.PROTECT)
         identity = key.record.identity
         algorithm, form = _fitting(identity, what)
         data = self._to_be_signed(what, algorithm)
         signature = await self.hsm.sign(key.held, algorithm, data)
         if form is not None:
             signature = self._in_form(identity.spec.key_type, key.record.public_key, data, signature, form)
-        return Signed(signature, identity.key_id, algorithm)
+        details = {
+            "scheme": algorithm.scheme,
+            "hash": algorithm.hash or "",
+            "input": "digest" if what.is_digest else "message",
+            "input_bytes": len(what.data),
+            "input_sha256": sha256(what.data).hexdigest(),
+        }
+        entry = Entry(call, "sign", identity.key_id, key.record.version, Use.PROTECT, is_charged=True, details=details)
+        return Draft(Signed(signature, identity.key_id, algorithm), entry)
 
     async def verify(self, caller: UserId, what: ToSign, signature: bytes, *, require_low_s: bool) -> tuple[bool, KeyId]:
         """Say whether *signature* is of *what* by a key of the caller, in whatever state the key is."""

@@ -117,6 +117,15 @@ def check_use(state: State, use: Use) -> None:
         raise KmsError(_REFUSALS[state], f"a key that is {state.replace('_', ' ')} does not {use}", state=state)
 
 
+def check_repeat(state: State) -> None:
+    """Raise the state's reason where a result made earlier is no longer handed out: KEY_REVOKED, KEY_COMPROMISED, ….
+
+    A key that has reached its limit or its end since then is no obstacle: the use was charged while it had not.
+    """
+    if state in (State.COMPROMISED, State.REVOKED, State.PENDING_DESTRUCTION, State.DESTROYED):
+        raise KmsError(_REFUSALS[state], f"what a key that is {state.replace('_', ' ')} made is not repeated", state=state)
+
+
 def check_move(state: State, move: Move) -> None:
     """Raise the state's reason (KEY_ACTIVE, KEY_REVOKED, …) unless *move* leads anywhere from *state*."""
     if state not in _MOVES_FROM[move]:

@@ -1,19 +1,40 @@
-"""Batches: every item is answered in its place, with a result or with a status of its own."""
+"""Batches: every item is answered in its place, with a result or with a status of its own, and charged in its order."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import pairwise
 from typing import Final, TypeVar
 
 from kms.app.limits import check_batch
+from kms.app.uses import Draft, Turn
 from kms.domain.errors import KmsError
 from kms.rpc.status import status_of
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 Item = TypeVar("Item")
+T = TypeVar("T")
 
 # Enough to keep every lane busy, few enough that one batch does not take all database connections.
 _AT_ONCE: Final = 8
+
+
+class _Place:
+    """The turn of one item: it settles when the item before it has gone to the ledger, or never will."""
+
+    def __init__(self, room: asyncio.Semaphore, before: asyncio.Event, here: asyncio.Event) -> None:
+        self._room = room
+        self._before = before
+        self._here = here
+
+    async def draft(self, make: Callable[[], Awaitable[Draft[T]]]) -> Draft[T]:
+        async with self._room:
+            return await make()
+
+    async def settle(self) -> None:
+        await self._before.wait()
+        # Whoever waits for us is woken after we have gone on, into the ledger's queue.
+        self._here.set()
 
 
 def check_items(items: Sequence[Request], size_bytes: Callable[[Request], int]) -> None:
@@ -22,18 +43,22 @@ def check_items(items: Sequence[Request], size_bytes: Callable[[Request], int]) 
 
 
 async def answer_each(
-    items: Sequence[Request], answer: Callable[[Request], Awaitable[Response]], make: Callable[..., Item]
+    items: Sequence[Request], answer: Callable[[Request, Turn], Awaitable[Response]], make: Callable[..., Item]
 ) -> list[Item]:
     """Answer each of *items*, a few at a time. A bug in one fails the whole call."""
-    turn = asyncio.Semaphore(_AT_ONCE)
+    room = asyncio.Semaphore(_AT_ONCE)
+    gates = [asyncio.Event() for _ in range(len(items) + 1)]
+    gates[0].set()
 
-    async def one(item: Request) -> Item:
-        async with turn:
-            try:
-                return make(result=await answer(item))
-            except KmsError as error:
-                return make(error=status_of(error))
+    async def one(item: Request, place: _Place) -> Item:
+        try:
+            return make(result=await answer(item, place))
+        except KmsError as error:
+            return make(error=status_of(error))
+        finally:
+            await place.settle()
 
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one(item)) for item in items]
+        places = [_Place(room, before, here) for before, here in pairwise(gates)]
+        tasks = [group.create_task(one(item, place)) for item, place in zip(items, places, strict=True)]
     return [task.result() for task in tasks]

@@ -4,11 +4,14 @@ import base64
 import binascii
 import hashlib
 import json
+from datetime import UTC, datetime
 
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from kms.app.encryption import DATA_KEY_BYTES_DEFAULT, ToDecrypt, ToEncrypt
+from kms.app.ports import Change
+from kms.app.repeats import Asked
 from kms.app.signing import Signed, ToSign
 from kms.domain.errors import KmsError, Reason, malformed
 from kms.domain.ids import parse_key_name, parse_key_ref
@@ -31,8 +34,6 @@ def refuse_unimplemented(request: Message, *fields: str) -> None:
 def wire_key(key: KeyRecord) -> keys_pb2.Key:
     """Return *key* as a client sees it."""
     spec = key.identity.spec
-    created_at = Timestamp()
-    created_at.FromDatetime(key.created_at)
     return keys_pb2.Key(
         id=str(key.identity.key_id),
         name=key.name,
@@ -46,9 +47,21 @@ def wire_key(key: KeyRecord) -> keys_pb2.Key:
         check_value=key.public_key.removeprefix("kcv:") if spec.is_symmetric else "",
         usage_count=key.usage_counter,
         version=key.version,
-        created_at=created_at,
+        created_at=_stamp(key.created_at),
         metadata=key.metadata,
+        max_usage_count=key.max_usage_count,
+        activated_at=_stamp(key.activated_at),
+        expires_at=_stamp(key.expires_at),
+        destruction_scheduled_at=_stamp(key.destruction_scheduled_at),
     )
+
+
+def _stamp(moment: datetime | None) -> Timestamp | None:
+    if moment is None:
+        return None
+    stamp = Timestamp()
+    stamp.FromDatetime(moment)
+    return stamp
 
 
 def der_of(pem: str) -> bytes:
@@ -146,3 +159,44 @@ def to_decrypt(request: crypto_pb2.DecryptRequest) -> ToDecrypt:
 def data_key_size(request: crypto_pb2.GenerateDataKeyRequest) -> int:
     """Return the size asked for in bytes, 32 unless given."""
     return request.size_bytes or DATA_KEY_BYTES_DEFAULT
+
+
+def asked(request: crypto_pb2.SignRequest | crypto_pb2.EncryptRequest | crypto_pb2.GenerateDataKeyRequest) -> Asked | None:
+    """Return under what id of the caller's a request can be repeated, None without one."""
+    if not request.request_id:
+        return None
+    return Asked(
+        request.DESCRIPTOR.name.removesuffix("Request"), request.request_id, request.SerializeToString(deterministic=True)
+    )
+
+
+def moment(request: Message, field: str) -> datetime | None:
+    """Return the moment in *field*, aware and in UTC, None if it is absent. Raises MALFORMED for one that is none."""
+    if not request.HasField(field):
+        return None
+    stamp: Timestamp = getattr(request, field)
+    try:
+        return stamp.ToDatetime(UTC)
+    except (ValueError, OverflowError):
+        raise malformed(field, "expected a moment between the years 1 and 9999, nanoseconds from 0 to 999,999,999") from None
+
+
+def update(request: keys_pb2.UpdateKeyRequest) -> Change:
+    """Return what an update changes, or raise MALFORMED for one that changes nothing."""
+    change = Change(
+        max_usage_count=usage_limit(request),
+        expires_at=moment(request, "expires_at"),
+        metadata=dict(request.metadata.entries) if request.HasField("metadata") else None,
+    )
+    if change == Change():
+        raise malformed("request", "expected max_usage_count, expires_at or metadata")
+    return change
+
+
+def usage_limit(request: keys_pb2.CreateKeyRequest | keys_pb2.UpdateKeyRequest) -> int | None:
+    """Return `max_usage_count`, None if it is absent, or raise MALFORMED."""
+    if not request.HasField("max_usage_count"):
+        return None
+    if not 0 < request.max_usage_count < 2**63:
+        raise malformed("max_usage_count", "expected 1 to 2^63-1")
+    return request.max_usage_count

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
+from urllib.parse import unquote
 from uuid import uuid4
 
 import grpc
@@ -19,7 +20,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import status_pb2
 
 from kms.app.access import Access
-from kms.app.ports import User
+from kms.app.ports import Call, Ledger
 from kms.domain.errors import KmsError, Reason, malformed
 from kms.domain.ids import UserId
 from kms.rpc.bystanders import Bystanders, Identify
@@ -37,13 +38,18 @@ else:
 OURS: Final = "/kms.v1."
 REQUEST_ID: Final = "x-request-id"
 _REQUEST_ID_FORM: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_CALLER: ContextVar[User] = ContextVar("caller")
+_CALL: ContextVar[Call] = ContextVar("call")
 _LOG = structlog.get_logger("kms.rpc")
+
+
+def current() -> Call:
+    """Return the call being handled: who makes it, its id, and where from."""
+    return _CALL.get()
 
 
 def caller() -> UserId:
     """Return who makes the call being handled."""
-    return _CALLER.get().user_id
+    return _CALL.get().user.user_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +64,12 @@ class _Method:
 class Edge(Interceptor):
     """Wraps every method: ours, and health and reflection, which ask for a certificate that is good and for no more."""
 
-    def __init__(self, identify: Identify, access: Access, *, call_seconds_max: float, calls_per_user_max: int) -> None:
+    def __init__(
+        self, identify: Identify, access: Access, ledger: Ledger, *, call_seconds_max: float, calls_per_user_max: int
+    ) -> None:
         self._identify = identify
         self._access = access
+        self._ledger = ledger
         self._call_seconds_max = call_seconds_max
         self._room = Room(calls_per_user_max)
         self._bystanders = Bystanders(identify)
@@ -97,7 +106,7 @@ class Edge(Interceptor):
             async with asyncio.timeout(seconds):
                 user_id = self._identify(context.auth_context())
                 with self._room.taken(user_id):
-                    _CALLER.set(await self._access.admit(user_id))
+                    _CALL.set(Call(await self._access.admit(user_id), request_id, _peer(context)))
                     response = await method.call(_decode(method, body), context)
         except TimeoutError:
             reason, refusal = _refused(KmsError(Reason.DEADLINE_EXCEEDED, "the call took longer than it may"))
@@ -110,15 +119,21 @@ class Edge(Interceptor):
             self._log(method.name, request_id, began, "OK")
             return response
         self._log(method.name, request_id, began, reason)
+        self._note(method.name, reason)
         return await abort(context, refusal)
 
+    def _note(self, method: str, reason: str) -> None:
+        call = _CALL.get(None)
+        if call is not None and reason in Reason.__members__:
+            self._ledger.note_refusal(call, method.rpartition("/")[2], None, Reason(reason))
+
     def _log(self, method: str, request_id: str, began: float, outcome: str) -> None:
-        user = _CALLER.get(None)
+        call = _CALL.get(None)
         _LOG.info(
             "call",
             method=method.removeprefix(OURS),
             outcome=outcome,
-            user=str(user.user_id) if user else None,
+            user=str(call.user.user_id) if call else None,
             request_id=request_id,
             milliseconds=round((time.monotonic() - began) * 1000, 2),
         )
@@ -140,3 +155,9 @@ def _request_id(context: Context) -> str:
         if name == REQUEST_ID and isinstance(value, str) and _REQUEST_ID_FORM.fullmatch(value):
             return value
     return str(uuid4())
+
+
+def _peer(context: Context) -> str:
+    """Return the address of the peer without its port: grpc says `ipv4:192.0.2.1:5000` or `ipv6:%5B2001:db8::1%5D:5000`."""
+    kind, _, rest = unquote(context.peer()).partition(":")
+    return rest.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else ""

@@ -2,32 +2,54 @@
 
 from dataclasses import dataclass
 
-from kms.app.keyring import Keyring, existing
+from kms.app.keyring import Keyring, KeyWish, existing
+from kms.app.moving import PENDING_DAYS_DEFAULT, Moving
+from kms.app.ports import Change
 from kms.domain.algorithms import key_spec
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import parse_key_name, parse_key_ref
+from kms.domain.lifecycle import Move
 from kms.rpc import convert, enums
-from kms.rpc.edge import Context, caller
+from kms.rpc.edge import Context, caller, current
 from kms.v1 import keys_pb2, keys_pb2_grpc
+
+Moves = (
+    keys_pb2.UpdateKeyRequest
+    | keys_pb2.ActivateKeyRequest
+    | keys_pb2.DeactivateKeyRequest
+    | keys_pb2.ReactivateKeyRequest
+    | keys_pb2.RevokeKeyRequest
+    | keys_pb2.MarkKeyCompromisedRequest
+    | keys_pb2.ScheduleKeyDestructionRequest
+    | keys_pb2.CancelKeyDestructionRequest
+)
 
 
 @dataclass(frozen=True, slots=True)
 class KeyServicer(keys_pb2_grpc.KeyServiceServicer):
-    """Decodes, calls `Keyring`, encodes."""
+    """Decodes, calls `Keyring` and `Moving`, encodes."""
 
     keyring: Keyring
+    moving: Moving
 
     async def CreateKey(self, request: keys_pb2.CreateKeyRequest, context: Context) -> keys_pb2.CreateKeyResponse:
         """Make a key."""
-        convert.refuse_unimplemented(request, "max_usage_count", "expires_at", "activated_at", "request_id")
+        convert.refuse_unimplemented(request, "request_id")
         spec = key_spec(
             enums.required(enums.KEY_TYPES, request.type, "type"),
             enums.required(enums.PURPOSES, request.purpose, "purpose"),
             request.size_bits or None,
         )
-        custody_min = enums.optional(enums.CUSTODIES, request.custody_min, "custody_min")
-        name = parse_key_name(request.name)
-        key = await self.keyring.create(caller(), name, spec, custody_min=custody_min, metadata=request.metadata)
+        wish = KeyWish(
+            name=parse_key_name(request.name),
+            spec=spec,
+            custody_min=enums.optional(enums.CUSTODIES, request.custody_min, "custody_min"),
+            metadata=request.metadata,
+            max_usage_count=convert.usage_limit(request),
+            activated_at=convert.moment(request, "activated_at"),
+            expires_at=convert.moment(request, "expires_at"),
+        )
+        key = await self.keyring.create(current(), wish)
         return keys_pb2.CreateKeyResponse(key=convert.wire_key(key))
 
     async def GetKey(self, request: keys_pb2.GetKeyRequest, context: Context) -> keys_pb2.GetKeyResponse:
@@ -54,3 +76,48 @@ class KeyServicer(keys_pb2_grpc.KeyServiceServicer):
             public_key_pem=key.public_key,
             public_key_der=convert.der_of(key.public_key),
         )
+
+    async def UpdateKey(self, request: keys_pb2.UpdateKeyRequest, context: Context) -> keys_pb2.UpdateKeyResponse:
+        """Lower the limit, bring the expiry forward, replace the metadata."""
+        return keys_pb2.UpdateKeyResponse(key=await self._move(request, Move.UPDATE, convert.update(request)))
+
+    async def ActivateKey(self, request: keys_pb2.ActivateKeyRequest, context: Context) -> keys_pb2.ActivateKeyResponse:
+        """Make a pre-active key active."""
+        return keys_pb2.ActivateKeyResponse(key=await self._move(request, Move.ACTIVATE))
+
+    async def DeactivateKey(self, request: keys_pb2.DeactivateKeyRequest, context: Context) -> keys_pb2.DeactivateKeyResponse:
+        """Make an active key inactive."""
+        return keys_pb2.DeactivateKeyResponse(key=await self._move(request, Move.DEACTIVATE))
+
+    async def ReactivateKey(self, request: keys_pb2.ReactivateKeyRequest, context: Context) -> keys_pb2.ReactivateKeyResponse:
+        """Make an inactive key active."""
+        return keys_pb2.ReactivateKeyResponse(key=await self._move(request, Move.REACTIVATE))
+
+    async def RevokeKey(self, request: keys_pb2.RevokeKeyRequest, context: Context) -> keys_pb2.RevokeKeyResponse:
+        """Revoke a key."""
+        return keys_pb2.RevokeKeyResponse(key=await self._move(request, Move.REVOKE, Change(reason=request.reason)))
+
+    async def MarkKeyCompromised(
+        self, request: keys_pb2.MarkKeyCompromisedRequest, context: Context
+    ) -> keys_pb2.MarkKeyCompromisedResponse:
+        """Mark a key compromised."""
+        change = Change(reason=request.reason, occurred_at=convert.moment(request, "occurred_at"))
+        return keys_pb2.MarkKeyCompromisedResponse(key=await self._move(request, Move.COMPROMISE, change))
+
+    async def ScheduleKeyDestruction(
+        self, request: keys_pb2.ScheduleKeyDestructionRequest, context: Context
+    ) -> keys_pb2.ScheduleKeyDestructionResponse:
+        """Schedule the destruction of a key."""
+        change = Change(pending_days=request.pending_days or PENDING_DAYS_DEFAULT)
+        return keys_pb2.ScheduleKeyDestructionResponse(key=await self._move(request, Move.SCHEDULE_DESTRUCTION, change))
+
+    async def CancelKeyDestruction(
+        self, request: keys_pb2.CancelKeyDestructionRequest, context: Context
+    ) -> keys_pb2.CancelKeyDestructionResponse:
+        """Cancel the destruction of a key."""
+        return keys_pb2.CancelKeyDestructionResponse(key=await self._move(request, Move.CANCEL_DESTRUCTION))
+
+    async def _move(self, request: Moves, move: Move, change: Change | None = None) -> keys_pb2.Key:
+        version = request.version or None
+        key = await self.moving.move(current(), parse_key_ref(request.key), move, change or Change(), version=version)
+        return convert.wire_key(key)

@@ -9,7 +9,7 @@ from psycopg.types.json import Jsonb
 
 from kms.app.access import credentials_invalid
 from kms.app.keyring import key_not_found
-from kms.app.ports import Call, Change
+from kms.app.ports import Call, Change, DestroyedKey
 from kms.domain.errors import KmsError, Reason, malformed
 from kms.domain.ids import KeyId
 from kms.domain.keys import KeyRecord
@@ -30,14 +30,6 @@ _EXPECTED: Final = {
     "max_usage_count": "expected no more than the limit now, no fewer than the uses so far, and at least 1",
     "expires_at": "expected a moment ahead, and not behind the expiry now",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class DestroyedKey:
-    """A key that was destroyed. `hsm_key_id` names the token object that is to be removed, of a RESIDENT key."""
-
-    key_id: KeyId
-    hsm_key_id: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,11 @@ class _HashAlgorithmEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_HashAlg
     HASH_ALGORITHM_SHA_1: _HashAlgorithm.ValueType  # 6
     """RSA-OAEP only, where the HSM has no other."""
 
-class HashAlgorithm(_HashAlgorithm, metaclass=_HashAlgorithmEnumTypeWrapper): ...
+class HashAlgorithm(_HashAlgorithm, metaclass=_HashAlgorithmEnumTypeWrapper):
+    """`request_id`: 1 to 64 of A-Z a-z 0-9 . _ : / + = - under which the caller may repeat the same request for 24 hours and gets the
+    same result without a second charge. ALREADY_EXISTS (REQUEST_ID_REUSED) with another request. Without it a result that
+    is lost on its way stays charged.
+    """
 
 HASH_ALGORITHM_UNSPECIFIED: HashAlgorithm.ValueType  # 0
 """The default: SHA-256 (none for Ed25519)."""
@@ -155,7 +159,7 @@ class SignRequest(_message.Message):
     hash: Global___HashAlgorithm.ValueType
     format: Global___SignatureFormat.ValueType
     request_id: _builtins.str
-    """Not offered yet: UNIMPLEMENTED when set."""
+    """Optional; see above."""
     def __init__(
         self,
         *,
@@ -289,7 +293,7 @@ class EncryptRequest(_message.Message):
     oaep_hash: Global___HashAlgorithm.ValueType
     """RSA only. The default is the strongest that the HSM can decrypt."""
     request_id: _builtins.str
-    """Not offered yet: UNIMPLEMENTED when set."""
+    """Optional; see above."""
     def __init__(
         self,
         *,
@@ -403,7 +407,7 @@ class GenerateDataKeyRequest(_message.Message):
     """Bound to the encrypted data key; Decrypt wants the same."""
     without_plaintext: _builtins.bool
     request_id: _builtins.str
-    """Not offered yet: UNIMPLEMENTED when set."""
+    """Optional; see above."""
     def __init__(
         self,
         *,

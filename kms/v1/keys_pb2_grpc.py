@@ -59,6 +59,46 @@ class KeyServiceStub:
                 request_serializer=kms_dot_v1_dot_keys__pb2.GetPublicKeyRequest.SerializeToString,
                 response_deserializer=kms_dot_v1_dot_keys__pb2.GetPublicKeyResponse.FromString,
                 _registered_method=True)
+        self.UpdateKey = channel.unary_unary(
+                '/kms.v1.KeyService/UpdateKey',
+                request_serializer=kms_dot_v1_dot_keys__pb2.UpdateKeyRequest.SerializeToString,
+                response_deserializer=kms_dot_v1_dot_keys__pb2.UpdateKeyResponse.FromString,
+                _registered_method=True)
+        self.ActivateKey = channel.unary_unary(
+                '/kms.v1.KeyService/ActivateKey',
+                request_serializer=kms_dot_v1_dot_keys__pb2.ActivateKeyRequest.SerializeToString,
+                response_deserializer=kms_dot_v1_dot_keys__pb2.ActivateKeyResponse.FromString,
+                _registered_method=True)
+        self.DeactivateKey = channel.unary_unary(
+                '/kms.v1.KeyService/DeactivateKey',
+                request_serializer=kms_dot_v1_dot_keys__pb2.DeactivateKeyRequest.SerializeToString,
+                response_deserializer=kms_dot_v1_dot_keys__pb2.DeactivateKeyResponse.FromString,
+                _registered_method=True)
+        self.ReactivateKey = channel.unary_unary(
+                '/kms.v1.KeyService/ReactivateKey',
+                request_serializer=kms_dot_v1_dot_keys__pb2.ReactivateKeyRequest.SerializeToString,
+                response_deserializer=kms_dot_v1_dot_keys__pb2.ReactivateKeyResponse.FromString,
+                _registered_method=True)
+        self.RevokeKey = channel.unary_unary(
+                '/kms.v1.KeyService/RevokeKey',
+                request_serializer=kms_dot_v1_dot_keys__pb2.RevokeKeyRequest.SerializeToString,
+                response_deserializer=kms_dot_v1_dot_keys__pb2.RevokeKeyResponse.FromString,
+                _registered_method=True)
+        self.MarkKeyCompromised = channel.unary_unary(
+                '/kms.v1.KeyService/MarkKeyCompromised',
+                request_serializer=kms_dot_v1_dot_keys__pb2.MarkKeyCompromisedRequest.SerializeToString,
+                response_deserializer=kms_dot_v1_dot_keys__pb2.MarkKeyCompromisedResponse.FromString,
+                _registered_method=True)
+        self.ScheduleKeyDestruction = channel.unary_unary(
+                '/kms.v1.KeyService/ScheduleKeyDestruction',
+                request_serializer=kms_dot_v1_dot_keys__pb2.ScheduleKeyDestructionRequest.SerializeToString,
+                response_deserializer=kms_dot_v1_dot_keys__pb2.ScheduleKeyDestructionResponse.FromString,
+                _registered_method=True)
+        self.CancelKeyDestruction = channel.unary_unary(
+                '/kms.v1.KeyService/CancelKeyDestruction',
+                request_serializer=kms_dot_v1_dot_keys__pb2.CancelKeyDestructionRequest.SerializeToString,
+                response_deserializer=kms_dot_v1_dot_keys__pb2.CancelKeyDestructionResponse.FromString,
+                _registered_method=True)
 
 
 class KeyServiceServicer:
@@ -99,6 +139,67 @@ class KeyServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateKey(self, request, context):
+        """The moves between states. Each is refused with FAILED_PRECONDITION and the reason of the state that the key is in
+        (KEY_ACTIVE, KEY_REVOKED, …) where it leads nowhere from there, and with ABORTED (STALE) where `version` is given and the
+        key is at another. An operation that needs the private half and begins after RevokeKey has returned does not succeed.
+
+        Lowers the limit, brings the expiry forward, or replaces the metadata; never the reverse. From pre-active, active and
+        inactive.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ActivateKey(self, request, context):
+        """Makes a pre-active key active now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeactivateKey(self, request, context):
+        """Makes an active key inactive: it decrypts, and protects nothing new.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReactivateKey(self, request, context):
+        """Makes an inactive key active. Not one that has a successor, nor one at its limit (USAGE_LIMIT_REACHED).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeKey(self, request, context):
+        """For good. From every state but pending destruction and destroyed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MarkKeyCompromised(self, request, context):
+        """For good, but for revocation and destruction.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScheduleKeyDestruction(self, request, context):
+        """From every state but active. Until it is due it can be cancelled; then the private half is gone, and the row stays.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelKeyDestruction(self, request, context):
+        """Restores the state before ScheduleKeyDestruction.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KeyServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -121,6 +222,46 @@ def add_KeyServiceServicer_to_server(servicer, server):
                     servicer.GetPublicKey,
                     request_deserializer=kms_dot_v1_dot_keys__pb2.GetPublicKeyRequest.FromString,
                     response_serializer=kms_dot_v1_dot_keys__pb2.GetPublicKeyResponse.SerializeToString,
+            ),
+            'UpdateKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateKey,
+                    request_deserializer=kms_dot_v1_dot_keys__pb2.UpdateKeyRequest.FromString,
+                    response_serializer=kms_dot_v1_dot_keys__pb2.UpdateKeyResponse.SerializeToString,
+            ),
+            'ActivateKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.ActivateKey,
+                    request_deserializer=kms_dot_v1_dot_keys__pb2.ActivateKeyRequest.FromString,
+                    response_serializer=kms_dot_v1_dot_keys__pb2.ActivateKeyResponse.SerializeToString,
+            ),
+            'DeactivateKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeactivateKey,
+                    request_deserializer=kms_dot_v1_dot_keys__pb2.DeactivateKeyRequest.FromString,
+                    response_serializer=kms_dot_v1_dot_keys__pb2.DeactivateKeyResponse.SerializeToString,
+            ),
+            'ReactivateKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReactivateKey,
+                    request_deserializer=kms_dot_v1_dot_keys__pb2.ReactivateKeyRequest.FromString,
+                    response_serializer=kms_dot_v1_dot_keys__pb2.ReactivateKeyResponse.SerializeToString,
+            ),
+            'RevokeKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeKey,
+                    request_deserializer=kms_dot_v1_dot_keys__pb2.RevokeKeyRequest.FromString,
+                    response_serializer=kms_dot_v1_dot_keys__pb2.RevokeKeyResponse.SerializeToString,
+            ),
+            'MarkKeyCompromised': grpc.unary_unary_rpc_method_handler(
+                    servicer.MarkKeyCompromised,
+                    request_deserializer=kms_dot_v1_dot_keys__pb2.MarkKeyCompromisedRequest.FromString,
+                    response_serializer=kms_dot_v1_dot_keys__pb2.MarkKeyCompromisedResponse.SerializeToString,
+            ),
+            'ScheduleKeyDestruction': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScheduleKeyDestruction,
+                    request_deserializer=kms_dot_v1_dot_keys__pb2.ScheduleKeyDestructionRequest.FromString,
+                    response_serializer=kms_dot_v1_dot_keys__pb2.ScheduleKeyDestructionResponse.SerializeToString,
+            ),
+            'CancelKeyDestruction': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelKeyDestruction,
+                    request_deserializer=kms_dot_v1_dot_keys__pb2.CancelKeyDestructionRequest.FromString,
+                    response_serializer=kms_dot_v1_dot_keys__pb2.CancelKeyDestructionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -236,6 +377,222 @@ class KeyService:
             '/kms.v1.KeyService/GetPublicKey',
             kms_dot_v1_dot_keys__pb2.GetPublicKeyRequest.SerializeToString,
             kms_dot_v1_dot_keys__pb2.GetPublicKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kms.v1.KeyService/UpdateKey',
+            kms_dot_v1_dot_keys__pb2.UpdateKeyRequest.SerializeToString,
+            kms_dot_v1_dot_keys__pb2.UpdateKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ActivateKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kms.v1.KeyService/ActivateKey',
+            kms_dot_v1_dot_keys__pb2.ActivateKeyRequest.SerializeToString,
+            kms_dot_v1_dot_keys__pb2.ActivateKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeactivateKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kms.v1.KeyService/DeactivateKey',
+            kms_dot_v1_dot_keys__pb2.DeactivateKeyRequest.SerializeToString,
+            kms_dot_v1_dot_keys__pb2.DeactivateKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReactivateKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kms.v1.KeyService/ReactivateKey',
+            kms_dot_v1_dot_keys__pb2.ReactivateKeyRequest.SerializeToString,
+            kms_dot_v1_dot_keys__pb2.ReactivateKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kms.v1.KeyService/RevokeKey',
+            kms_dot_v1_dot_keys__pb2.RevokeKeyRequest.SerializeToString,
+            kms_dot_v1_dot_keys__pb2.RevokeKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MarkKeyCompromised(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kms.v1.KeyService/MarkKeyCompromised',
+            kms_dot_v1_dot_keys__pb2.MarkKeyCompromisedRequest.SerializeToString,
+            kms_dot_v1_dot_keys__pb2.MarkKeyCompromisedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScheduleKeyDestruction(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kms.v1.KeyService/ScheduleKeyDestruction',
+            kms_dot_v1_dot_keys__pb2.ScheduleKeyDestructionRequest.SerializeToString,
+            kms_dot_v1_dot_keys__pb2.ScheduleKeyDestructionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelKeyDestruction(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kms.v1.KeyService/CancelKeyDestruction',
+            kms_dot_v1_dot_keys__pb2.CancelKeyDestructionRequest.SerializeToString,
+            kms_dot_v1_dot_keys__pb2.CancelKeyDestructionResponse.FromString,
             options,
             channel_credentials,
             insecure,

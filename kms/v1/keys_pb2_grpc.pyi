@@ -49,6 +49,28 @@ class KeyServiceStub:
     """Lists the caller's keys in the order of their names."""
     GetPublicKey: _grpc.UnaryUnaryMultiCallable[_keys_pb2.GetPublicKeyRequest, _keys_pb2.GetPublicKeyResponse]
     """Returns the public half, in any state. FAILED_PRECONDITION (WRONG_PURPOSE) for an AES key."""
+    UpdateKey: _grpc.UnaryUnaryMultiCallable[_keys_pb2.UpdateKeyRequest, _keys_pb2.UpdateKeyResponse]
+    """The moves between states. Each is refused with FAILED_PRECONDITION and the reason of the state that the key is in
+    (KEY_ACTIVE, KEY_REVOKED, …) where it leads nowhere from there, and with ABORTED (STALE) where `version` is given and the
+    key is at another. An operation that needs the private half and begins after RevokeKey has returned does not succeed.
+
+    Lowers the limit, brings the expiry forward, or replaces the metadata; never the reverse. From pre-active, active and
+    inactive.
+    """
+    ActivateKey: _grpc.UnaryUnaryMultiCallable[_keys_pb2.ActivateKeyRequest, _keys_pb2.ActivateKeyResponse]
+    """Makes a pre-active key active now."""
+    DeactivateKey: _grpc.UnaryUnaryMultiCallable[_keys_pb2.DeactivateKeyRequest, _keys_pb2.DeactivateKeyResponse]
+    """Makes an active key inactive: it decrypts, and protects nothing new."""
+    ReactivateKey: _grpc.UnaryUnaryMultiCallable[_keys_pb2.ReactivateKeyRequest, _keys_pb2.ReactivateKeyResponse]
+    """Makes an inactive key active. Not one that has a successor, nor one at its limit (USAGE_LIMIT_REACHED)."""
+    RevokeKey: _grpc.UnaryUnaryMultiCallable[_keys_pb2.RevokeKeyRequest, _keys_pb2.RevokeKeyResponse]
+    """For good. From every state but pending destruction and destroyed."""
+    MarkKeyCompromised: _grpc.UnaryUnaryMultiCallable[_keys_pb2.MarkKeyCompromisedRequest, _keys_pb2.MarkKeyCompromisedResponse]
+    """For good, but for revocation and destruction."""
+    ScheduleKeyDestruction: _grpc.UnaryUnaryMultiCallable[_keys_pb2.ScheduleKeyDestructionRequest, _keys_pb2.ScheduleKeyDestructionResponse]
+    """From every state but active. Until it is due it can be cancelled; then the private half is gone, and the row stays."""
+    CancelKeyDestruction: _grpc.UnaryUnaryMultiCallable[_keys_pb2.CancelKeyDestructionRequest, _keys_pb2.CancelKeyDestructionResponse]
+    """Restores the state before ScheduleKeyDestruction."""
 
 @_typing.type_check_only
 class KeyServiceAsyncStub(KeyServiceStub):
@@ -71,6 +93,28 @@ class KeyServiceAsyncStub(KeyServiceStub):
     """Lists the caller's keys in the order of their names."""
     GetPublicKey: _aio.UnaryUnaryMultiCallable[_keys_pb2.GetPublicKeyRequest, _keys_pb2.GetPublicKeyResponse]  # type: ignore[assignment]
     """Returns the public half, in any state. FAILED_PRECONDITION (WRONG_PURPOSE) for an AES key."""
+    UpdateKey: _aio.UnaryUnaryMultiCallable[_keys_pb2.UpdateKeyRequest, _keys_pb2.UpdateKeyResponse]  # type: ignore[assignment]
+    """The moves between states. Each is refused with FAILED_PRECONDITION and the reason of the state that the key is in
+    (KEY_ACTIVE, KEY_REVOKED, …) where it leads nowhere from there, and with ABORTED (STALE) where `version` is given and the
+    key is at another. An operation that needs the private half and begins after RevokeKey has returned does not succeed.
+
+    Lowers the limit, brings the expiry forward, or replaces the metadata; never the reverse. From pre-active, active and
+    inactive.
+    """
+    ActivateKey: _aio.UnaryUnaryMultiCallable[_keys_pb2.ActivateKeyRequest, _keys_pb2.ActivateKeyResponse]  # type: ignore[assignment]
+    """Makes a pre-active key active now."""
+    DeactivateKey: _aio.UnaryUnaryMultiCallable[_keys_pb2.DeactivateKeyRequest, _keys_pb2.DeactivateKeyResponse]  # type: ignore[assignment]
+    """Makes an active key inactive: it decrypts, and protects nothing new."""
+    ReactivateKey: _aio.UnaryUnaryMultiCallable[_keys_pb2.ReactivateKeyRequest, _keys_pb2.ReactivateKeyResponse]  # type: ignore[assignment]
+    """Makes an inactive key active. Not one that has a successor, nor one at its limit (USAGE_LIMIT_REACHED)."""
+    RevokeKey: _aio.UnaryUnaryMultiCallable[_keys_pb2.RevokeKeyRequest, _keys_pb2.RevokeKeyResponse]  # type: ignore[assignment]
+    """For good. From every state but pending destruction and destroyed."""
+    MarkKeyCompromised: _aio.UnaryUnaryMultiCallable[_keys_pb2.MarkKeyCompromisedRequest, _keys_pb2.MarkKeyCompromisedResponse]  # type: ignore[assignment]
+    """For good, but for revocation and destruction."""
+    ScheduleKeyDestruction: _aio.UnaryUnaryMultiCallable[_keys_pb2.ScheduleKeyDestructionRequest, _keys_pb2.ScheduleKeyDestructionResponse]  # type: ignore[assignment]
+    """From every state but active. Until it is due it can be cancelled; then the private half is gone, and the row stays."""
+    CancelKeyDestruction: _aio.UnaryUnaryMultiCallable[_keys_pb2.CancelKeyDestructionRequest, _keys_pb2.CancelKeyDestructionResponse]  # type: ignore[assignment]
+    """Restores the state before ScheduleKeyDestruction."""
 
 class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
     """Makes keys in the HSM and tells what is known of them. A caller sees its own keys only: another user's key is
@@ -114,5 +158,75 @@ class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_keys_pb2.GetPublicKeyResponse, _abc.Awaitable[_keys_pb2.GetPublicKeyResponse]]:
         """Returns the public half, in any state. FAILED_PRECONDITION (WRONG_PURPOSE) for an AES key."""
+
+    @_abc_1.abstractmethod
+    def UpdateKey(
+        self,
+        request: _keys_pb2.UpdateKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keys_pb2.UpdateKeyResponse, _abc.Awaitable[_keys_pb2.UpdateKeyResponse]]:
+        """The moves between states. Each is refused with FAILED_PRECONDITION and the reason of the state that the key is in
+        (KEY_ACTIVE, KEY_REVOKED, …) where it leads nowhere from there, and with ABORTED (STALE) where `version` is given and the
+        key is at another. An operation that needs the private half and begins after RevokeKey has returned does not succeed.
+
+        Lowers the limit, brings the expiry forward, or replaces the metadata; never the reverse. From pre-active, active and
+        inactive.
+        """
+
+    @_abc_1.abstractmethod
+    def ActivateKey(
+        self,
+        request: _keys_pb2.ActivateKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keys_pb2.ActivateKeyResponse, _abc.Awaitable[_keys_pb2.ActivateKeyResponse]]:
+        """Makes a pre-active key active now."""
+
+    @_abc_1.abstractmethod
+    def DeactivateKey(
+        self,
+        request: _keys_pb2.DeactivateKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keys_pb2.DeactivateKeyResponse, _abc.Awaitable[_keys_pb2.DeactivateKeyResponse]]:
+        """Makes an active key inactive: it decrypts, and protects nothing new."""
+
+    @_abc_1.abstractmethod
+    def ReactivateKey(
+        self,
+        request: _keys_pb2.ReactivateKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keys_pb2.ReactivateKeyResponse, _abc.Awaitable[_keys_pb2.ReactivateKeyResponse]]:
+        """Makes an inactive key active. Not one that has a successor, nor one at its limit (USAGE_LIMIT_REACHED)."""
+
+    @_abc_1.abstractmethod
+    def RevokeKey(
+        self,
+        request: _keys_pb2.RevokeKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keys_pb2.RevokeKeyResponse, _abc.Awaitable[_keys_pb2.RevokeKeyResponse]]:
+        """For good. From every state but pending destruction and destroyed."""
+
+    @_abc_1.abstractmethod
+    def MarkKeyCompromised(
+        self,
+        request: _keys_pb2.MarkKeyCompromisedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keys_pb2.MarkKeyCompromisedResponse, _abc.Awaitable[_keys_pb2.MarkKeyCompromisedResponse]]:
+        """For good, but for revocation and destruction."""
+
+    @_abc_1.abstractmethod
+    def ScheduleKeyDestruction(
+        self,
+        request: _keys_pb2.ScheduleKeyDestructionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keys_pb2.ScheduleKeyDestructionResponse, _abc.Awaitable[_keys_pb2.ScheduleKeyDestructionResponse]]:
+        """From every state but active. Until it is due it can be cancelled; then the private half is gone, and the row stays."""
+
+    @_abc_1.abstractmethod
+    def CancelKeyDestruction(
+        self,
+        request: _keys_pb2.CancelKeyDestructionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keys_pb2.CancelKeyDestructionResponse, _abc.Awaitable[_keys_pb2.CancelKeyDestructionResponse]]:
+        """Restores the state before ScheduleKeyDestruction."""
 
 def add_KeyServiceServicer_to_server(servicer: KeyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

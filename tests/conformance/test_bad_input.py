@@ -31,6 +31,11 @@ GOOD: Final[dict[str, dict[str, Any]]] = {
     "DecryptRequest": {"ciphertext": b"\x01" + bytes(60)},
     "GenerateDataKeyRequest": {"key": "aes"},
     "GenerateRandomRequest": {"size_bytes": 16},
+    "UpdateKeyRequest": {"key": "aes"},
+    **{f"{move}Request": {"key": "aes"} for move in ("ActivateKey", "DeactivateKey", "ReactivateKey", "CancelKeyDestruction")},
+    "RevokeKeyRequest": {"key": "ec", "reason": "test"},
+    "MarkKeyCompromisedRequest": {"key": "ec", "reason": "test"},
+    "ScheduleKeyDestructionRequest": {"key": "aes", "pending_days": 7},
 }
 TEXTS: Final = (
     *("", " ", "\x00", "a\x00b", "'; DROP TABLE cryptography.keys; --", "../../etc/passwd", "%s%n{0}", "ﷺ" * 50, "x" * 100_000),
@@ -77,6 +82,8 @@ def bad_values(field: FieldDescriptor) -> Iterator[Any]:
         yield from ({"x": text} for text in TEXTS)
     elif message.name == "Timestamp":
         yield from (GetMessageClass(message)(seconds=seconds, nanos=-1) for seconds in (0, -1, 2**63 - 1, -(2**63)))
+    elif message.name == "KeyMetadata":
+        yield from (GetMessageClass(message)(entries={text: "x"}) for text in TEXTS)
     else:
         item, good = GetMessageClass(message), GOOD[message.name]
         yield from ([item(**{**good, inner.name: value})] for inner in message.fields for value in values(inner))

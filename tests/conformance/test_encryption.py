@@ -10,7 +10,6 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from kms.v1 import crypto_pb2 as cpb
-from kms.v1 import keys_pb2 as kpb
 from tests.conformance.refusals import refusal
 from tests.conformance.requests import made
 from tests.fixtures.server import Caller
@@ -183,15 +182,3 @@ def test_random_bytes_are_as_many_as_asked_for_and_bounded(caller: Caller) -> No
 def test_decrypt_needs_the_key_for_a_bare_ciphertext(caller: Caller) -> None:
     request = cpb.DecryptRequest(ciphertext=bytes(256), format=cpb.CIPHERTEXT_FORMAT_RAW_RSA_OAEP)
     assert refusal(caller.crypto.Decrypt, request).metadata == {"field": "key"}
-
-
-def test_requests_with_a_request_id_are_refused_until_repeats_are_kept(caller: Caller) -> None:
-    made(caller, "aes")
-    made(caller, "ed25519", name="s")
-    for call, request in (
-        (caller.crypto.Encrypt, cpb.EncryptRequest(key="k", request_id="r")),
-        (caller.crypto.Sign, cpb.SignRequest(key="s", message=b"m", request_id="r")),
-        (caller.crypto.GenerateDataKey, cpb.GenerateDataKeyRequest(key="k", request_id="r")),
-    ):
-        assert refusal(call, request).reason == "NOT_IMPLEMENTED"
-    assert caller.keys.GetKey(kpb.GetKeyRequest(key="k")).key.usage_count == 0

@@ -9,14 +9,14 @@ from uuid import uuid4
 import pytest
 from psycopg import errors, sql
 
-from kms.app.ports import Change, User
+from kms.app.ports import Change, DestroyedKey, User
 from kms.domain.algorithms import KeyType
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId
 from kms.domain.keys import Custody, KeyRecord
 from kms.domain.lifecycle import Move, State, check_move
 from kms.store.keys import StoredKeys
-from kms.store.lifecycle import DestroyedKey, StoredLifecycle
+from kms.store.lifecycle import StoredLifecycle
 from kms.store.pool import Pool
 from tests.fixtures.postgres import Database
 from tests.store.acting import acting_for

@@ -1,0 +1,61 @@
+"""Moving keys between states, and changing what may be changed."""
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from kms.app.keyring import check_metadata, existing
+from kms.app.ports import Call, Change, Hsm, Keys, Lifecycle
+from kms.domain.errors import malformed
+from kms.domain.ids import KeyId, KeyRef
+from kms.domain.keys import Custody, KeyMaterial, KeyRecord
+from kms.domain.lifecycle import Move, check_move
+
+REASON_CHARACTERS_MAX: Final = 200
+PENDING_DAYS: Final = range(7, 91)
+PENDING_DAYS_DEFAULT: Final = 30
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
+
+
+@dataclass(frozen=True, slots=True)
+class Moving:
+    """The moves of `domain/lifecycle.py`, for the owner of a key."""
+
+    keys: Keys
+    lifecycle: Lifecycle
+
+    async def move(self, call: Call, ref: KeyRef, move: Move, change: Change, *, version: int | None) -> KeyRecord:
+        """Make the move and return the key as it is then; see `Lifecycle.move` for what is raised."""
+        _check(move, change)
+        key = await existing(self.keys, call.user.user_id, ref)
+        check_move(key.state, move)
+        return await self.lifecycle.move(call, key.identity.key_id, move, change, version=version)
+
+
+@dataclass(frozen=True, slots=True)
+class Destruction:
+    """The end of keys whose destruction has fallen due."""
+
+    lifecycle: Lifecycle
+    hsm: Hsm
+
+    async def destroy_due(self) -> list[KeyId]:
+        """Destroy what is due, row first, then the token object of a RESIDENT key; return the ids."""
+        destroyed = await self.lifecycle.destroy_due()
+        for key in destroyed:
+            if key.hsm_key_id is not None:
+                await self.hsm.discard(KeyMaterial(Custody.RESIDENT, "", "", key.hsm_key_id))
+        return [key.key_id for key in destroyed]
+
+
+def _check(move: Move, change: Change) -> None:
+    if move in (Move.REVOKE, Move.COMPROMISE) and not (change.reason or "").strip():
+        raise malformed("reason", f"expected 1 to {REASON_CHARACTERS_MAX} characters: why")
+    if len(change.reason or "") > REASON_CHARACTERS_MAX or _CONTROL.search(change.reason or ""):
+        raise malformed("reason", f"expected 1 to {REASON_CHARACTERS_MAX} characters, none of them a control character")
+    if move is Move.SCHEDULE_DESTRUCTION and change.pending_days not in PENDING_DAYS:
+        raise malformed("pending_days", f"expected {PENDING_DAYS[0]} to {PENDING_DAYS[-1]}")
+    if change.metadata is not None:
+        check_metadata(change.metadata)
+    if change.max_usage_count is not None and change.max_usage_count < 1:
+        raise malformed("max_usage_count", "expected at least 1")

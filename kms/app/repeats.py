@@ -1,0 +1,81 @@
+"""Repeats: a caller that lost an answer asks again under the same `request_id` and gets that result without a second charge."""
+
+import hmac
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import Final, TypeVar
+
+from kms.app.keyring import existing
+from kms.app.ports import Call, Hsm, Keys, Ledger, Repeat
+from kms.app.uses import Draft, Turn, used
+from kms.domain.errors import KmsError, Reason, malformed
+from kms.domain.ids import KeyId
+from kms.domain.lifecycle import check_repeat
+
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,64}")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request under an id of the caller's own: the RPC, the id, and the request in one deterministic spelling."""
+
+    rpc: str
+    request_id: str
+    body: bytes
+
+    def __post_init__(self) -> None:
+        if not _REQUEST_ID.fullmatch(self.request_id):
+            raise malformed("request_id", "expected 1 to 64 of A-Z a-z 0-9 . _ : / + = -")
+
+
+@dataclass(frozen=True, slots=True)
+class Uses:
+    """Uses of keys, settled in the ledger; one that has a `request_id` is handed out again instead of being made again."""
+
+    keys: Keys
+    hsm: Hsm
+    ledger: Ledger
+
+    async def once(
+        self,
+        call: Call,
+        asked: Asked | None,
+        draft: Callable[[], Awaitable[Draft[T]]],
+        turn: Turn,
+        *,
+        keep: Callable[[T], bytes],
+        again: Callable[[bytes], Awaitable[T]],
+    ) -> T:
+        """Return the result of *draft* once it is settled, or, repeated, what `again` makes of what `keep` kept.
+
+        Raises REQUEST_ID_REUSED for an id that was used with another request.
+        """
+        if asked is None:
+            return await used(self.ledger, draft, turn)
+        body_mac = await self.hsm.mac(asked.rpc.encode() + b"\x00" + asked.body)
+
+        async def answered_or_drafted() -> Draft[T]:
+            # Looked at before every attempt: a twin may have been settled first.
+            kept = await self._kept(call, asked, body_mac)
+            if kept is not None:
+                return Draft(await again(kept), None)
+            made = await draft()
+            repeat = Repeat(asked.rpc, asked.request_id, body_mac, keep(made.result))
+            return Draft(made.result, made.entry and replace(made.entry, repeat=repeat))
+
+        return await used(self.ledger, answered_or_drafted, turn)
+
+    async def check_repeatable(self, call: Call, key_id: KeyId) -> None:
+        """Raise unless a result by this key may be handed out again: the key is visible, and not revoked or worse."""
+        check_repeat((await existing(self.keys, call.user.user_id, key_id)).state)
+
+    async def _kept(self, call: Call, asked: Asked, body_mac: bytes) -> bytes | None:
+        found = await self.ledger.earlier(call.user.user_id, asked.rpc, asked.request_id)
+        if found is None:
+            return None
+        if not hmac.compare_digest(found.body_mac, body_mac):
+            raise KmsError(Reason.REQUEST_ID_REUSED, "this request_id was used for another request", field="request_id")
+        return found.result

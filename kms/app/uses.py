@@ -1,0 +1,75 @@
+"""Using a key: act first, charge then, and let nothing out before the charge is durable.
+
+The reads before the act only save work. The charge looks again at the key's state and version and at the caller's standing,
+in the statement that locks the key; where it refuses, the result is dropped.
+"""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final, Generic, Protocol, TypeVar
+
+from kms.app.ports import Entry, Ledger
+from kms.domain.errors import KmsError, Reason
+
+_ATTEMPTS: Final = 4
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+@dataclass(frozen=True, slots=True)
+class Draft(Generic[T]):
+    """A result that is nobody's yet, and the line of the ledger that makes it somebody's; None: nothing is recorded."""
+
+    result: T
+    entry: Entry | None
+
+    def __repr__(self) -> str:
+        return "<Draft>"
+
+    def map(self, change: Callable[[T], U]) -> "Draft[U]":
+        """Return the draft with another form of its result."""
+        return Draft(change(self.result), self.entry)
+
+
+class Turn(Protocol):
+    """A place among the uses of one request: drafts are made a few at a time, and settled in the order of the request."""
+
+    async def draft(self, make: Callable[[], Awaitable[Draft[T]]]) -> Draft[T]:
+        """Return what *make* returns, once there is room for the work."""
+        ...
+
+    async def settle(self) -> None:
+        """Return when all before it are on their way to the ledger."""
+        ...
+
+
+class Alone:
+    """The turn of a request that is a single use."""
+
+    async def draft(self, make: Callable[[], Awaitable[Draft[T]]]) -> Draft[T]:
+        """Return what *make* returns."""
+        return await make()
+
+    async def settle(self) -> None:
+        """There is nobody before it."""
+
+
+async def used(ledger: Ledger, draft: Callable[[], Awaitable[Draft[T]]], turn: Turn) -> T:
+    """Return the result of a draft that the ledger has settled, drafting anew while the key changes in between.
+
+    Raises what the ledger says, and STALE where the key changes every time.
+    """
+    for _ in range(_ATTEMPTS):
+        made = await turn.draft(draft)
+        if made.entry is None:
+            return made.result
+        await turn.settle()
+        try:
+            await ledger.settle(made.entry)
+        except KmsError as error:
+            if error.reason is not Reason.STALE:
+                raise
+        else:
+            return made.result
+    raise KmsError(Reason.STALE, "the key changes faster than it can be used; try again")
