@@ -109,12 +109,7 @@ class _Writer:
             await dropped.connection.close()
 
     def _take(self) -> list[_Waiting]:
-        batch: list[_Waiting] = []
-        while self.queue and len(batch) < BATCH_MAX:
-            waiting = self.queue.popleft()
-            if not waiting.outcome.done():
-                batch.append(waiting)
-        return batch
+        return [self.queue.popleft() for _ in range(min(len(self.queue), BATCH_MAX))]
 
     async def _write(self, batch: list[_Waiting]) -> psycopg.Error | None:
         try:
@@ -124,7 +119,7 @@ class _Writer:
             _fail([*batch, *self.queue], error)
             self.queue.clear()
             return None
-        # To connect took time: who has given up meanwhile was told that nothing was charged.
+        # After connecting, which takes time: who has given up meanwhile was told that nothing was charged.
         batch = [waiting for waiting in batch if not waiting.outcome.done()]
         if not batch:
             return None
