@@ -1,5 +1,6 @@
 """`kms key`: making keys and looking at them."""
 
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from kms.cli.invocation import Invocation, command, group
+from kms.cli.moments import MOMENTS, ExpiresOption, LimitOption, stamp
 from kms.cli.options import KeyArgument, OutOption
 from kms.cli.output import Encoding, json_bytes, print_fields, print_json, print_table, write_bytes
 from kms.domain.algorithms import KeyType, Purpose
@@ -40,9 +42,12 @@ def create(
     ] = None,
     custody_min: Annotated[Custody | None, typer.Option(case_sensitive=False, help="Refuse any weaker custody.")] = None,
     metadata: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="May be repeated.")] = None,
+    limit: LimitOption = None,
+    expires: ExpiresOption = None,
+    activates: Annotated[datetime | None, typer.Option(formats=MOMENTS, help="Pre-active until then. Default: at once.")] = None,
 ) -> None:
     """Make a key in the HSM."""
-    entries = _parse_metadata(metadata or [])
+    entries = parse_metadata(metadata or [])
     with invocation.client() as client:
         from kms.cli.words import number
         from kms.rpc import enums
@@ -55,8 +60,11 @@ def create(
             size_bits=size_bits or 0,
             custody_min=number(enums.CUSTODIES, custody_min),
             metadata=entries,
+            max_usage_count=limit,
+            expires_at=stamp(expires),
+            activated_at=stamp(activates),
         )
-        _show_key(invocation, client.call(client.keys.CreateKey, request).key)
+        show_key(invocation, client.call(client.keys.CreateKey, request).key)
 
 
 def list_keys(
@@ -95,7 +103,7 @@ def show(invocation: Invocation, key: KeyArgument) -> None:
     with invocation.client() as client:
         from kms.v1 import keys_pb2
 
-        _show_key(invocation, client.call(client.keys.GetKey, keys_pb2.GetKeyRequest(key=key)).key)
+        show_key(invocation, client.call(client.keys.GetKey, keys_pb2.GetKeyRequest(key=key)).key)
 
 
 def public(
@@ -116,26 +124,29 @@ def public(
     print_json({"key_id": found.key_id, **_public_key_fields(pem, found.public_key_der, form, out)})
 
 
-def register(app: typer.Typer) -> None:
-    """Add these commands to *app*."""
-    keys = group(app, "key", "Make keys and look at them.")
+def register(app: typer.Typer) -> typer.Typer:
+    """Add these commands to *app*, and return their group."""
+    keys = group(app, "key", "Make keys, look at them, and move them between states.")
     command(
         keys,
         "create",
         "kms key create payments --type secp256k1",
         "kms key create invoices --type rsa --size 4096 --metadata team=billing",
         "kms key create backups --type aes --custody-min wrapped --json",
+        "kms key create vouchers --type ed25519 --limit 1000 --expires 2027-01-01",
     )(create)
     command(keys, "list", "kms key list", "kms key list --type rsa --json", "kms key list --prefix pay | cut -f 1")(list_keys)
     command(keys, "show", "kms key show payments", "kms key show payments --json | jq -r .custody")(show)
     command(keys, "public", "kms key public payments", "kms key public payments --format der --out payments.der")(public)
+    return keys
 
 
 def _usual_purpose(key_type: KeyType) -> Purpose:
     return Purpose.ENCRYPTION if key_type is KeyType.AES else Purpose.SIGNING
 
 
-def _parse_metadata(entries: list[str]) -> dict[str, str]:
+def parse_metadata(entries: list[str]) -> dict[str, str]:
+    """Return NAME=VALUE arguments as a dictionary. Raises BadParameter."""
     parted = [entry.partition("=") for entry in entries]
     if any(not name or not equals for name, equals, _ in parted):
         raise typer.BadParameter("--metadata: expected NAME=VALUE")
@@ -158,7 +169,8 @@ def _pages(client: "Client", request: "keys_pb2.ListKeysRequest", limit: int) ->
         request.page_token = page.next_page_token
 
 
-def _show_key(invocation: Invocation, key: "keys_pb2.Key") -> None:
+def show_key(invocation: Invocation, key: "keys_pb2.Key") -> None:
+    """Print a key."""
     from kms.cli.words import key_fields
 
     fields = key_fields(key)

@@ -36,6 +36,11 @@ def key_fields(key: keys_pb2.Key) -> dict[str, Any]:
         "created_at": key.created_at.ToJsonString(),
         "metadata": dict(key.metadata),
     }
+    if key.HasField("max_usage_count"):
+        fields["max_usage_count"] = key.max_usage_count
+    for name in ("activated_at", "expires_at", "destruction_scheduled_at"):
+        if key.HasField(name):
+            fields[name] = getattr(key, name).ToJsonString()
     if key.check_value:
         fields["check_value"] = key.check_value
     if key.public_key_pem:
