@@ -1,0 +1,163 @@
+"""What `plans.py` sends with each statement: rows that are there, others in every execution.
+
+A statement without an entry here is sent with values that find nothing.
+"""
+
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+from uuid import UUID, uuid4
+
+from psycopg.types.json import Jsonb
+
+from benchmarks.plans_rows import DUE, UNCONFIRMED, Size, certificate_id, key_id, key_name, user_id
+
+_USABLE_FROM: Final = 1 + max(DUE, UNCONFIRMED)
+_PEM: Final = "-----BEGIN PUBLIC KEY-----\n" + "A" * 124
+
+
+@dataclass(frozen=True, slots=True)
+class Sending:
+    """The user for whom a statement is sent, and its parameters."""
+
+    user: UUID | None
+    parameters: Mapping[str, Any] | Sequence[Any]
+
+
+Make = Callable[[Size], Sending]
+
+
+def a_key(size: Size) -> int:
+    """Return the number of some key that is active."""
+    while True:
+        number = random.randint(_USABLE_FROM, size.keys)  # noqa: S311  # no secret
+        if number % 50 != 49 and number % 100 != 98:
+            return number
+
+
+def _by_id(size: Size) -> Sending:
+    number = a_key(size)
+    return Sending(size.owner(number), {"caller": size.owner(number), "ref": key_id(number)})
+
+
+def _by_name(size: Size) -> Sending:
+    number = a_key(size)
+    return Sending(size.owner(number), {"caller": size.owner(number), "ref": key_name(number)})
+
+
+def _insert(size: Size) -> Sending:
+    owner = size.owner(a_key(size))
+    new_id = uuid4()
+    columns: dict[str, Any] = dict.fromkeys(("hsm_key_id", "max_usage_count", "activated_at", "expires_at"))
+    columns |= {"id": new_id, "caller": owner, "name": f"new-{new_id.hex}", "type": "secp256r1", "purpose": "signing"}
+    columns |= {"curve": "secp256r1", "strength": 256, "bound_to": "", "origin": "GENERATED", "custody": "SEALED"}
+    columns |= {"public_key": _PEM, "envelope": "e" * 300, "metadata": Jsonb({})}
+    return Sending(owner, columns)
+
+
+def _page(*, of_the_many: bool, **wanted: str) -> Make:
+    def make(size: Size) -> Sending:
+        number = a_key(size)
+        owner = user_id(0) if of_the_many else size.owner(number)
+        parameters = {"caller": owner, "after": key_name(number), "prefix": "", "limit": 100}
+        if wanted:
+            parameters["after"] = ""
+        return Sending(owner, parameters | {"type": None, "purpose": None, "state": None} | wanted)
+
+    return make
+
+
+def _use(size: Size, n: int) -> dict[str, Any]:
+    number = a_key(size)
+    use = {"n": n, "user_id": str(size.owner(number)), "user_version": 0, "request_id": str(uuid4()), "peer": "192.0.2.7"}
+    use |= {"action": "sign", "key_id": str(key_id(number)), "key_version": 1, "use": "protect", "is_charged": True}
+    kept = {"rpc": "Sign", "repeat_id": str(uuid4()), "body_mac": "\\x" + "00" * 32, "result": "\\x" + "00" * 64}
+    return use | {"details": {"message_bytes": 3}} | kept
+
+
+def _settle(uses: int) -> Make:
+    def make(size: Size) -> Sending:
+        entries = json.dumps([_use(size, n) for n in range(1, uses + 1)])
+        return Sending(None, {"writer": uuid4(), "number": 1, "entries": entries})
+
+    return make
+
+
+def _move(move: str, **change: object) -> Make:
+    def make(size: Size) -> Sending:
+        number = a_key(size)
+        parameters = {"key": key_id(number), "move": move, "change": Jsonb(change), "user_version": 0, "version": 1}
+        return Sending(size.owner(number), parameters | {"request_id": str(uuid4()), "peer": "192.0.2.7"})
+
+    return make
+
+
+def _replay(subject: Callable[[int], UUID], last: Callable[[Size], int]) -> Make:
+    def make(size: Size) -> Sending:
+        subjects = [subject(number) for number in random.sample(range(1, last(size)), 16)]
+        return Sending(None, {"subjects": subjects, "moments": [datetime.now(UTC)] * len(subjects)})
+
+    return make
+
+
+def _answer(size: Size) -> Sending:
+    number = a_key(size) // 5 + 1
+    return Sending(None, {"user": size.owner(number), "rpc": "Sign", "request_id": f"request-{number}"})
+
+
+def _refusals(size: Size) -> Sending:
+    row: dict[str, Any] = {"peer": "192.0.2.7", "action": "sign", "reason": "KEY_NOT_FOUND", "severity": "low", "age_seconds": 0}
+    rows = [row | {"user_id": str(size.owner(a_key(size))), "outcome": "failure", "risk_score": 10} for _ in range(100)]
+    return Sending(None, {"refusals": json.dumps(rows)})
+
+
+def _fixed(**parameters: object) -> Make:
+    return lambda _: Sending(None, parameters)
+
+
+def _confirm(_: Size) -> Sending:
+    return Sending(None, {"key": key_id(random.randint(1, UNCONFIRMED)), "count": 5})  # noqa: S311  # no secret
+
+
+_KEY_SUBJECTS: Final = _replay(key_id, lambda size: size.keys)
+CASES: Final[Mapping[str, Mapping[str, Make]]] = {
+    "batches.SETTLE": {"1 use": _settle(1), "64 uses": _settle(64)},
+    "batches.SETTLED": {"": lambda _: Sending(None, {"writer": uuid4(), "number": 1})},
+    "epoch.BEGIN": {"": _fixed(cause="RECOVERED", backup_created_at=None)},
+    "epoch.COMPROMISE_KEYS": {"16 keys": _KEY_SUBJECTS},
+    "epoch.CONFIRM": {"": _confirm},
+    "epoch.DESTROY_KEYS": {"16 keys": _KEY_SUBJECTS},
+    "epoch.DISABLE_USERS": {"16 users": _replay(user_id, lambda size: size.users)},
+    "epoch.REVOKE_CERTIFICATES": {"16 certificates": _replay(certificate_id, lambda size: size.keys // 10)},
+    "epoch.REVOKE_KEYS": {"16 keys": _KEY_SUBJECTS},
+    "keys.FIND_BY_ID": {"": _by_id},
+    "keys.FIND_BY_NAME": {"": _by_name},
+    "keys.FIND_USABLE_BY_ID": {"": _by_id},
+    "keys.FIND_USABLE_BY_NAME": {"": _by_name},
+    "keys.INSERT": {"": _insert},
+    "keys.PAGE": {
+        "a user": _page(of_the_many=False),
+        "the user of a tenth": _page(of_the_many=True),
+        "the user of a tenth, active keys": _page(of_the_many=True, state="active"),
+        "the user of a tenth, a prefix": _page(of_the_many=True, prefix="key-000001"),
+        "the user of a tenth, a type that he has not": _page(of_the_many=True, type="rsa"),
+        "the user of a tenth, a state that no key has": _page(of_the_many=True, state="compromised"),
+    },
+    "lifecycle.MOVE": {
+        "update": _move("update", metadata={"a": "b"}),
+        "deactivate": _move("deactivate", reason="a"),
+        "revoke": _move("revoke", reason="a"),
+    },
+    "partitions.DETACH": {"": _fixed(parent="audit.security_events", name="security_events_2024_01")},
+    "partitions.ENSURE": {"": _fixed(days=90)},
+    "pool.ACT_AS": {"": lambda size: Sending(None, ["authenticated_users", str(size.owner(a_key(size)))])},
+    "refusals.RECORD": {"100 refusals": _refusals},
+    "repeats.FIND": {"": _answer},
+    "migrate.RECORD": {"": _fixed(version="V9999", description="", script_name="", checksum="")},
+    "wrapping.REGISTER": {"": lambda _: Sending(None, {"id": uuid4(), "kind": "kek", "generation": 9, "serial": "1"})},
+    "users.CREATE_SERVICE": {"": lambda _: Sending(None, {"name": f"service-{uuid4().hex}"})},
+    "users.FIND_BY_URI": {"": lambda size: Sending(None, {"id": size.owner(a_key(size))})},
+}
