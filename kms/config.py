@@ -55,6 +55,7 @@ class ServerConfig(_Section):
     call_seconds_max: Annotated[float, Field(gt=0, le=600)] = 30.0
     calls_max: Annotated[int, Field(ge=1, le=100_000)] = 1000
     calls_per_user_max: Annotated[int, Field(ge=1, le=100_000)] = 200
+    journal: Path | None = None
 
 
 class _SecretSection(_Section):
@@ -220,7 +221,7 @@ def _read(path: Path | None) -> tuple[dict[str, Any], list[str]]:
                 instead = f"{name}_file, {name}_fd or {_variable(section, name)}"
                 faults.append(f"{section}.{name}: a secret is not kept in this file; use {instead}")
                 del values[name]
-            elif (name.endswith("_file") or name == "module") and isinstance(values[name], str):
+            elif (name.endswith("_file") or name in ("module", "journal")) and isinstance(values[name], str):
                 values[name] = str(path.absolute().parent / values[name])
     return content, faults
 

@@ -23,6 +23,7 @@ from kms.app.access import Access
 from kms.app.encryption import Encryption
 from kms.app.keyring import Keyring
 from kms.app.moving import Destruction, Moving
+from kms.app.ports import Lifecycle
 from kms.app.repeats import Uses
 from kms.app.signing import Signing
 from kms.config import Config, ConfigError, ServerConfig
@@ -47,6 +48,8 @@ from kms.store import restore as restoration
 from kms.store.backup import backup as make_backup
 from kms.store.backup_file import Manifest
 from kms.store.epoch import Beginning
+from kms.store.journal import Journal
+from kms.store.journaled import JournaledLifecycle
 from kms.store.keys import StoredKeys
 from kms.store.ledger import StoredLedger, open_ledger
 from kms.store.lifecycle import StoredLifecycle
@@ -199,9 +202,14 @@ async def running(config: Config) -> AsyncIterator[tuple[int, TokenHsm]]:
         stack.push_async_callback(hsm.close)
         await _check_token(config, hsm, StoredWrappingKeys(pool))
         ledger = await stack.enter_async_context(open_ledger(dsn, pool))
-        await stack.enter_async_context(_destroying(Destruction(StoredLifecycle(pool), hsm)))
+        lifecycle = _lifecycle(pool, server_config.journal)
+        await stack.enter_async_context(_destroying(Destruction(lifecycle, hsm)))
         store_answers = await stack.enter_async_context(watched(pool))
-        server = _server(pool, hsm, ledger, identity, server_config, is_ready=lambda: hsm.is_available() and store_answers())
+
+        def is_ready() -> bool:
+            return hsm.is_available() and store_answers()
+
+        server = _server(pool, hsm, ledger, lifecycle, identity, server_config, is_ready=is_ready)
         port = await server.start(server_config.listen, tls)
         stack.push_async_callback(server.stop, server_config.call_seconds_max)
         yield port, hsm
@@ -211,6 +219,7 @@ def _server(
     pool: Pool,
     hsm: TokenHsm,
     ledger: StoredLedger,
+    lifecycle: Lifecycle,
     identity: ClientIdentity,
     config: ServerConfig,
     *,
@@ -226,11 +235,22 @@ def _server(
     )
     return Server(
         edge,
-        KeyServicer(Keyring(keys, hsm), Moving(keys, StoredLifecycle(pool))),
+        KeyServicer(Keyring(keys, hsm), Moving(keys, lifecycle)),
         CryptoServicer(Signing(keys, hsm, public_keys), Encryption(keys, hsm, public_keys), Uses(keys, hsm, ledger)),
         calls_max=config.calls_max,
         is_ready=is_ready,
     )
+
+
+def _lifecycle(pool: Pool, journal_file: Path | None) -> Lifecycle:
+    if journal_file is None:
+        return StoredLifecycle(pool)
+    journal = Journal(journal_file)
+    try:
+        journal.begin(at=host_clock())
+    except OSError as error:
+        raise KmsError(Reason.STORE_UNAVAILABLE, f"the journal {journal_file} cannot be written: {error.strerror}") from None
+    return JournaledLifecycle(StoredLifecycle(pool), journal)
 
 
 def _database_dsn(config: Config) -> str:

@@ -203,6 +203,7 @@ class DestroyedKey:
 
     key_id: KeyId
     hsm_key_id: str | None
+    destroyed_at: datetime
 
 
 class Lifecycle(Protocol):

@@ -23,7 +23,7 @@ MOVE: Final = """
         %(key)s, %(move)s, %(change)s, %(user_version)s, %(version)s, %(request_id)s, %(peer)s
     )
 """
-DESTROY_DUE: Final = "SELECT destroyed_id AS id, token_object FROM cryptography.destroy_due_keys()"
+DESTROY_DUE: Final = "SELECT destroyed_id AS id, token_object, clock_timestamp() AS at FROM cryptography.destroy_due_keys()"
 _EXPECTED: Final = {
     "occurred_at": "expected a moment that has passed",
     "pending_days": "expected 7 to 90 days",
@@ -76,7 +76,7 @@ class StoredLifecycle:
         """Destroy at most 100 keys whose time has come and return them: their envelopes are gone, the rows stay."""
         async with self.pool.transaction(AS_JOB) as connection:
             rows = await (await connection.execute(DESTROY_DUE)).fetchall()
-        return [DestroyedKey(KeyId(row["id"]), row["token_object"]) for row in rows]
+        return [DestroyedKey(KeyId(row["id"]), row["token_object"], row["at"]) for row in rows]
 
 
 def _told(change: Change) -> dict[str, Any]:

@@ -1,0 +1,41 @@
+"""What a restore must not undo is in a file outside the database before it is answered."""
+
+import psycopg
+
+from kms.store.journal import Event, read_journal
+from kms.v1 import keys_pb2 as kpb
+from tests.conformance.refusals import refusal
+from tests.conformance.requests import made
+from tests.conformance.test_outages import soon
+from tests.fixtures.server import Deployment
+
+
+def test_revocation_compromise_and_destruction_are_journaled_before_they_are_answered(deployment: Deployment) -> None:
+    text = deployment.config_file.read_text().replace("call_seconds_max = 20", 'call_seconds_max = 20\njournal = "journal"')
+    deployment.config_file.write_text(text)
+    journal = deployment.directory / "journal"
+
+    def told() -> list[tuple[Event, str]]:
+        return [(entry.event, str(entry.subject)) for entry in read_journal(journal)[1:]]
+
+    with deployment.serving() as server:
+        caller = server.caller()
+        revoked, compromised, due = (made(caller, "aes", name=name) for name in ("a", "b", "c"))
+        caller.keys.RevokeKey(kpb.RevokeKeyRequest(key="a", reason="left"))
+        assert told() == [(Event.KEY_REVOKED, revoked.id)]
+        caller.keys.MarkKeyCompromised(kpb.MarkKeyCompromisedRequest(key="b", reason="stolen"))
+        assert told()[1:] == [(Event.KEY_COMPROMISED, compromised.id)]
+        caller.keys.DeactivateKey(kpb.DeactivateKeyRequest(key="c"))
+        assert len(told()) == 2
+        caller.keys.ScheduleKeyDestruction(kpb.ScheduleKeyDestructionRequest(key="c", pending_days=7))
+    with psycopg.connect(deployment.database.admin_dsn, autocommit=True) as connection:
+        connection.execute("UPDATE cryptography.keys SET destruction_scheduled_at = now() WHERE id = %s", (due.id,))
+    with deployment.serving() as server:
+        soon(lambda: told()[2:] == [(Event.KEY_DESTROYED, due.id)])
+        caller = server.caller(caller.user_id)
+        made(caller, "aes", name="d")
+        journal.rename(journal.with_name("kept"))
+        journal.mkdir()
+        found = refusal(caller.keys.RevokeKey, kpb.RevokeKeyRequest(key="d", reason="r"))
+        assert found.reason == "OUTCOME_UNKNOWN"
+        assert caller.keys.GetKey(kpb.GetKeyRequest(key="d")).key.state == kpb.KEY_STATE_REVOKED
