@@ -48,6 +48,8 @@ moves.register(keys.register(app))
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit. Expected failures are told in one line or, with `--json`, in one object."""
+    # `kms dev` and the demonstration start processes beside grpc's threads; its fork handlers can crash such a child.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     given = list(sys.argv[1:] if arguments is None else arguments)
     failure = _run(given)
     if failure is not None:

@@ -40,7 +40,7 @@ class Account:
         if self.user is None:
             return
         for path in reversed((directory, *directory.parents)):
-            if self.run(["/usr/bin/test", "-x", str(path)]).returncode != 0:
+            if self.run(["/usr/bin/test", "-x", str(path)]).returncode > 0:  # a signal is no answer
                 name = self.user.pw_name
                 advice = "chmod o+x it or choose another directory"
                 raise KmsError(
