@@ -35,7 +35,7 @@ def backup(
     restored database has every key inactive. The file opens no key without the token; keep the two apart.
     """
     config = invocation.operator_config("migration")
-    from kms import wiring
+    from kms.wiring import database as wiring
 
     path, manifest = wiring.backup(config, out, journal or [])
     found = {
@@ -66,7 +66,7 @@ def restore(
         _drill(invocation, file, journal)
         return
     config = invocation.operator_config("migration")
-    from kms import wiring
+    from kms.wiring import database as wiring
 
     done = wiring.restore(config, file, journal or [])
     found = {
@@ -87,7 +87,7 @@ def begin(invocation: Invocation, journal: JournalOption = None) -> None:
     and be sure that none has lost its end; with none, every key is inactive.
     """
     config = invocation.operator_config("migration")
-    from kms import wiring
+    from kms.wiring import database as wiring
 
     _show(invocation, _told(wiring.begin_epoch(config, journal or [])))
 
@@ -98,7 +98,7 @@ def go_on(invocation: Invocation) -> None:
     If a single committed transaction may be missing, use kms epoch begin instead. Needs [migration].
     """
     config = invocation.operator_config("migration")
-    from kms import wiring
+    from kms.wiring import database as wiring
 
     _show(invocation, {"epoch": wiring.continue_epoch(config)})
 
@@ -106,7 +106,7 @@ def go_on(invocation: Invocation) -> None:
 def show(invocation: Invocation) -> None:
     """Show the epoch of the database, and the restored keys that wait for kms epoch confirm. Needs [database]."""
     config = invocation.operator_config("database")
-    from kms import wiring
+    from kms.wiring import database as wiring
 
     epoch, waiting = wiring.epoch_status(config)
     found: dict[str, Any] = {
@@ -134,7 +134,7 @@ def confirm(
     Count high where you are not sure: from the journal of its callers, never from the backup. Needs [database].
     """
     config = invocation.operator_config("database")
-    from kms import wiring
+    from kms.wiring import database as wiring
 
     _show(invocation, {"key": str(key), "count": count, "active": wiring.confirm_restored_key(config, key, count)})
 
@@ -159,7 +159,7 @@ def _drill(invocation: Invocation, file: Path, journal: list[Path] | None) -> No
     if journal:
         raise typer.BadParameter("--drill begins no epoch: leave --journal out")
     config = invocation.operator_config("migration", "hsm")
-    from kms import wiring
+    from kms.wiring import database as wiring
 
     found = wiring.restore_drill(config, file)
     told = {"opened": found.opened, "kek_missing": list(map(str, found.kek_missing)), "invalid": list(map(str, found.invalid))}

@@ -13,7 +13,7 @@ def init(invocation: Invocation) -> None:
     ever overwritten. Copy the token afterwards.
     """
     config = invocation.operator_config("hsm")
-    from kms import wiring
+    from kms.wiring import token as wiring
 
     wiring.hsm_init(config)
     if invocation.as_json:
@@ -25,7 +25,7 @@ def init(invocation: Invocation) -> None:
 def probe(invocation: Invocation) -> None:
     """Say what the token can do, and whether the service can use it."""
     config = invocation.operator_config("hsm")
-    from kms import wiring
+    from kms.wiring import token as wiring
 
     found = wiring.hsm_probe(config)
     if invocation.as_json:
@@ -41,7 +41,7 @@ def backup_confirmed(invocation: Invocation) -> None:
     without that record: losing the token loses every key.
     """
     config = invocation.operator_config("hsm", "database")
-    from kms import wiring
+    from kms.wiring import token as wiring
 
     wiring.confirm_backup(config)
     if invocation.as_json:

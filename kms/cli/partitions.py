@@ -24,7 +24,7 @@ def ensure(
 ) -> None:
     """Make the partitions that are missing. kms serve does this by itself at its start and every six hours."""
     config = invocation.operator_config("database")
-    from kms import wiring
+    from kms.wiring import database as wiring
 
     made = list(wiring.ensure_partitions(config, ahead))
     if invocation.as_json:
@@ -36,7 +36,7 @@ def ensure(
 def check(invocation: Invocation) -> None:
     """Fail if a DEFAULT partition holds rows: they found no partition of their own, and slow everything down."""
     config = invocation.operator_config("database")
-    from kms import wiring
+    from kms.wiring import database as wiring
 
     found = wiring.default_partition_rows(config)
     if invocation.as_json:
@@ -53,7 +53,7 @@ def check(invocation: Invocation) -> None:
 def drain(invocation: Invocation) -> None:
     """Move the rows of the DEFAULT partitions where they belong, in one transaction. Writers of the trail wait meanwhile."""
     config = invocation.operator_config("database")
-    from kms import wiring
+    from kms.wiring import database as wiring
 
     moved = wiring.drain_partitions(config)
     if invocation.as_json:
@@ -74,7 +74,7 @@ def archive(
     pg_restore reads the files. Needs [migration] with a login that sees every row.
     """
     config = invocation.operator_config("migration")
-    from kms import wiring
+    from kms.wiring import database as wiring
 
     done = wiring.archive_partitions(config, before.date(), out)
     if invocation.as_json:

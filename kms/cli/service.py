@@ -18,9 +18,9 @@ def serve(invocation: Invocation) -> None:
     """
     config = invocation.operator_config("server", "hsm", "database")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read when grpc is loaded: its own lines are no JSON
-    from kms import wiring
+    from kms.wiring import serving
 
-    wiring.serve(config)
+    serving.serve(config)
 
 
 def migrate(
@@ -32,7 +32,7 @@ def migrate(
     Needs [migration]: the login that owns the schema, which the service itself never uses.
     """
     config = invocation.operator_config("migration")
-    from kms import wiring
+    from kms.wiring import database as wiring
 
     if check:
         wiring.check_schema(config)

@@ -35,7 +35,7 @@ def add_service(
     and a configuration for this command to a new directory. With an authority of your own, issue the certificate there.
     """
     config = invocation.operator_config("database")
-    from kms import wiring
+    from kms.wiring import users as wiring
 
     if config.authority is None:
         user_id = wiring.add_service(config, name)

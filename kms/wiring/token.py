@@ -1,0 +1,66 @@
+"""What the `kms hsm` commands do, and the look at the token before it serves."""
+
+import asyncio
+from typing import Final
+
+import structlog
+
+from kms.config import Config
+from kms.domain.errors import KmsError, Reason
+from kms.hsm import probe, provision
+from kms.hsm.token_hsm import TokenHsm
+from kms.hsm.wrapping_keys import Kind, WrappingKey
+from kms.store.wrapping import Kind as StoredKind
+from kms.store.wrapping import StoredWrappingKeys, TokenKey
+from kms.wiring.parts import database_dsn, hsm_settings, ready_pool
+
+_STORED_KINDS: Final[dict[Kind, StoredKind]] = {Kind.KEK: "kek", Kind.SEALING: "sealing"}
+_LOG = structlog.get_logger("kms")
+
+
+def hsm_init(config: Config) -> provision.TokenDescription:
+    """Make the KEK, the sealing key and their canary in the token. Raises NAME_TAKEN where it has them already."""
+    return provision.init(hsm_settings(config))
+
+
+def hsm_probe(config: Config) -> probe.Report:
+    """Return what the token can do, tried on throw-away keys."""
+    return probe.examine(hsm_settings(config))
+
+
+def confirm_backup(config: Config) -> None:
+    """Open the canaries of the token that is configured, a copy, and record that a tested copy exists."""
+    found = provision.check_copy(hsm_settings(config))
+    asyncio.run(_confirm_backup(config, found))
+
+
+async def check_token(config: Config, hsm: TokenHsm, known: StoredWrappingKeys) -> None:
+    """Record the token's keys. Raises HSM_KEK_MISSING for another token, and in production for one without a tested copy."""
+    serial, found = hsm.wrapping_keys().token_serial, _token_keys(hsm.wrapping_keys().keys)
+    serials = {key.token_serial for key in await known.read()}
+    if serials - {serial}:
+        _LOG.warning("another token serial", seen=serial, before=sorted(serials - {serial}))
+    await known.register(found, serial)
+    unconfirmed = [key for key in await known.read() if key.backup_confirmed_at is None]
+    if unconfirmed and config.mode == "production":
+        raise KmsError(
+            Reason.HSM_UNAVAILABLE,
+            "no tested copy of the token is on record, and losing the token loses every key: copy it, then run "
+            "`kms hsm backup-confirmed` with the copy in the configuration",
+        )
+
+
+async def _confirm_backup(config: Config, found: provision.TokenDescription) -> None:
+    async with ready_pool(config, database_dsn(config)) as pool:
+        known = StoredWrappingKeys(pool)
+        before = {key.key_id for key in await known.read()}
+        # A copy may have a serial of its own; only where the database knows nothing yet is it written down.
+        if not before:
+            await known.register(_token_keys(found.wrapping_keys), found.serial)
+        elif not before <= {key.key_id for key in found.wrapping_keys}:
+            raise KmsError(Reason.HSM_KEK_MISSING, "this is no copy of the token: keys that the database knows are not in it")
+        await known.confirm_backup()
+
+
+def _token_keys(keys: tuple[WrappingKey, ...]) -> list[TokenKey]:
+    return [TokenKey(key.key_id, _STORED_KINDS[key.kind], key.generation) for key in keys]
