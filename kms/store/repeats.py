@@ -9,6 +9,7 @@ from kms.store.pool import AS_JOB, BEFORE_LOGIN, Pool
 
 FIND: Final = "SELECT body_mac, result FROM cryptography.find_answer(%(user)s, %(rpc)s, %(request_id)s)"
 FORGET: Final = "SELECT cryptography.forget_answers() AS removed"
+FORGET_MAX: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class StoredRepeats:
         return Repeat(rpc, request_id, rows[0]["body_mac"], rows[0]["result"]) if rows else None
 
     async def forget(self) -> int:
-        """Remove what is no longer given, at most 10,000 answers; return how many."""
+        """Remove what is no longer given, at most `FORGET_MAX` answers; return how many."""
         async with self.pool.transaction(AS_JOB) as connection:
             row = await (await connection.execute(FORGET)).fetchone()
         assert row is not None  # noqa: S101  # a function that returns no set gives a row or raises

@@ -4,9 +4,9 @@ import asyncio
 import resource
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import Final
 
 import structlog
 import uvloop
@@ -35,14 +35,15 @@ from kms.store.keys import StoredKeys
 from kms.store.ledger import StoredLedger, open_ledger
 from kms.store.lifecycle import StoredLifecycle
 from kms.store.pool import Pool
+from kms.store.repeats import StoredRepeats
 from kms.store.users import StoredUsers
 from kms.store.watch import watched
 from kms.store.wrapping import StoredWrappingKeys
+from kms.wiring.jobs import UPKEEP_SECONDS, destroy_due, forget_answers, repeating
 from kms.wiring.log import configure_log
 from kms.wiring.parts import database_dsn, hsm_settings, needed, ready_pool
 from kms.wiring.token import check_token
 
-_DESTRUCTION_SECONDS: Final = 60.0
 _LOG = structlog.get_logger("kms")
 
 
@@ -88,7 +89,10 @@ async def running(config: Config) -> AsyncIterator[tuple[int, TokenHsm]]:
         await check_token(config, hsm, StoredWrappingKeys(pool))
         ledger = await stack.enter_async_context(open_ledger(dsn, pool))
         lifecycle = _lifecycle(pool, server_config.journal)
-        await stack.enter_async_context(_destroying(Destruction(lifecycle, hsm)))
+        await stack.enter_async_context(
+            repeating("destruction", UPKEEP_SECONDS, partial(destroy_due, Destruction(lifecycle, hsm)))
+        )
+        await stack.enter_async_context(repeating("repeats", UPKEEP_SECONDS, partial(forget_answers, StoredRepeats(pool))))
         store_answers = await stack.enter_async_context(watched(pool))
 
         def is_ready() -> bool:
@@ -136,28 +140,6 @@ def _lifecycle(pool: Pool, journal_file: Path | None) -> Lifecycle:
     except OSError as error:
         raise KmsError(Reason.STORE_UNAVAILABLE, f"the journal {journal_file} cannot be written: {error.strerror}") from None
     return JournaledLifecycle(StoredLifecycle(pool), journal)
-
-
-@asynccontextmanager
-async def _destroying(destruction: Destruction) -> AsyncIterator[None]:
-    """Destroy keys whose time has come, within the block. That they are not usable does not wait for it."""
-
-    async def repeat() -> None:
-        while True:
-            try:
-                for key_id in await destruction.destroy_due():
-                    _LOG.info("key destroyed", key=str(key_id))
-            except KmsError as error:
-                _LOG.warning("destruction put off", reason=error.reason, message=error.message)
-            await asyncio.sleep(_DESTRUCTION_SECONDS)
-
-    task = asyncio.create_task(repeat())
-    try:
-        yield
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
 
 
 def _log_status(status: HsmStatus) -> None:
