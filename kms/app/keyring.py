@@ -1,12 +1,12 @@
 """Making keys and looking at them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 from uuid import UUID
 
-from kms.app.ports import Call, Hsm, Keys, NewKey
+from kms.app.ports import Call, Hsm, Keys, NewKey, Repeat
 from kms.domain.algorithms import KeySpec
 from kms.domain.errors import KmsError, Reason, malformed
 from kms.domain.ids import KeyId, KeyName, KeyRef, UserId
@@ -38,8 +38,11 @@ class Keyring:
     keys: Keys
     hsm: Hsm
 
-    async def create(self, call: Call, wish: KeyWish) -> KeyRecord:
-        """Make a key in the token and store it, or raise NAME_TAKEN, CUSTODY_UNAVAILABLE, MALFORMED or HSM_UNAVAILABLE."""
+    async def create(self, call: Call, wish: KeyWish, keep: Callable[[KeyId], Repeat] | None = None) -> KeyRecord:
+        """Make a key in the token and store it, or raise NAME_TAKEN, CUSTODY_UNAVAILABLE, MALFORMED or HSM_UNAVAILABLE.
+
+        What *keep* makes of its id is stored with it, for a repeat of the request.
+        """
         caller, name, spec = call.user.user_id, wish.name, wish.spec
         check_metadata(wish.metadata)
         if wish.expires_at is not None and wish.activated_at is not None and wish.expires_at <= wish.activated_at:
@@ -51,7 +54,7 @@ class Keyring:
         material = await self.hsm.generate(identity, custody)
         try:
             new = NewKey(identity, name, material, dict(wish.metadata), wish.max_usage_count, wish.activated_at, wish.expires_at)
-            return await self.keys.insert(caller, new, call=call)
+            return await self.keys.insert(caller, new, call=call, repeat=keep and keep(identity.key_id))
         except BaseException:
             await self._discard_unless_stored(identity, material)
             raise

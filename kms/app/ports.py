@@ -109,8 +109,14 @@ class Hsm(Protocol):
 class Keys(Protocol):
     """Stored keys, as the calling user sees them: another user's key is simply not there."""
 
-    async def insert(self, caller: UserId, key: NewKey, *, call: "Call | None" = None) -> KeyRecord:
-        """Store a key, or raise NAME_TAKEN, or MALFORMED for an expiry that has passed. *call* goes into the trail."""
+    async def insert(
+        self, caller: UserId, key: NewKey, *, call: "Call | None" = None, repeat: "Repeat | None" = None
+    ) -> KeyRecord:
+        """Store a key, and with it *repeat*; *call* goes into the trail.
+
+        Raises NAME_TAKEN; MALFORMED for an expiry that has passed; REQUEST_ID_REUSED where something is kept under the id of
+        *repeat* already.
+        """
         ...
 
     async def find(self, caller: UserId, ref: KeyRef) -> KeyRecord | None:

@@ -5,15 +5,19 @@ import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar
+from uuid import UUID
 
 from kms.app.keyring import existing
 from kms.app.ports import Call, Hsm, Keys, Ledger, Repeat
 from kms.app.uses import Draft, Turn, used
 from kms.domain.errors import KmsError, Reason, malformed
 from kms.domain.ids import KeyId
+from kms.domain.keys import KeyRecord
 from kms.domain.lifecycle import check_repeat
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,64}")
+
+_TAKEN: Final = frozenset({Reason.NAME_TAKEN, Reason.REQUEST_ID_REUSED})
 
 T = TypeVar("T")
 
@@ -55,7 +59,7 @@ class Uses:
         """
         if asked is None:
             return await used(self.ledger, draft, turn)
-        body_mac = await self.hsm.mac(asked.rpc.encode() + b"\x00" + asked.body)
+        body_mac = await self._body_mac(asked)
 
         async def answered_or_drafted() -> Draft[T]:
             # Looked at before every attempt: a twin may have been settled first.
@@ -68,9 +72,35 @@ class Uses:
 
         return await used(self.ledger, answered_or_drafted, turn)
 
+    async def created(
+        self, call: Call, asked: Asked | None, create: Callable[[Callable[[KeyId], Repeat] | None], Awaitable[KeyRecord]]
+    ) -> KeyRecord:
+        """Return the key that *create* makes, or, repeated, the key that was made then, as it is now.
+
+        Raises what *create* raises, and REQUEST_ID_REUSED for an id that was used with another request.
+        """
+        if asked is None:
+            return await create(None)
+        body_mac = await self._body_mac(asked)
+        kept = await self._kept(call, asked, body_mac)
+        if kept is None:
+            try:
+                return await create(lambda key_id: Repeat(asked.rpc, asked.request_id, body_mac, key_id.bytes))
+            except KmsError as error:
+                # A twin of this request was faster: it has taken the name, or the id.
+                kept = await self._kept(call, asked, body_mac) if error.reason in _TAKEN else None
+                if kept is None:
+                    raise
+        key_id = KeyId(UUID(bytes=kept))
+        await self.check_repeatable(call, key_id)
+        return await existing(self.keys, call.user.user_id, key_id)
+
     async def check_repeatable(self, call: Call, key_id: KeyId) -> None:
         """Raise unless a result by this key may be handed out again: the key is visible, and not revoked or worse."""
         check_repeat((await existing(self.keys, call.user.user_id, key_id)).state)
+
+    async def _body_mac(self, asked: Asked) -> bytes:
+        return await self.hsm.mac(asked.rpc.encode() + b"\x00" + asked.body)
 
     async def _kept(self, call: Call, asked: Asked, body_mac: bytes) -> bytes | None:
         found = await self.ledger.earlier(call.user.user_id, asked.rpc, asked.request_id)

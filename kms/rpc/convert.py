@@ -13,7 +13,7 @@ from kms.app.encryption import DATA_KEY_BYTES_DEFAULT, ToDecrypt, ToEncrypt
 from kms.app.ports import Change
 from kms.app.repeats import Asked
 from kms.app.signing import Signed, ToSign
-from kms.domain.errors import KmsError, Reason, malformed
+from kms.domain.errors import KmsError, malformed
 from kms.domain.ids import parse_key_name, parse_key_ref
 from kms.domain.keys import KeyFilter, KeyRecord
 from kms.rpc import enums
@@ -21,14 +21,6 @@ from kms.v1 import crypto_pb2, keys_pb2
 
 PAGE_DEFAULT = 50
 PAGE_MAX = 200
-
-
-def refuse_unimplemented(request: Message, *fields: str) -> None:
-    """Raise NOT_IMPLEMENTED if a field is set that is not enforced yet: it is never accepted and ignored."""
-    present = {descriptor.name for descriptor, _ in request.ListFields()}
-    for field in fields:
-        if field in present:
-            raise KmsError(Reason.NOT_IMPLEMENTED, f"{field}: not offered yet; leave it out", field=field)
 
 
 def wire_key(key: KeyRecord) -> keys_pb2.Key:
@@ -161,7 +153,9 @@ def data_key_size(request: crypto_pb2.GenerateDataKeyRequest) -> int:
     return request.size_bytes or DATA_KEY_BYTES_DEFAULT
 
 
-def asked(request: crypto_pb2.SignRequest | crypto_pb2.EncryptRequest | crypto_pb2.GenerateDataKeyRequest) -> Asked | None:
+def asked(
+    request: crypto_pb2.SignRequest | crypto_pb2.EncryptRequest | crypto_pb2.GenerateDataKeyRequest | keys_pb2.CreateKeyRequest,
+) -> Asked | None:
     """Return under what id of the caller's a request can be repeated, None without one."""
     if not request.request_id:
         return None

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from kms.app.keyring import Keyring, KeyWish, existing
 from kms.app.moving import PENDING_DAYS_DEFAULT, Moving
 from kms.app.ports import Change
+from kms.app.repeats import Uses
 from kms.domain.algorithms import key_spec
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import parse_key_name, parse_key_ref
@@ -27,14 +28,14 @@ Moves = (
 
 @dataclass(frozen=True, slots=True)
 class KeyServicer(keys_pb2_grpc.KeyServiceServicer):
-    """Decodes, calls `Keyring` and `Moving`, encodes."""
+    """Decodes, calls `Keyring` and `Moving`, encodes. *uses* answers a CreateKey that is repeated."""
 
     keyring: Keyring
     moving: Moving
+    uses: Uses
 
     async def CreateKey(self, request: keys_pb2.CreateKeyRequest, context: Context) -> keys_pb2.CreateKeyResponse:
         """Make a key."""
-        convert.refuse_unimplemented(request, "request_id")
         spec = key_spec(
             enums.required(enums.KEY_TYPES, request.type, "type"),
             enums.required(enums.PURPOSES, request.purpose, "purpose"),
@@ -49,7 +50,8 @@ class KeyServicer(keys_pb2_grpc.KeyServiceServicer):
             activated_at=convert.moment(request, "activated_at"),
             expires_at=convert.moment(request, "expires_at"),
         )
-        key = await self.keyring.create(current(), wish)
+        call = current()
+        key = await self.uses.created(call, convert.asked(request), lambda keep: self.keyring.create(call, wish, keep))
         return keys_pb2.CreateKeyResponse(key=convert.wire_key(key))
 
     async def GetKey(self, request: keys_pb2.GetKeyRequest, context: Context) -> keys_pb2.GetKeyResponse:

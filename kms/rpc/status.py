@@ -48,7 +48,7 @@ def code_of(reason: Reason) -> code_pb2.Code.ValueType:  # noqa: C901 - one flat
             return code_pb2.ABORTED
         case Reason.RATE_LIMITED:
             return code_pb2.RESOURCE_EXHAUSTED
-        case Reason.HSM_MECHANISM_UNSUPPORTED | Reason.NOT_IMPLEMENTED:
+        case Reason.HSM_MECHANISM_UNSUPPORTED:
             return code_pb2.UNIMPLEMENTED
         case Reason.HSM_UNAVAILABLE | Reason.HSM_KEK_MISSING | Reason.STORE_UNAVAILABLE:
             return code_pb2.UNAVAILABLE

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
 
+from psycopg import AsyncConnection
 from psycopg import errors as pg
 from psycopg.rows import DictRow
 from psycopg.types.json import Jsonb
 
-from kms.app.ports import Call, NewKey
+from kms.app.ports import Call, NewKey, Repeat
 from kms.domain.algorithms import KeySpec, KeyType, Purpose
-from kms.domain.errors import malformed
+from kms.domain.errors import KmsError, Reason, malformed
 from kms.domain.ids import KeyId, KeyName, KeyRef, UserId
 from kms.domain.keys import Custody, HeldKey, KeyFilter, KeyIdentity, KeyMaterial, KeyRecord, Origin, UsableKey
 from kms.domain.lifecycle import State
@@ -47,6 +48,7 @@ INSERT: Final = f"""
 """
 # What the trigger that writes the trail says of the call.
 FOR_CALL: Final = "SELECT set_config('app.request_id', %(request_id)s, true), set_config('app.peer', %(peer)s, true)"
+KEEP_ANSWER: Final = "SELECT cryptography.keep_answer(%(rpc)s, %(request_id)s, %(body_mac)s, %(result)s) AS is_kept"
 # Names are ASCII and compared byte by byte: DEL is behind every character of a name, so the prefix is a range of the index.
 PAGE: Final = f"""
     SELECT {_RECORD}
@@ -67,14 +69,20 @@ class StoredKeys:
 
     pool: Pool
 
-    async def insert(self, caller: UserId, key: NewKey, *, call: Call | None = None) -> KeyRecord:
-        """Store a key, or raise NAME_TAKEN, or MALFORMED for an expiry that has passed. *call* goes into the trail."""
+    async def insert(self, caller: UserId, key: NewKey, *, call: Call | None = None, repeat: Repeat | None = None) -> KeyRecord:
+        """Store a key, and with it *repeat*; *call* goes into the trail.
+
+        Raises NAME_TAKEN; MALFORMED for an expiry that has passed; REQUEST_ID_REUSED where something is kept under the id of
+        *repeat* already.
+        """
         try:
             async with self.pool.transaction(as_user(caller)) as connection:
                 if call is not None:
                     await connection.execute(FOR_CALL, {"request_id": call.request_id, "peer": call.peer})
                 cursor = await connection.execute(INSERT, _columns(caller, key))
                 row = await cursor.fetchone()
+                if repeat is not None:
+                    await _keep(connection, repeat)
         except pg.CheckViolation as error:
             if error.diag.constraint_name != "key_expiration_logic":
                 raise
@@ -110,6 +118,13 @@ class StoredKeys:
             "limit": limit,
         }
         return [key_record(row) for row in await self.pool.fetch(as_user(caller), PAGE, parameters)]
+
+
+async def _keep(connection: AsyncConnection[DictRow], repeat: Repeat) -> None:
+    kept = {"rpc": repeat.rpc, "request_id": repeat.request_id, "body_mac": repeat.body_mac, "result": repeat.result}
+    row = await (await connection.execute(KEEP_ANSWER, kept)).fetchone()
+    if row is None or not row["is_kept"]:
+        raise KmsError(Reason.REQUEST_ID_REUSED, "this request_id was used before", field="request_id")
 
 
 def _columns(caller: UserId, key: NewKey) -> dict[str, Any]:

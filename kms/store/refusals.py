@@ -48,7 +48,6 @@ _FAILURES: Final = frozenset(
         Reason.STORE_UNAVAILABLE,
         Reason.OUTCOME_UNKNOWN,
         Reason.DEADLINE_EXCEEDED,
-        Reason.NOT_IMPLEMENTED,
     }
 )
 _RISK_SCORES: Final = {"low": 10, "medium": 30, "high": 60, "critical": 95}

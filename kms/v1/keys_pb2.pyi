@@ -307,7 +307,10 @@ class CreateKeyRequest(_message.Message):
     max_usage_count: _builtins.int
     """1 to 2^63-1: exactly so many uses can be had. Absent: no limit (AES: 2^32)."""
     request_id: _builtins.str
-    """Not offered yet: UNIMPLEMENTED when set."""
+    """The caller's own id of this request: 1 to 64 of A-Z a-z 0-9 . _ : / + = -. Sent again within 24 hours with the same body,
+    it answers with the key that was made then, as it is now; with another body: REQUEST_ID_REUSED. Of a key that was revoked,
+    compromised or scheduled for destruction since: the reason of its state.
+    """
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """At most 32 entries, names to 63 bytes, values to 255 bytes, all printable."""

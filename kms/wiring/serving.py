@@ -115,6 +115,7 @@ def _server(
     is_ready: Callable[[], bool],
 ) -> Server:
     keys, public_keys = StoredKeys(pool), PublicKeyOperations()
+    uses = Uses(keys, hsm, ledger)
     edge = Edge(
         identity,
         Access(StoredUsers(pool)),
@@ -124,8 +125,8 @@ def _server(
     )
     return Server(
         edge,
-        KeyServicer(Keyring(keys, hsm), Moving(keys, lifecycle)),
-        CryptoServicer(Signing(keys, hsm, public_keys), Encryption(keys, hsm, public_keys), Uses(keys, hsm, ledger)),
+        KeyServicer(Keyring(keys, hsm), Moving(keys, lifecycle), uses),
+        CryptoServicer(Signing(keys, hsm, public_keys), Encryption(keys, hsm, public_keys), uses),
         calls_max=config.calls_max,
         is_ready=is_ready,
     )

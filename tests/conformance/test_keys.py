@@ -4,6 +4,7 @@ import uuid
 from collections.abc import Callable
 
 import grpc
+import psycopg
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import load_der_public_key, load_pem_public_key
@@ -11,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import load_der_public_key, lo
 from kms.v1 import keys_pb2 as kpb
 from tests.conformance.refusals import refusal
 from tests.conformance.requests import KEY_TYPES, create, made
-from tests.fixtures.server import Caller
+from tests.fixtures.server import Caller, RunningServer
 
 
 @pytest.mark.parametrize(
@@ -92,16 +93,36 @@ def test_a_name_is_taken_once_per_user(new_caller: Callable[[], Caller]) -> None
     made(bob, "aes")
 
 
-def test_what_is_not_kept_yet_is_refused_never_ignored(caller: Caller) -> None:
+def test_a_repeated_create_key_answers_with_the_key_that_was_made(caller: Caller) -> None:
     request = create("aes")
     request.request_id = "r"
-    found = refusal(caller.keys.CreateKey, request)
-    assert (found.code, found.reason, found.metadata) == (
-        grpc.StatusCode.UNIMPLEMENTED,
-        "NOT_IMPLEMENTED",
-        {"field": "request_id"},
-    )
-    assert not caller.keys.ListKeys(kpb.ListKeysRequest()).keys
+    calls = [caller.keys.CreateKey.future(request, timeout=20) for _ in range(6)]
+    assert len({call.result().key.id for call in calls}) == 1
+    assert len(caller.keys.ListKeys(kpb.ListKeysRequest()).keys) == 1
+    request.name = "another"
+    assert refusal(caller.keys.CreateKey, request).reason == "REQUEST_ID_REUSED"
+
+
+def test_a_repeated_create_key_tells_the_state_that_the_key_has_now(caller: Caller) -> None:
+    request = create("aes")
+    request.request_id = "r"
+    made_first = caller.keys.CreateKey(request).key
+    caller.keys.DeactivateKey(kpb.DeactivateKeyRequest(key=made_first.id))
+    assert caller.keys.CreateKey(request).key.state == kpb.KEY_STATE_INACTIVE
+    caller.keys.RevokeKey(kpb.RevokeKeyRequest(key=made_first.id, reason="lost"))
+    assert refusal(caller.keys.CreateKey, request).reason == "KEY_REVOKED"
+
+
+def test_a_request_id_of_a_create_key_is_free_again_after_a_day(caller: Caller, server: RunningServer) -> None:
+    request = create("aes")
+    request.request_id = "r"
+    caller.keys.CreateKey(request)
+    with psycopg.connect(server.deployment.database.admin_dsn) as connection:
+        aged = "UPDATE cryptography.request_records SET created_at = created_at - INTERVAL '25 hours' WHERE user_id = %s"
+        connection.execute(aged, (caller.user_id,))
+    assert refusal(caller.keys.CreateKey, request).reason == "NAME_TAKEN"
+    request.name = "another"
+    assert caller.keys.CreateKey(request).key.name == "another"
 
 
 def test_metadata_comes_back_and_is_bounded(caller: Caller) -> None:
