@@ -102,10 +102,11 @@ def test_a_user_has_one_primary_address_per_network(admin: psycopg.Connection[An
         add_address(admin, ALICE, "N5", primary=True)
 
 
-def test_the_two_indexes_of_security_events_are_there_once(admin: psycopg.Connection[Any]) -> None:
+def test_the_indexes_of_security_events_are_there_once(admin: psycopg.Connection[Any]) -> None:
     query = "SELECT array_agg(indexdef ORDER BY indexname) FROM pg_indexes WHERE tablename = 'security_events'"
     found = value(admin, query)
     assert [text.partition(" USING ")[2] for text in found] == [
+        "btree (commit_order, id)",
         "btree (severity, created_at DESC)",
         "btree (user_id, created_at DESC)",
         "btree (id, created_at)",

@@ -1,0 +1,66 @@
+"""The order of the trail: that of the transactions, and nothing appears below the horizon."""
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import psycopg
+import pytest
+
+from tests.fixtures.postgres import Database
+
+EVENT: Final = (
+    b"INSERT INTO audit.security_events (event_type, severity, created_at) VALUES ('sign', 'low', %s) RETURNING commit_order"
+)
+DOMAIN_EVENT: Final = b"""
+    INSERT INTO audit.domain_events (aggregate_id, aggregate_type, aggregate_version, event_type, event_data, occurred_at)
+    VALUES (gen_random_uuid(), 'key', 1, 'created', '{}', %s) RETURNING commit_order
+"""
+NOW: Final = "2026-01-01"
+HORIZON: Final = b"SELECT audit.order_horizon()"
+
+
+@pytest.fixture
+def admin(database: Database) -> Iterator[psycopg.Connection[Any]]:
+    with psycopg.connect(database.admin_dsn, autocommit=True) as connection:
+        yield connection
+
+
+def number(connection: psycopg.Connection[Any], query: bytes, *parameters: str) -> int:
+    row = connection.execute(query, parameters).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def test_the_rows_of_a_transaction_have_one_place_and_those_of_the_next_a_later_one(admin: psycopg.Connection[Any]) -> None:
+    with admin.transaction():
+        first = {number(admin, EVENT, NOW), number(admin, DOMAIN_EVENT, NOW), number(admin, EVENT, "1999-01-01")}
+    assert len(first) == 1
+    assert number(admin, EVENT, NOW) > max(first)
+
+
+def test_the_horizon_waits_for_a_transaction_that_can_still_write(database: Database, admin: psycopg.Connection[Any]) -> None:
+    with psycopg.connect(database.admin_dsn) as slow:
+        held = number(slow, EVENT, NOW)
+        later = number(admin, EVENT, NOW)
+        assert later > held
+        assert number(admin, HORIZON) <= held
+        slow.commit()
+    assert number(admin, HORIZON) > later
+
+
+def test_a_row_keeps_its_place_when_it_leaves_the_default_partition(admin: psycopg.Connection[Any]) -> None:
+    held = number(admin, EVENT, "1999-01-01")
+    number(admin, EVENT, NOW)
+    assert number(admin, b"SELECT audit.drain_default()") == 1
+    assert number(admin, b"SELECT commit_order FROM audit.security_events_1999_01") == held
+
+
+def test_partitions_made_later_have_the_order_and_its_index(admin: psycopg.Connection[Any]) -> None:
+    made = [name for (name,) in admin.execute(b"SELECT made::text FROM audit.ensure_partitions('5 years') AS made")]
+    assert len(made) > 12
+    query = b"""
+        SELECT count(*) FROM pg_index AS i JOIN pg_inherits AS h ON h.inhrelid = i.indexrelid
+        WHERE i.indrelid = ANY (%s::regclass[]) AND pg_get_indexdef(i.indexrelid) LIKE '%%(commit_order, id)'
+    """
+    found = admin.execute(query, (made,)).fetchone()
+    assert found == (len(made),)
