@@ -37,6 +37,14 @@ ROWS: Final = b"""
         SELECT id, 'key', 1, 'created', '{}' FROM cryptography.keys;
     INSERT INTO blockchain.transactions (network_id, tx_hash, user_id)
         SELECT n.id, u.id::text, u.id FROM blockchain.networks AS n CROSS JOIN authentication.users AS u;
+    INSERT INTO cryptography.request_records (user_id, rpc, request_id, body_mac, result, event_id, created_at)
+        SELECT id, 'Sign', gen_random_uuid()::text, 'm', 'r', gen_random_uuid(), now() - n * interval '1 hour'
+        FROM authentication.users CROSS JOIN generate_series(1, 20) AS n;
+    SELECT cryptography.begin_first_epoch();
+    INSERT INTO cryptography.restored_keys (
+        key_id, user_id, epoch, status_before, deactivated_by_restore, confirmed_at, confirmed_count
+    )
+        SELECT id, user_id, 1, 'active', true, now(), 0 FROM cryptography.keys;
     ANALYZE;
 """
 WATCH: Final = b"""
