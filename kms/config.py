@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 
 _PREFIX: Final = "KMS_"
 _NOT_SETTINGS: Final = frozenset({"KMS_CONFIG"})
+_NAME_FILES: Final = frozenset({"module", "disk_path"})
 _SECRETS: Final = frozenset({"pin", "dsn"})
 _SECRET_BYTES_MAX: Final = 4096
 _PORT_MAX: Final = 65_535
@@ -123,6 +124,7 @@ class DatabaseConfig(_PostgresSection):
     """`[database]`: the service's own login, `kms_service`."""
 
     connections_max: Annotated[int, Field(ge=1, le=1000)] = 16
+    disk_path: Path | None = None
 
 
 class MigrationConfig(_PostgresSection):
@@ -146,6 +148,19 @@ class AuthorityConfig(_Section):
     key_file: Path
 
 
+class MetricsConfig(_Section):
+    """`[metrics]`: where GET /metrics, /livez and /readyz are answered, over plain HTTP."""
+
+    listen: Address = "127.0.0.1:9464"
+
+
+class TracingConfig(_Section):
+    """`[tracing]`: the collector that spans are sent to (OTLP over HTTP), and which share of calls without a trace begins one."""
+
+    endpoint: Annotated[str, Field(pattern=r"^https?://[^\s@]+$")]
+    sample_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+
 class Config(BaseSettings):
     """All settings. A section that is absent is None; a command asks for those it needs with `load`."""
 
@@ -167,6 +182,8 @@ class Config(BaseSettings):
     migration: MigrationConfig | None = None
     client: ClientConfig | None = None
     authority: AuthorityConfig | None = None
+    metrics: MetricsConfig | None = None
+    tracing: TracingConfig | None = None
 
     @classmethod
     def settings_customise_sources(
@@ -221,7 +238,7 @@ def _read(path: Path | None) -> tuple[dict[str, Any], list[str]]:
                 instead = f"{name}_file, {name}_fd or {_variable(section, name)}"
                 faults.append(f"{section}.{name}: a secret is not kept in this file; use {instead}")
                 del values[name]
-            elif (name.endswith("_file") or name in ("module", "journal")) and isinstance(values[name], str):
+            elif (name.endswith("_file") or name in {*_NAME_FILES, "journal"}) and isinstance(values[name], str):
                 values[name] = str(path.absolute().parent / values[name])
     return content, faults
 
@@ -259,7 +276,8 @@ def _values(config: Config | None, content: dict[str, Any], section: str) -> dic
 
 
 def _missing_files(section: str, values: Mapping[str, Any]) -> list[str]:
-    files = {name: Path(value) for name, value in values.items() if value and (name.endswith("_file") or name == "module")}
+    named = {name: value for name, value in values.items() if value and (name.endswith("_file") or name in _NAME_FILES)}
+    files = {name: Path(value) for name, value in named.items()}
     return [f"{section}.{name}: no such file: {file}" for name, file in files.items() if not file.exists()]
 
 

@@ -142,6 +142,15 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class Stranger:
+    """A caller who was not admitted. `claimed` is whom the certificate names, which is no proof of anything."""
+
+    request_id: str
+    peer: str
+    claimed: UserId | None
+
+
+@dataclass(frozen=True, slots=True)
 class Repeat:
     """Under what a result is kept for a repeat: the caller's own id, and an HMAC of the request's body."""
 
@@ -186,8 +195,8 @@ class Ledger(Protocol):
         """Return what was kept under this id less than 24 hours ago, or None."""
         ...
 
-    def note_refusal(self, call: Call, action: str, key: KeyId | None, reason: Reason) -> None:
-        """Record a refusal, without waiting for it: in a queue and at a rate of its own."""
+    def note_refusal(self, call: Call | Stranger, action: str, key: KeyId | None, reason: Reason) -> None:
+        """Record a refusal, without waiting for it: in a queue and at a rate of its own. Of strangers it may be left out."""
         ...
 
 

@@ -45,6 +45,8 @@ class Bench:
         self._connection: Connection | None = None
         self._session: TokenSession | None = None
         self._loaded: OrderedDict[KeyId, _Loaded] = OrderedDict()
+        self.handle_hits = 0
+        self.handle_misses = 0
 
     @property
     def handles(self) -> int:
@@ -157,8 +159,10 @@ class Bench:
             if loaded.held == held:
                 loaded.used_at = time.monotonic()
                 self._loaded.move_to_end(key_id)
+                self.handle_hits += 1
                 return loaded.handle
             self.drop(key_id)
+        self.handle_misses += 1
         handle = open_key(session, held)
         self._loaded[key_id] = _Loaded(held, handle, time.monotonic())
         if len(self._loaded) > self._handles_max:

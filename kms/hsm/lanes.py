@@ -38,6 +38,21 @@ class LaneSet:
         """How many keys are loaded in all lanes together."""
         return sum(lane.bench.handles for lane in self._working) + self.inline.handles
 
+    @property
+    def waiting(self) -> int:
+        """How many pieces of work wait for a lane or are in one."""
+        return sum(lane.pending for lane in self.all())
+
+    @property
+    def handle_hits(self) -> int:
+        """How often a key was already loaded where it was used."""
+        return sum(lane.bench.handle_hits for lane in self.all()) + self.inline.handle_hits
+
+    @property
+    def handle_misses(self) -> int:
+        """How often a key had to be loaded first."""
+        return sum(lane.bench.handle_misses for lane in self.all()) + self.inline.handle_misses
+
     def submit(self, work: Callable[[Bench], T], held: HeldKey | None = None) -> "Future[T]":
         """Queue *work* where *held* is loaded, or where that costs least. Raises HSM_UNAVAILABLE if the queue is full."""
         lanes = self._working

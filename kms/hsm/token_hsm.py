@@ -43,7 +43,9 @@ _CLOSE_SECONDS: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class HsmStatus:
-    """What an operator sees of the HSM. `sessions` are ours, open now; `custodies` is what each key type can have."""
+    """What an operator sees of the HSM. `sessions` are ours, open now; `waiting` counts work in a lane or before it;
+    `custodies` is what each key type can have.
+    """
 
     is_available: bool
     token_label: str
@@ -53,7 +55,10 @@ class HsmStatus:
     sessions: int
     lanes: int
     lanes_abandoned: int
+    waiting: int
     handles: int
+    handle_hits: int
+    handle_misses: int
     custodies: Mapping[tuple[KeyType, Purpose], frozenset[Custody]]
     oaep_hashes: frozenset[Hash]
     short_p99_seconds: float
@@ -114,7 +119,10 @@ class TokenHsm:
             sessions=connection.sessions if self._link.is_up else 0,
             lanes=self._settings.lanes,
             lanes_abandoned=self._lanes.abandoned(),
+            waiting=self._lanes.waiting,
             handles=self._lanes.handles,
+            handle_hits=self._lanes.handle_hits,
+            handle_misses=self._lanes.handle_misses,
             custodies=self.capabilities.custodies,
             oaep_hashes=self.capabilities.oaep_hashes,
             short_p99_seconds=self.capabilities.short_p99_seconds,

@@ -65,6 +65,13 @@ class ClientIdentity:
             _LOG.warning("client refused", cause=getattr(error, "message", None) or str(error) or type(error).__name__)
             raise credentials_invalid() from None
 
+    def claimed(self, auth_context: Mapping[str, Iterable[bytes]]) -> UserId | None:
+        """Return whom the certificate names, be it good or not, for the trail of refusals; None for nobody of ours."""
+        try:
+            return parse_identity_uri(_only(auth_context, _URI).decode("ascii"), deployment=self._deployment)
+        except (KmsError, ValueError):
+            return None
+
     def _identify(self, auth_context: Mapping[str, Iterable[bytes]]) -> UserId:
         now = self._clock()
         standing = self._standing(_only(auth_context, _CERTIFICATE))

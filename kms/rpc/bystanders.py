@@ -6,7 +6,7 @@ They go on without the database, so the certificate alone decides: authority, va
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import grpc
 
@@ -14,25 +14,39 @@ from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import UserId
 from kms.rpc.status import abort, status_of
 
-Identify = Callable[[Mapping[str, Iterable[bytes]]], UserId]
 Context = grpc.aio.ServicerContext[Any, Any]
 if TYPE_CHECKING:  # generic in the stubs only
     MethodHandler = grpc.RpcMethodHandler[Any, Any]
 else:
     MethodHandler = grpc.RpcMethodHandler
 
+Note = Callable[[str, Context, KmsError], None]
+
 BYSTANDERS_MAX: Final = 64
 _STREAM_SECONDS_MAX: Final = 3600.0
 
 
-class Bystanders:
-    """Guards methods that are not ours."""
+class Identify(Protocol):
+    """Finds who calls from what TLS knows of the peer, `grpc.ServicerContext.auth_context()`."""
 
-    def __init__(self, identify: Identify) -> None:
+    def __call__(self, auth_context: Mapping[str, Iterable[bytes]], /) -> UserId:
+        """Return the user that the certificate names, or raise CREDENTIALS_INVALID."""
+        ...
+
+    def claimed(self, auth_context: Mapping[str, Iterable[bytes]], /) -> UserId | None:
+        """Return whom the certificate names, be it good or not."""
+        ...
+
+
+class Bystanders:
+    """Guards methods that are not ours. *note* is told of each refusal, with the method's name."""
+
+    def __init__(self, identify: Identify, note: Note) -> None:
         self._identify = identify
+        self._note = note
         self._present = 0
 
-    def guarded(self, handler: MethodHandler) -> MethodHandler:
+    def guarded(self, name: str, handler: MethodHandler) -> MethodHandler:
         """Return *handler* behind the check of the certificate and the limit of their number and duration."""
         inner: Any = handler.unary_unary or handler.unary_stream or handler.stream_stream or handler.stream_unary
         forms = {"request_deserializer": handler.request_deserializer, "response_serializer": handler.response_serializer}
@@ -42,6 +56,7 @@ class Bystanders:
                 with self._admitted(context):
                     return await inner(request, context)
             except KmsError as error:
+                self._note(name, context, error)
                 return await abort(context, status_of(error))
 
         async def stream(request: Any, context: Context) -> None:  # noqa: ANN401 - as above
@@ -53,6 +68,7 @@ class Bystanders:
                 late = KmsError(Reason.DEADLINE_EXCEEDED, "the stream has lasted long enough; open another")
                 await abort(context, status_of(late))
             except KmsError as error:
+                self._note(name, context, error)
                 await abort(context, status_of(error))
 
         if handler.unary_unary is not None:

@@ -1,4 +1,4 @@
-"""What every call passes: request id, decoding, identity, deadline, errors, one log line.
+"""What every call passes: request id, decoding, identity, deadline, errors, one log line, one count, one span.
 
 grpc.aio by itself answers bytes that do not parse with INTERNAL and sends the text of any exception to the client, so
 decoding and errors are handled here and nowhere else.
@@ -20,12 +20,13 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import status_pb2
 
 from kms.app.access import Access
-from kms.app.ports import Call, Ledger
+from kms.app.ports import Call, Ledger, Stranger
 from kms.domain.errors import KmsError, Reason, malformed
 from kms.domain.ids import UserId
 from kms.rpc.bystanders import Bystanders, Identify
 from kms.rpc.room import Room
-from kms.rpc.status import INTERNAL, abort, internal_status, status_of
+from kms.rpc.status import CODE_NAMES, INTERNAL, abort, internal_status, status_of
+from kms.telemetry import Telemetry
 
 Context = grpc.aio.ServicerContext[Any, Any]
 if TYPE_CHECKING:  # generic in the stubs only
@@ -37,6 +38,7 @@ else:
 
 OURS: Final = "/kms.v1."
 REQUEST_ID: Final = "x-request-id"
+CANCELLED: Final = "CANCELLED"
 _REQUEST_ID_FORM: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _CALL: ContextVar[Call] = ContextVar("call")
 _LOG = structlog.get_logger("kms.rpc")
@@ -65,14 +67,22 @@ class Edge(Interceptor):
     """Wraps every method: ours, and health and reflection, which ask for a certificate that is good and for no more."""
 
     def __init__(
-        self, identify: Identify, access: Access, ledger: Ledger, *, call_seconds_max: float, calls_per_user_max: int
+        self,
+        identify: Identify,
+        access: Access,
+        ledger: Ledger,
+        telemetry: Telemetry,
+        *,
+        call_seconds_max: float,
+        calls_per_user_max: int,
     ) -> None:
         self._identify = identify
         self._access = access
         self._ledger = ledger
+        self._telemetry = telemetry
         self._call_seconds_max = call_seconds_max
         self._room = Room(calls_per_user_max)
-        self._bystanders = Bystanders(identify)
+        self._bystanders = Bystanders(identify, self._note_bystander)
 
     async def intercept_service(
         self,
@@ -84,14 +94,15 @@ class Edge(Interceptor):
         if handler is None:
             return handler  # type: ignore[return-value]  # None is how grpc says UNIMPLEMENTED; the stubs leave it out
         if not handler_call_details.method.startswith(OURS):
-            return self._bystanders.guarded(handler)
+            return self._bystanders.guarded(handler_call_details.method, handler)
         decode, call = handler.request_deserializer, handler.unary_unary
         if decode is None or call is None:
             raise TypeError(f"{handler_call_details.method} streams, and the edge knows unary methods only")
         method = _Method(handler_call_details.method, decode, cast(Any, call))
 
         async def handle(body: bytes, context: Context) -> Message:
-            return await self._handle(method, body, context)
+            with self._telemetry.spans.call(method.name.removeprefix(OURS), context.invocation_metadata() or ()):
+                return await self._handle(method, body, context)
 
         # No deserializer: grpc would answer INTERNAL to bytes that do not parse.
         return grpc.unary_unary_rpc_method_handler(handle, response_serializer=handler.response_serializer)
@@ -99,6 +110,7 @@ class Edge(Interceptor):
     async def _handle(self, method: _Method, body: bytes, context: Context) -> Message:
         request_id = _request_id(context)
         context.set_trailing_metadata(((REQUEST_ID, request_id),))
+        structlog.contextvars.bind_contextvars(request_id=request_id)  # grpc handles each call in a context of its own
         began = time.monotonic()
         seconds = min(context.time_remaining() or self._call_seconds_max, self._call_seconds_max)
         refusal: status_pb2.Status
@@ -112,30 +124,39 @@ class Edge(Interceptor):
             reason, refusal = _refused(KmsError(Reason.DEADLINE_EXCEEDED, "the call took longer than it may"))
         except KmsError as error:
             reason, refusal = _refused(error)
+        except asyncio.CancelledError:
+            self._end(method.name, began, CANCELLED)
+            raise
         except Exception:  # noqa: BLE001 - the boundary: a bug is logged here and told as "internal error"
-            _LOG.exception("bug", method=method.name, request_id=request_id)
+            _LOG.exception("bug", method=method.name)
             reason, refusal = INTERNAL, internal_status(request_id)
         else:
-            self._log(method.name, request_id, began, "OK")
+            self._end(method.name, began, "OK")
             return response
-        self._log(method.name, request_id, began, reason)
-        self._note(method.name, reason)
+        self._end(method.name, began, reason)
+        self._note(method.name, context, request_id, reason)
         return await abort(context, refusal)
 
-    def _note(self, method: str, reason: str) -> None:
-        call = _CALL.get(None)
-        if call is not None and reason in Reason.__members__:
-            self._ledger.note_refusal(call, method.rpartition("/")[2], None, Reason(reason))
+    def _note(self, method: str, context: Context, request_id: str, reason: str) -> None:
+        if reason in Reason.__members__:
+            who = _CALL.get(None) or self._stranger(context, request_id)
+            self._ledger.note_refusal(who, method.rpartition("/")[2], None, Reason(reason))
 
-    def _log(self, method: str, request_id: str, began: float, outcome: str) -> None:
-        call = _CALL.get(None)
+    def _note_bystander(self, method: str, context: Context, error: KmsError) -> None:
+        self._ledger.note_refusal(self._stranger(context, _request_id(context)), method.rpartition("/")[2], None, error.reason)
+
+    def _stranger(self, context: Context, request_id: str) -> Stranger:
+        return Stranger(request_id, _peer(context), self._identify.claimed(context.auth_context()))
+
+    def _end(self, method: str, began: float, outcome: str) -> None:
+        call, seconds, name = _CALL.get(None), time.monotonic() - began, method.removeprefix(OURS)
+        self._telemetry.ended(name, outcome, CODE_NAMES[outcome], seconds)
         _LOG.info(
             "call",
-            method=method.removeprefix(OURS),
+            method=name,
             outcome=outcome,
             user=str(call.user.user_id) if call else None,
-            request_id=request_id,
-            milliseconds=round((time.monotonic() - began) * 1000, 2),
+            milliseconds=round(seconds * 1000, 2),
         )
 
 

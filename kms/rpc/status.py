@@ -1,6 +1,7 @@
 """Errors on the wire: the one map from a reason to a gRPC status, and the only call of `abort`."""
 
-from typing import NoReturn, assert_never
+from collections.abc import Mapping
+from typing import Final, NoReturn, assert_never
 
 import grpc
 from google.protobuf import any_pb2
@@ -58,6 +59,15 @@ def code_of(reason: Reason) -> code_pb2.Code.ValueType:  # noqa: C901 - one flat
             return code_pb2.DEADLINE_EXCEEDED
         case _:
             assert_never(reason)
+
+
+CODE_NAMES: Final[Mapping[str, str]] = {
+    "OK": "OK",
+    "CANCELLED": "CANCELLED",
+    INTERNAL: "INTERNAL",
+    **{reason: code_pb2.Code.Name(code_of(reason)) for reason in Reason},
+}
+"""The name of the gRPC code with which each outcome of a call ends."""
 
 
 def status_of(error: KmsError) -> status_pb2.Status:

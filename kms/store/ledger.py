@@ -7,7 +7,7 @@ batch gathers: the more calls, the more of them share a commit. No lock is held 
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from time import monotonic
@@ -19,7 +19,7 @@ from psycopg import errors as pg
 
 from kms.app.access import credentials_invalid
 from kms.app.keyring import key_not_found
-from kms.app.ports import Call, Entry, Repeat
+from kms.app.ports import Call, Entry, Repeat, Stranger
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId, UserId
 from kms.domain.lifecycle import State, check_use
@@ -32,6 +32,7 @@ from kms.store.repeats import StoredRepeats
 BATCH_MAX: Final = 256
 _RETRY_SECONDS: Final = 0.1
 _LOG = structlog.get_logger("kms.store.ledger")
+Settled = Callable[[int, float], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -46,7 +47,7 @@ class _Waiting:
 
 @dataclass(slots=True)
 class LedgerStatus:
-    """What the ledger has done so far, for metrics. `commit_seconds` is the sum over `batches`."""
+    """What the ledger has done so far. `commit_seconds` is the sum over `batches`; `unrecorded` are refusals of strangers."""
 
     waiting: int = 0
     batches: int = 0
@@ -54,6 +55,8 @@ class LedgerStatus:
     charges: int = 0
     commit_seconds: float = 0.0
     losses: int = 0
+    refusals_waiting: int = 0
+    refusals_unrecorded: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -63,6 +66,7 @@ class _Writer:
     settings: Mapping[str, Any]
     queue_max: int
     answer_seconds: float
+    settled: Settled
     connection: BatchConnection | None = None
     status: LedgerStatus = field(default_factory=LedgerStatus)
     queue: deque[_Waiting] = field(default_factory=deque)
@@ -179,6 +183,7 @@ class _Writer:
         self.status.batches += 1
         self.status.entries += len(batch)
         self.status.commit_seconds += seconds
+        self.settled(len(batch), seconds)
         self.status.charges += sum(
             waiting.entry.is_charged and verdict == "OK" for waiting, verdict in zip(batch, verdicts, strict=True)
         )
@@ -215,25 +220,36 @@ class StoredLedger:
         """Return what was kept under this id less than 24 hours ago, or None."""
         return await self._repeats.earlier(user_id, rpc, request_id)
 
-    def note_refusal(self, call: Call, action: str, key: KeyId | None, reason: Reason) -> None:
-        """Record a refusal, without waiting for it: in a queue and at a rate of its own."""
+    def note_refusal(self, call: Call | Stranger, action: str, key: KeyId | None, reason: Reason) -> None:
+        """Record a refusal, without waiting for it: in a queue and at a rate of its own. Of strangers it may be left out."""
         self._refusals.note(call, action, key, reason)
 
     def status(self) -> LedgerStatus:
         """Return what the ledger has done so far."""
-        self._writer.status.waiting = len(self._writer.queue)
-        return self._writer.status
+        status = self._writer.status
+        status.waiting = len(self._writer.queue)
+        status.refusals_waiting, status.refusals_unrecorded = self._refusals.waiting, self._refusals.unrecorded
+        return status
 
 
 @asynccontextmanager
-async def open_ledger(dsn: str, pool: Pool, *, queue_max: int = 4096, answer_seconds: float = 5.0) -> AsyncIterator[StoredLedger]:
+async def open_ledger(
+    dsn: str,
+    pool: Pool,
+    *,
+    queue_max: int = 4096,
+    answer_seconds: float = 5.0,
+    settled: Settled = lambda entries, seconds: None,
+    records_strangers: Callable[[], bool] = lambda: True,
+) -> AsyncIterator[StoredLedger]:
     """Connect to *dsn* and yield the ledger; at the end everything that waits is settled. *pool* serves its reads.
 
-    At most *queue_max* uses wait, none longer than *answer_seconds*. Raises STORE_UNAVAILABLE if nobody answers there.
+    At most *queue_max* uses wait, none longer than *answer_seconds*. *settled* is told of each batch, *records_strangers* is
+    asked before the refusal of a stranger is recorded. Raises STORE_UNAVAILABLE if nobody answers there.
     """
-    writer = _Writer(connection_settings(dsn), queue_max, answer_seconds)
+    writer = _Writer(connection_settings(dsn), queue_max, answer_seconds, settled)
     await writer.connected()
-    async with open_refusals(dsn) as refusals:
+    async with open_refusals(dsn, records_strangers=records_strangers) as refusals:
         running = asyncio.create_task(writer.run(), name="ledger")
         try:
             yield StoredLedger(writer, StoredRepeats(pool), refusals)

@@ -1,14 +1,15 @@
 """Refused calls in the trail: at their own pace, on a connection of their own, so that a flood of them delays nothing.
 
 Of each user and address the first few in a window have a row each; the rest of the window becomes one row with their number,
-the first and the last moment and the reasons. Critical ones always have a row of their own.
+the first and the last moment and the reasons. Critical ones always have a row of their own. A stranger, whom nothing but a
+certificate names, is told by his address; where the disk gets full, his refusals are no longer written.
 """
 
 import asyncio
 import contextlib
 import json
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from time import monotonic
@@ -17,7 +18,7 @@ from typing import Any, Final
 import psycopg
 import structlog
 
-from kms.app.ports import Call
+from kms.app.ports import Call, Stranger
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId
 from kms.store.batches import DirectConnection, connect
@@ -83,22 +84,32 @@ class _Window:
 class Refusals:
     """The queue. Nothing in it waits for the database; what the database does not take in time is counted together."""
 
-    def __init__(self, *, window_seconds: float) -> None:
+    def __init__(self, *, window_seconds: float, records_strangers: Callable[[], bool]) -> None:
         self._window_seconds = window_seconds
+        self._records_strangers = records_strangers
+        self.unrecorded = 0
         self._windows: dict[_Source, _Window] = {}
         self._rows: deque[tuple[float, dict[str, object]]] = deque()
 
-    def note(self, call: Call, action: str, key: KeyId | None, reason: Reason) -> None:
+    @property
+    def waiting(self) -> int:
+        """How many rows wait to be written."""
+        return len(self._rows)
+
+    def note(self, call: Call | Stranger, action: str, key: KeyId | None, reason: Reason) -> None:
         """Let a refusal be recorded. Never waits and never fails."""
+        if isinstance(call, Stranger) and not self._records_strangers():
+            self.unrecorded += 1
+            return
         now = monotonic()
-        window = self._window((str(call.user.user_id), call.peer), now)
+        source = _source(call)
+        window = self._window(source, now)
         is_critical = reason in _CRITICAL
         if not is_critical and (window.singles >= SINGLE_MAX or len(self._rows) >= _WAITING_MAX):
             window.add(reason, now)
             return
         window.singles += not is_critical
-        details = {"request_id": call.request_id}
-        row = _row((str(call.user.user_id), call.peer), action, reason, details)
+        row = _row(source, action, reason, _details(call))
         self._rows.append((now, {**row, "key_id": None if key is None else str(key)}))
 
     def take(self, *, is_last: bool = False) -> list[tuple[float, dict[str, object]]]:
@@ -122,9 +133,12 @@ class Refusals:
 
 
 @asynccontextmanager
-async def open_refusals(dsn: str, *, window_seconds: float = 10.0) -> AsyncIterator[Refusals]:
+async def open_refusals(
+    dsn: str, *, window_seconds: float = 10.0, records_strangers: Callable[[], bool] = lambda: True
+) -> AsyncIterator[Refusals]:
     """Yield the queue, written by a task until the end of the block, when the rest is written too if the database answers."""
-    refusals, settings = Refusals(window_seconds=window_seconds), connection_settings(dsn)
+    refusals = Refusals(window_seconds=window_seconds, records_strangers=records_strangers)
+    settings = connection_settings(dsn)
     stopping = asyncio.Event()
     writing = asyncio.create_task(_write(refusals, settings, stopping), name="refusals")
     try:
@@ -183,6 +197,17 @@ def _aged(row: Mapping[str, object], at: float, now: float) -> dict[str, object]
     return {**row, **first, "age_seconds": now - at}
 
 
+def _source(call: Call | Stranger) -> _Source:
+    return ("" if isinstance(call, Stranger) else str(call.user.user_id), call.peer)
+
+
+def _details(call: Call | Stranger) -> dict[str, object]:
+    if not isinstance(call, Stranger):
+        return {"request_id": call.request_id}
+    claimed = None if call.claimed is None else str(call.claimed)
+    return {"request_id": call.request_id, "authenticated": False, "claimed_user_id": claimed}
+
+
 def _row(source: _Source, action: str, reason: Reason, details: Mapping[str, object]) -> dict[str, object]:
     level = severity(reason)
     return {
@@ -199,5 +224,6 @@ def _row(source: _Source, action: str, reason: Reason, details: Mapping[str, obj
 
 def _summary(source: _Source, window: _Window) -> dict[str, object]:
     gravest = max((Reason(reason) for reason in window.reasons), key=lambda reason: _RISK_SCORES[severity(reason)])
-    details = {"count": window.reasons.total(), "reasons": dict(window.reasons)}
+    stranger = {"authenticated": False} if source[1] and not source[0] else {}
+    details = {"count": window.reasons.total(), "reasons": dict(window.reasons), **stranger}
     return {**_row(source, "many", gravest, details), "first_at": window.first_at}

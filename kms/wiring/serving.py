@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import structlog
 import uvloop
@@ -29,6 +30,7 @@ from kms.rpc.keys import KeyServicer
 from kms.rpc.server import Server, TlsFiles, check_pair
 from kms.store import epoch as epochs
 from kms.store import partitions
+from kms.store.disk import Disk
 from kms.store.journal import Journal
 from kms.store.journaled import JournaledLifecycle
 from kms.store.keys import StoredKeys
@@ -39,11 +41,15 @@ from kms.store.repeats import StoredRepeats
 from kms.store.users import StoredUsers
 from kms.store.watch import watched
 from kms.store.wrapping import StoredWrappingKeys
+from kms.telemetry import Telemetry
+from kms.wiring.condition import CHECK_SECONDS, Condition
+from kms.wiring.endpoint import seen
 from kms.wiring.jobs import UPKEEP_SECONDS, destroy_due, forget_answers, repeating
 from kms.wiring.log import configure_log
 from kms.wiring.parts import database_dsn, hsm_settings, needed, ready_pool
 from kms.wiring.token import check_token
 
+HSM_OPERATIONS: Final = ("generate", "discard", "sign", "encrypt", "decrypt", "decrypt_rsa", "random", "mac")
 _LOG = structlog.get_logger("kms")
 
 
@@ -87,20 +93,24 @@ async def running(config: Config) -> AsyncIterator[tuple[int, TokenHsm]]:
         hsm = await open_hsm(hsm_settings(config))
         stack.push_async_callback(hsm.close)
         await check_token(config, hsm, StoredWrappingKeys(pool))
-        ledger = await stack.enter_async_context(open_ledger(dsn, pool))
+        telemetry, disk = Telemetry(), Disk(needed(config.database).disk_path)
+        await stack.enter_async_context(repeating("disk", CHECK_SECONDS, disk.watch))
+        ledger = await stack.enter_async_context(
+            open_ledger(dsn, pool, settled=telemetry.settled, records_strangers=disk.has_room_for_strangers)
+        )
         lifecycle = _lifecycle(pool, server_config.journal)
         await stack.enter_async_context(
             repeating("destruction", UPKEEP_SECONDS, partial(destroy_due, Destruction(lifecycle, hsm)))
         )
         await stack.enter_async_context(repeating("repeats", UPKEEP_SECONDS, partial(forget_answers, StoredRepeats(pool))))
         store_answers = await stack.enter_async_context(watched(pool))
-
-        def is_ready() -> bool:
-            return hsm.is_available() and store_answers()
-
-        server = _server(pool, hsm, ledger, lifecycle, identity, server_config, is_ready=is_ready)
+        condition = Condition(hsm, ledger, pool, disk, store_answers)
+        await stack.enter_async_context(repeating("condition", CHECK_SECONDS, condition.check))
+        await stack.enter_async_context(seen(config.metrics.listen if config.metrics else None, telemetry, condition))
+        server = _server(pool, hsm, ledger, lifecycle, identity, telemetry, server_config, is_ready=condition.is_ready)
         port = await server.start(server_config.listen, tls)
         stack.push_async_callback(server.stop, server_config.call_seconds_max)
+        stack.callback(condition.stop)
         yield port, hsm
 
 
@@ -110,16 +120,23 @@ def _server(
     ledger: StoredLedger,
     lifecycle: Lifecycle,
     identity: ClientIdentity,
+    telemetry: Telemetry,
     config: ServerConfig,
     *,
     is_ready: Callable[[], bool],
 ) -> Server:
-    keys, public_keys = StoredKeys(pool), PublicKeyOperations()
+    public_keys = PublicKeyOperations()
+    keys = telemetry.observed(StoredKeys(pool), "store", "insert", "find", "find_usable", "page", of="keys.")
+    users = telemetry.observed(StoredUsers(pool), "store", "find", of="users.")
+    ledger = telemetry.observed(ledger, "store", "settle", "earlier", of="ledger.")
+    lifecycle = telemetry.observed(lifecycle, "store", "move", of="lifecycle.")
+    hsm = telemetry.observed(hsm, "hsm", *HSM_OPERATIONS)
     uses = Uses(keys, hsm, ledger)
     edge = Edge(
         identity,
-        Access(StoredUsers(pool)),
+        Access(users),
         ledger,
+        telemetry,
         call_seconds_max=config.call_seconds_max,
         calls_per_user_max=config.calls_per_user_max,
     )

@@ -1,0 +1,151 @@
+"""What is known of how the service is: whether it is ready, why not, and what an operator should look at."""
+
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from kms import __version__
+from kms.domain.errors import KmsError
+from kms.hsm.token_hsm import TokenHsm
+from kms.store import epoch as epochs
+from kms.store import migrate, partitions
+from kms.store.disk import Disk
+from kms.store.ledger import StoredLedger
+from kms.store.pool import Pool
+
+CHECK_SECONDS = 5.0
+
+
+@dataclass(slots=True, eq=False)
+class Condition:
+    """The parts that are asked, and what the database said when it was last asked: it is looked at anew, so it changes.
+
+    `faults` are sentences by what is at fault: token, database, epoch, service. No fault: ready. A schema that was changed
+    under the service is a warning: it goes on, and would not start again.
+    """
+
+    hsm: TokenHsm
+    ledger: StoredLedger
+    pool: Pool
+    disk: Disk
+    store_answers: Callable[[], bool]
+    epoch_fault: str = ""
+    schema_fault: str = ""
+    is_stopping: bool = False
+    default_rows: int = 0
+    keys_unconfirmed: int = 0
+
+    @property
+    def faults(self) -> dict[str, str]:
+        """Why the service is not ready; empty when it is."""
+        told = {
+            "service": "it is stopping" if self.is_stopping else "",
+            "token": "" if self.hsm.is_available() else "the HSM does not answer",
+            "database": "" if self.store_answers() else "the database does not answer",
+            "epoch": self.epoch_fault,
+        }
+        return {part: sentence for part, sentence in told.items() if sentence}
+
+    @property
+    def warnings(self) -> list[str]:
+        """What does not keep the service from serving, and should be seen to."""
+        told = [self.schema_fault] if self.schema_fault else []
+        if self.disk.is_low and self.disk.free_share is not None:
+            told.append(f"the database's disk is {self.disk.free_share:.0%} free")
+        if not self.disk.has_room_for_strangers():
+            told.append("refusals of callers who are not admitted are no longer recorded")
+        if self.default_rows:
+            told.append("rows of the trail are in a DEFAULT partition: run `kms partitions drain`")
+        if self.keys_unconfirmed:
+            told.append(f"{self.keys_unconfirmed} restored keys wait for a confirmation: see `kms epoch show`")
+        return told
+
+    def is_ready(self) -> bool:
+        """Whether calls can be served."""
+        return not self.faults
+
+    def stop(self) -> None:
+        """Say that the service is about to stop."""
+        self.is_stopping = True
+
+    def look(self) -> tuple[bool, str]:
+        """Return the same with a text for GET /readyz."""
+        faults = self.faults
+        lines = [f"{part}: {sentence}" for part, sentence in faults.items()] or ["ready"]
+        return not faults, "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
+
+    async def check(self) -> None:
+        """Ask the database for what it alone knows."""
+        if not self.store_answers():
+            return
+        self.epoch_fault = await self._fault(epochs.check_epoch)
+        self.schema_fault = await self._fault(migrate.check_schema)
+        self.default_rows = sum(rows.row_count for rows in await partitions.default_rows(self.pool))
+        self.keys_unconfirmed = len(await epochs.unconfirmed_keys(self.pool))
+
+    async def _fault(self, check: Callable[[Pool], Awaitable[None]]) -> str:
+        try:
+            await check(self.pool)
+        except KmsError as error:
+            if not self.store_answers():
+                raise
+            return error.message
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class ConditionCollector(Collector):
+    """The condition as Prometheus reads it, computed when it is read."""
+
+    condition: Condition
+
+    def collect(self) -> Iterator[Metric]:
+        """Return the families."""
+        condition = self.condition
+        yield from _hsm(condition)
+        yield from _ledger(condition)
+        yield gauge("ready", "Whether calls can be served.", condition.is_ready())
+        yield gauge("warnings", "What does not keep the service from serving, and should be seen to.", len(condition.warnings))
+        yield gauge("trail_default_rows", "Rows of the trail in a DEFAULT partition.", condition.default_rows)
+        yield gauge("keys_unconfirmed", "Restored keys that wait for a confirmation.", condition.keys_unconfirmed)
+        if condition.disk.free_share is not None:
+            yield gauge("disk_free_ratio", "What is free of the database's disk, 0 to 1.", condition.disk.free_share)
+        build = GaugeMetricFamily("kms_build_info", "The version that runs.", labels=("version",))
+        build.add_metric((__version__,), 1)
+        yield build
+
+
+def gauge(name: str, text: str, value: float) -> Metric:
+    """Return a gauge without labels."""
+    return GaugeMetricFamily(f"kms_{name}", text, value=float(value))
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(f"kms_{name}", text, value=float(value))
+
+
+def _hsm(condition: Condition) -> Iterator[Metric]:
+    status = condition.hsm.status()
+    yield gauge("hsm_available", "Whether the token answered when last looked at.", status.is_available)
+    yield gauge("hsm_sessions", "Sessions of this process in the token.", status.sessions)
+    yield gauge("hsm_handles", "Keys that are loaded in the token.", status.handles)
+    yield gauge("hsm_waiting", "Operations that wait for a lane or are in one.", status.waiting)
+    yield gauge("hsm_lanes_abandoned", "Lanes given up because a call in the token did not return.", status.lanes_abandoned)
+    lookups = CounterMetricFamily("kms_cache_lookups", "Lookups in caches.", labels=("cache", "outcome"))
+    lookups.add_metric(("handles", "hit"), status.handle_hits)
+    lookups.add_metric(("handles", "miss"), status.handle_misses)
+    yield lookups
+
+
+def _ledger(condition: Condition) -> Iterator[Metric]:
+    status = condition.ledger.status()
+    yield gauge("ledger_waiting", "Uses that wait to be settled.", status.waiting)
+    yield _counter("ledger_entries", "Uses that were settled.", status.entries)
+    yield _counter("ledger_charges", "Uses that were charged.", status.charges)
+    yield _counter("ledger_losses", "Connections lost with a batch under way.", status.losses)
+    yield gauge("refusals_waiting", "Rows about refusals that wait to be written.", status.refusals_waiting)
+    yield _counter(
+        "refusals_unrecorded", "Refusals of strangers left out of the trail, the disk being full.", status.refusals_unrecorded
+    )
