@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
@@ -19,17 +20,35 @@ from kms.dev.embedded_stack import dev_stack
 from kms.dev.postgres import FAST_UNSAFE
 from kms.dev.service_process import is_serving
 from kms.dev.stack import Stack
+from kms.dev.stack_files import StackFiles
 from kms.domain.errors import KmsError
 
 SECRET_FILES = ("secrets/service.dsn", "secrets/migration.dsn", "secrets/server.key", "authority/authority.key", "token/pin")
 
 
-@pytest.fixture
-def directory() -> Iterator[Path]:
+@contextmanager
+def passable_directory() -> Iterator[Path]:
     # pytest's own temporary directories are closed to the user that PostgreSQL runs as.
     with tempfile.TemporaryDirectory(prefix="kms-test-") as name:
         Path(name).chmod(0o711)
-        yield Path(name) / "stack"
+        yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def first_start() -> Iterator[Path]:
+    """The directory of a stack that was prepared from nothing and has served."""
+    with passable_directory() as parent:
+        with dev_stack(parent / "stack", port=0, settings=FAST_UNSAFE) as stack, stack.serving():
+            stack.kms("key", "create", "kept", "--type", "aes")
+        yield parent / "stack"
+
+
+@pytest.fixture
+def directory(first_start: Path) -> Iterator[Path]:
+    """A copy of it, owners kept."""
+    with passable_directory() as parent:
+        subprocess.run(["cp", "-a", str(first_start), str(parent)], check=True)
+        yield parent / "stack"
 
 
 class DevSession:
@@ -60,8 +79,6 @@ def is_gone(pid: int) -> bool:
 
 
 def test_a_second_start_finds_the_keys_of_the_first(directory: Path) -> None:
-    with dev_stack(directory, port=0, settings=FAST_UNSAFE) as stack, stack.serving():
-        stack.kms("key", "create", "kept", "--type", "aes")
     with dev_stack(directory, port=0, settings=FAST_UNSAFE) as stack, stack.serving() as service:
         assert key_names(stack) == ["kept"]
         assert is_serving(stack.client)
@@ -75,9 +92,8 @@ def test_a_second_start_finds_the_keys_of_the_first(directory: Path) -> None:
 
 
 def test_a_first_start_that_was_interrupted_is_begun_again(directory: Path) -> None:
-    with dev_stack(directory, port=0, settings=FAST_UNSAFE) as stack:
-        (directory / "token").rename(directory / "token.new")
-        shutil.rmtree(stack.files.client)
+    (directory / "token").rename(directory / "token.new")
+    shutil.rmtree(StackFiles(directory, token=directory / "token").client)
     with dev_stack(directory, port=0, settings=FAST_UNSAFE) as stack:
         assert not (directory / "token.new").exists()
         assert stack.files.client_configuration.exists()
@@ -92,7 +108,7 @@ def test_a_command_or_service_that_fails_is_told_with_its_words(directory: Path,
         with pytest.raises(KmsError, match="no-such-command"):
             stack.kms("no-such-command")
         stack.files.configuration.write_text("nonsense")
-        with pytest.raises(KmsError, match=r"serve\.log:\n.*not TOML"), stack.serving():
+        with pytest.raises(KmsError, match=r"(?s)serve\.log:\n.*not TOML"), stack.serving():
             pass
 
 
