@@ -4,7 +4,7 @@ Cancellation is the deadline: the edge cancels a call whose time is up, and an i
 cancelled call. All failures are `KmsError`; a driver's own exceptions end in its package.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -14,6 +14,8 @@ from kms.domain.errors import Reason
 from kms.domain.ids import KeyId, KeyName, KeyRef, UserId
 from kms.domain.keys import Custody, HeldKey, KeyFilter, KeyIdentity, KeyMaterial, KeyRecord, UsableKey
 from kms.domain.lifecycle import Move, Use
+from kms.domain.permissions import Permission
+from kms.domain.trail import Cursor, EventFilter, Found, Place, Stretch
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +41,12 @@ class NewKey:
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """Who calls. `version` advances with every change of roles, grants or standing."""
+    """Who calls. `version` advances with every change of roles, grants or standing; `permissions` are those of his roles."""
 
     user_id: UserId
     name: str
     version: int
+    permissions: frozenset[Permission] = frozenset()
 
 
 class Hsm(Protocol):
@@ -243,6 +246,32 @@ class Users(Protocol):
 
     async def find(self, user_id: UserId) -> User | None:
         """Return the user in good standing, or None for one that is unknown, locked or deleted."""
+        ...
+
+
+class Trail(Protocol):
+    """The trail as an auditor reads it. That he does is durably a line of it before he has the answer.
+
+    Where it is recorded it is also decided: PERMISSION_DENIED or CREDENTIALS_INVALID for a caller who at that moment may not.
+    """
+
+    async def search(self, call: Call, which: EventFilter, *, before: Place | None, limit: int) -> Found:
+        """Return at most *limit* events that fit, behind *before*, the newest first."""
+        ...
+
+    async def begin(self, call: Call, after: Cursor | None) -> Cursor:
+        """Record that *call* follows the trail, and return where it begins: behind *after*, or where the trail ends now."""
+        ...
+
+    def follow(self, call: Call, after: Cursor) -> AsyncIterator[Stretch]:
+        """Yield all events behind *after*, each once, as they become final, without end; now and then an empty stretch.
+
+        STORE_UNAVAILABLE ends it; whoever then begins again behind the last cursor misses nothing.
+        """
+        ...
+
+    async def record(self, call: Call, action: str, details: Mapping[str, object]) -> None:
+        """Record a reading of another kind."""
         ...
 
 

@@ -28,6 +28,9 @@ def add_service(
     server: Annotated[
         str | None, typer.Option("--server", metavar="HOST:PORT", help="Where it reaches the service. Default: as configured.")
     ] = None,
+    role: Annotated[
+        str | None, typer.Option(metavar="ROLE", help="auditor: it reads the trail, and nothing else. Default: none.")
+    ] = None,
 ) -> None:
     """Make a user that is a program, and print the URI that its client certificate must name.
 
@@ -38,7 +41,7 @@ def add_service(
     from kms.wiring import users as wiring
 
     if config.authority is None:
-        user_id = wiring.add_service(config, name)
+        user_id = wiring.add_service(config, name, role)
         _print(invocation, {"id": str(user_id), "name": name, "uri": identity_uri(config.deployment_id, user_id)})
         return
     from kms.pki.authority import issue_client, load_authority
@@ -48,7 +51,7 @@ def add_service(
     authority = load_authority(config.authority.cert_file, config.authority.key_file)
     directory = _new_directory(out or Path(name))
     try:
-        user_id = wiring.add_service(config, name)
+        user_id = wiring.add_service(config, name, role)
     except BaseException:
         directory.rmdir()
         raise
@@ -66,6 +69,7 @@ def register(app: typer.Typer) -> None:
         users,
         "add-service",
         "kms user add-service billing --config kms.toml --out /etc/billing/kms --server kms.example:7443",
+        "kms user add-service inspector --role auditor",
         "kms --config /etc/billing/kms/client.toml key list",
     )(add_service)
 

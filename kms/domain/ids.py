@@ -38,6 +38,13 @@ def parse_key_ref(text: str, *, field: str = "key") -> KeyRef:
     return KeyName(text)
 
 
+def parse_uuid(text: str, *, field: str) -> UUID:
+    """Return *text* as a UUID in lower case, or raise MALFORMED."""
+    if not _UUID.fullmatch(text):
+        raise malformed(field, "expected a lower-case UUID")
+    return UUID(text)
+
+
 def parse_deployment_id(text: str) -> str:
     """Return *text* as a deployment id: a DNS label in lower case. Raises MALFORMED."""
     if not _DEPLOYMENT.fullmatch(text):

@@ -39,21 +39,22 @@ def wire_key(key: KeyRecord) -> keys_pb2.Key:
         check_value=key.public_key.removeprefix("kcv:") if spec.is_symmetric else "",
         usage_count=key.usage_counter,
         version=key.version,
-        created_at=_stamp(key.created_at),
+        created_at=stamp(key.created_at),
         metadata=key.metadata,
         max_usage_count=key.max_usage_count,
-        activated_at=_stamp(key.activated_at),
-        expires_at=_stamp(key.expires_at),
-        destruction_scheduled_at=_stamp(key.destruction_scheduled_at),
+        activated_at=stamp(key.activated_at),
+        expires_at=stamp(key.expires_at),
+        destruction_scheduled_at=stamp(key.destruction_scheduled_at),
     )
 
 
-def _stamp(moment: datetime | None) -> Timestamp | None:
+def stamp(moment: datetime | None) -> Timestamp | None:
+    """Return *moment* as the wire has it."""
     if moment is None:
         return None
-    stamp = Timestamp()
-    stamp.FromDatetime(moment)
-    return stamp
+    made = Timestamp()
+    made.FromDatetime(moment)
+    return made
 
 
 def der_of(pem: str) -> bytes:

@@ -1,7 +1,8 @@
-"""What every call passes: request id, decoding, identity, deadline, errors, one log line, one count, one span.
+"""What every call passes: request id, decoding, identity, permission, deadline, errors, one log line, one count, one span.
 
 grpc.aio by itself answers bytes that do not parse with INTERNAL and sends the text of any exception to the client, so
-decoding and errors are handled here and nowhere else.
+decoding and errors are handled here and nowhere else. A stream of answers passes the same, and as long as it lasts its caller is
+looked at again and again.
 """
 
 import asyncio
@@ -10,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 from urllib.parse import unquote
 from uuid import uuid4
 
@@ -23,9 +24,11 @@ from kms.app.access import Access
 from kms.app.ports import Call, Ledger, Stranger
 from kms.domain.errors import KmsError, Reason, malformed
 from kms.domain.ids import UserId
+from kms.domain.permissions import check_permitted
 from kms.rpc.bystanders import Bystanders, Identify
 from kms.rpc.room import Room
 from kms.rpc.status import CODE_NAMES, INTERNAL, abort, internal_status, status_of
+from kms.rpc.streams import sent
 from kms.telemetry import Telemetry
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -39,9 +42,13 @@ else:
 OURS: Final = "/kms.v1."
 REQUEST_ID: Final = "x-request-id"
 CANCELLED: Final = "CANCELLED"
+STREAMS_MAX: Final = 8
+STREAMS_PER_USER_MAX: Final = 4
+STREAM_SECONDS_MAX: Final = 3600.0
 _REQUEST_ID_FORM: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _CALL: ContextVar[Call] = ContextVar("call")
 _LOG = structlog.get_logger("kms.rpc")
+T = TypeVar("T")
 
 
 def current() -> Call:
@@ -56,11 +63,11 @@ def caller() -> UserId:
 
 @dataclass(frozen=True, slots=True)
 class _Method:
-    """A unary method of ours as grpc found it."""
+    """A method of ours as grpc found it: it gives one answer, or a stream of them."""
 
     name: str
     decode: Callable[[bytes], Message]
-    call: Callable[[Message, Context], Awaitable[Message]]
+    call: Callable[[Message, Context], Any]
 
 
 class Edge(Interceptor):
@@ -81,8 +88,14 @@ class Edge(Interceptor):
         self._ledger = ledger
         self._telemetry = telemetry
         self._call_seconds_max = call_seconds_max
-        self._room = Room(calls_per_user_max)
+        self._room = Room("calls", calls_per_user_max)
+        self._streams_room = Room("streams", STREAMS_PER_USER_MAX, STREAMS_MAX)
+        self._draining = asyncio.Event()
         self._bystanders = Bystanders(identify, self._note_bystander)
+
+    def end_streams(self) -> None:
+        """End the streams, which would go on, as if they had said all: the server is about to stop."""
+        self._draining.set()
 
     async def intercept_service(
         self,
@@ -95,31 +108,42 @@ class Edge(Interceptor):
             return handler  # type: ignore[return-value]  # None is how grpc says UNIMPLEMENTED; the stubs leave it out
         if not handler_call_details.method.startswith(OURS):
             return self._bystanders.guarded(handler_call_details.method, handler)
-        decode, call = handler.request_deserializer, handler.unary_unary
-        if decode is None or call is None:
-            raise TypeError(f"{handler_call_details.method} streams, and the edge knows unary methods only")
-        method = _Method(handler_call_details.method, decode, cast(Any, call))
+        decode, inner = handler.request_deserializer, handler.unary_unary or handler.unary_stream
+        if decode is None or inner is None:
+            raise TypeError(f"{handler_call_details.method} takes a stream, and the edge knows single requests only")
+        method = _Method(handler_call_details.method.removeprefix(OURS), decode, cast(Any, inner))
 
-        async def handle(body: bytes, context: Context) -> Message:
-            with self._telemetry.spans.call(method.name.removeprefix(OURS), context.invocation_metadata() or ()):
-                return await self._handle(method, body, context)
+        async def answer(body: bytes, context: Context) -> Message:
+            seconds = min(context.time_remaining() or self._call_seconds_max, self._call_seconds_max)
+            with self._telemetry.spans.call(method.name, context.invocation_metadata() or ()):
+                return await self._guarded(
+                    method, context, self._room, seconds, lambda: method.call(_decode(method, body), context)
+                )
+
+        async def stream(body: bytes, context: Context) -> None:
+            seconds = min(context.time_remaining() or STREAM_SECONDS_MAX, STREAM_SECONDS_MAX)
+            await self._guarded(method, context, self._streams_room, seconds, lambda: self._stream(method, body, context))
 
         # No deserializer: grpc would answer INTERNAL to bytes that do not parse.
-        return grpc.unary_unary_rpc_method_handler(handle, response_serializer=handler.response_serializer)
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(answer, response_serializer=handler.response_serializer)
+        return grpc.unary_stream_rpc_method_handler(stream, response_serializer=handler.response_serializer)
 
-    async def _handle(self, method: _Method, body: bytes, context: Context) -> Message:
+    async def _guarded(self, method: _Method, context: Context, room: Room, seconds: float, act: Callable[[], Awaitable[T]]) -> T:
+        """Return what *act* returns for a caller who may make the call, or end the call with an error."""
         request_id = _request_id(context)
         context.set_trailing_metadata(((REQUEST_ID, request_id),))
         structlog.contextvars.bind_contextvars(request_id=request_id)  # grpc handles each call in a context of its own
         began = time.monotonic()
-        seconds = min(context.time_remaining() or self._call_seconds_max, self._call_seconds_max)
         refusal: status_pb2.Status
         try:
             async with asyncio.timeout(seconds):
                 user_id = self._identify(context.auth_context())
-                with self._room.taken(user_id):
-                    _CALL.set(Call(await self._access.admit(user_id), request_id, _peer(context)))
-                    response = await method.call(_decode(method, body), context)
+                with room.taken(user_id):
+                    user = await self._access.admit(user_id)
+                    _CALL.set(Call(user, request_id, _peer(context)))
+                    check_permitted(user.permissions, method.name)
+                    response = await act()
         except TimeoutError:
             reason, refusal = _refused(KmsError(Reason.DEADLINE_EXCEEDED, "the call took longer than it may"))
         except KmsError as error:
@@ -137,6 +161,13 @@ class Edge(Interceptor):
         self._note(method.name, context, request_id, reason)
         return await abort(context, refusal)
 
+    async def _stream(self, method: _Method, body: bytes, context: Context) -> None:
+        async def check() -> None:
+            user = await self._access.admit(self._identify(context.auth_context()))
+            check_permitted(user.permissions, method.name)
+
+        await sent(method.call(_decode(method, body), context), context, check=check, draining=self._draining)
+
     def _note(self, method: str, context: Context, request_id: str, reason: str) -> None:
         if reason in Reason.__members__:
             who = _CALL.get(None) or self._stranger(context, request_id)
@@ -149,11 +180,11 @@ class Edge(Interceptor):
         return Stranger(request_id, _peer(context), self._identify.claimed(context.auth_context()))
 
     def _end(self, method: str, began: float, outcome: str) -> None:
-        call, seconds, name = _CALL.get(None), time.monotonic() - began, method.removeprefix(OURS)
-        self._telemetry.ended(name, outcome, CODE_NAMES[outcome], seconds)
+        call, seconds = _CALL.get(None), time.monotonic() - began
+        self._telemetry.ended(method, outcome, CODE_NAMES[outcome], seconds)
         _LOG.info(
             "call",
-            method=name,
+            method=method,
             outcome=outcome,
             user=str(call.user.user_id) if call else None,
             milliseconds=round(seconds * 1000, 2),

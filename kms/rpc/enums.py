@@ -7,7 +7,8 @@ from kms.domain.algorithms import Hash, KeyType, Purpose, Scheme, SignatureForm
 from kms.domain.errors import malformed
 from kms.domain.keys import Custody
 from kms.domain.lifecycle import State
-from kms.v1 import crypto_pb2, keys_pb2
+from kms.domain.trail import Outcome, Severity
+from kms.v1 import audit_pb2, crypto_pb2, keys_pb2
 
 T = TypeVar("T")
 N = TypeVar("N", bound=int)
@@ -58,6 +59,17 @@ FORMS: Final[Mapping["crypto_pb2.SignatureFormat.ValueType", SignatureForm]] = {
     crypto_pb2.SIGNATURE_FORMAT_DER: SignatureForm.DER,
     crypto_pb2.SIGNATURE_FORMAT_RAW: SignatureForm.RAW,
     crypto_pb2.SIGNATURE_FORMAT_RECOVERABLE: SignatureForm.RECOVERABLE,
+}
+SEVERITIES: Final[Mapping["audit_pb2.Severity.ValueType", Severity]] = {
+    audit_pb2.SEVERITY_LOW: Severity.LOW,
+    audit_pb2.SEVERITY_MEDIUM: Severity.MEDIUM,
+    audit_pb2.SEVERITY_HIGH: Severity.HIGH,
+    audit_pb2.SEVERITY_CRITICAL: Severity.CRITICAL,
+}
+OUTCOMES: Final[Mapping["audit_pb2.Outcome.ValueType", Outcome]] = {
+    audit_pb2.OUTCOME_SUCCESS: Outcome.SUCCESS,
+    audit_pb2.OUTCOME_FAILURE: Outcome.FAILURE,
+    audit_pb2.OUTCOME_BLOCKED: Outcome.BLOCKED,
 }
 
 

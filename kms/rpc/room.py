@@ -1,4 +1,4 @@
-"""How many calls of one user are in flight: one user does not take the room of all."""
+"""How many calls of one user, and of all, are in flight: one user does not take the room of all."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -9,21 +9,28 @@ from kms.domain.ids import UserId
 
 
 class Room:
-    """Counts calls by user. It belongs to the event loop."""
+    """Counts *what* (calls, streams) by user. It belongs to the event loop."""
 
-    def __init__(self, calls_per_user_max: int) -> None:
-        self._max = calls_per_user_max
-        self._calls: Counter[UserId] = Counter()
+    def __init__(self, what: str, per_user_max: int, total_max: int | None = None) -> None:
+        self._what = what
+        self._per_user_max = per_user_max
+        self._total_max = total_max
+        self._taken: Counter[UserId] = Counter()
 
     @contextmanager
     def taken(self, user: UserId) -> Iterator[None]:
-        """Hold a place for a call of *user*, or raise RATE_LIMITED."""
-        if self._calls[user] >= self._max:
-            raise KmsError(Reason.RATE_LIMITED, f"you have {self._max} calls in flight, which is as many as you may have")
-        self._calls[user] += 1
+        """Hold a place for *user*, or raise RATE_LIMITED."""
+        if self._taken[user] >= self._per_user_max:
+            message = f"you have {self._per_user_max} {self._what} in flight, which is as many as you may have"
+            raise KmsError(Reason.RATE_LIMITED, message)
+        if self._total_max is not None and self._taken.total() >= self._total_max:
+            raise KmsError(
+                Reason.RATE_LIMITED, f"{self._total_max} {self._what} are there already, which is as many as there may be"
+            )
+        self._taken[user] += 1
         try:
             yield
         finally:
-            self._calls[user] -= 1
-            if not self._calls[user]:
-                del self._calls[user]
+            self._taken[user] -= 1
+            if not self._taken[user]:
+                del self._taken[user]

@@ -13,16 +13,18 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from kms.domain.errors import malformed
+from kms.rpc.audit import AuditServicer
 from kms.rpc.bystanders import BYSTANDERS_MAX
 from kms.rpc.crypto import CryptoServicer
 from kms.rpc.edge import Edge
 from kms.rpc.keys import KeyServicer
-from kms.v1 import crypto_pb2, crypto_pb2_grpc, keys_pb2, keys_pb2_grpc
+from kms.v1 import audit_pb2, audit_pb2_grpc, crypto_pb2, crypto_pb2_grpc, keys_pb2, keys_pb2_grpc
 
 MESSAGE_BYTES_MAX: Final = 4 * 1024 * 1024  # a batch of 1 MiB with room for its framing
 SERVICES: Final = (
     keys_pb2.DESCRIPTOR.services_by_name["KeyService"].full_name,
     crypto_pb2.DESCRIPTOR.services_by_name["CryptoService"].full_name,
+    audit_pb2.DESCRIPTOR.services_by_name["AuditService"].full_name,
 )
 _HEALTH_SECONDS: Final = 0.25
 _HANDSHAKE_MILLISECONDS: Final = 10_000
@@ -43,7 +45,14 @@ class Server:
     """A server that listens from `start` until `stop`. Health follows *is_ready*."""
 
     def __init__(
-        self, edge: Edge, keys: KeyServicer, crypto: CryptoServicer, *, calls_max: int, is_ready: Callable[[], bool]
+        self,
+        edge: Edge,
+        keys: KeyServicer,
+        crypto: CryptoServicer,
+        audit: AuditServicer,
+        *,
+        calls_max: int,
+        is_ready: Callable[[], bool],
     ) -> None:
         options = [
             # With SO_REUSEPORT a second server on the port would take half of the calls instead of being refused.
@@ -55,9 +64,11 @@ class Server:
         self._server = grpc.aio.server(interceptors=[edge], options=options, maximum_concurrent_rpcs=calls_max + BYSTANDERS_MAX)
         keys_pb2_grpc.add_KeyServiceServicer_to_server(keys, self._server)
         crypto_pb2_grpc.add_CryptoServiceServicer_to_server(crypto, self._server)
+        audit_pb2_grpc.add_AuditServiceServicer_to_server(audit, self._server)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs leave it out
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        self._edge = edge
         self._is_ready = is_ready
         self._watch: asyncio.Task[None] | None = None
 
@@ -73,10 +84,11 @@ class Server:
         return port
 
     async def stop(self, grace_seconds: float) -> None:
-        """Turn health to NOT_SERVING, take no new call, let those in flight end within *grace_seconds*."""
+        """Turn health to NOT_SERVING, take no new call, end streams, let calls in flight end within *grace_seconds*."""
         if self._watch is not None:
             self._watch.cancel()
         await self._health.enter_graceful_shutdown()
+        self._edge.end_streams()
         await self._server.stop(grace_seconds)
 
     async def _keep_reporting(self) -> None:

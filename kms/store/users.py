@@ -4,13 +4,18 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
+from psycopg.rows import DictRow
+
 from kms.app.ports import User
 from kms.domain.errors import malformed
 from kms.domain.ids import UserId
+from kms.domain.permissions import Permission
 from kms.store.pool import AS_ADMINISTRATOR, BEFORE_LOGIN, Pool
 
-FIND_BY_URI: Final = "SELECT id, username, version FROM authentication.find_user_by_uri(%(id)s)"
+FIND_BY_URI: Final = "SELECT id, username, version, permissions FROM authentication.find_user_by_uri(%(id)s)"
 CREATE_SERVICE: Final = "SELECT authentication.create_service_user(%(name)s) AS id"
+ROLES: Final = "SELECT name FROM authentication.roles ORDER BY name"
+ASSIGN_ROLE: Final = "SELECT authentication.assign_role(%(user)s, %(role)s)"
 _SERVICE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,99}")
 
 
@@ -23,13 +28,27 @@ class StoredUsers:
     async def find(self, user_id: UserId) -> User | None:
         """Return the user in good standing, or None for one that is unknown, locked or deleted."""
         rows = await self.pool.fetch(BEFORE_LOGIN, FIND_BY_URI, {"id": user_id})
-        return User(UserId(rows[0]["id"]), rows[0]["username"], rows[0]["version"]) if rows else None
+        return _user(rows[0]) if rows else None
 
-    async def create_service(self, name: str) -> UserId:
-        """Make a user that is known by its client certificate alone. Raises MALFORMED or NAME_TAKEN."""
+    async def create_service(self, name: str, role: str | None = None) -> UserId:
+        """Make a user that is known by its client certificate alone, with *role* if one is named: both or neither.
+
+        Raises MALFORMED, for a role that there is not, too, or NAME_TAKEN.
+        """
         if not _SERVICE_NAME.fullmatch(name):
             raise malformed("name", "expected 3 to 100 of A-Z a-z 0-9 . _ -, beginning with a letter or digit")
         async with self.pool.transaction(AS_ADMINISTRATOR) as connection:
             row = await (await connection.execute(CREATE_SERVICE, {"name": name})).fetchone()
-        assert row is not None  # noqa: S101  # a function that returns no set gives a row or raises
+            assert row is not None  # noqa: S101  # a function that returns no set gives a row or raises
+            if role is not None:
+                known = [found["name"] for found in await (await connection.execute(ROLES)).fetchall()]
+                if role not in known:
+                    raise malformed("role", f"expected one of {', '.join(known)}")
+                await (await connection.execute(ASSIGN_ROLE, {"user": row["id"], "role": role})).fetchone()
         return UserId(row["id"])
+
+
+def _user(row: DictRow) -> User:
+    # A permission that this program does not know opens nothing in it.
+    permissions = frozenset(permission for permission in Permission if permission in row["permissions"])
+    return User(UserId(row["id"]), row["username"], row["version"], permissions)

@@ -13,6 +13,7 @@ import structlog
 import uvloop
 
 from kms.app.access import Access
+from kms.app.auditing import Auditing
 from kms.app.encryption import Encryption
 from kms.app.keyring import Keyring
 from kms.app.moving import Destruction, Moving
@@ -24,6 +25,7 @@ from kms.domain.errors import KmsError, Reason
 from kms.hsm.token_hsm import HsmStatus, TokenHsm, open_hsm
 from kms.pki.client_identity import ClientIdentity, host_clock
 from kms.pki.public_keys import PublicKeyOperations
+from kms.rpc.audit import AuditServicer
 from kms.rpc.crypto import CryptoServicer
 from kms.rpc.edge import Edge
 from kms.rpc.keys import KeyServicer
@@ -38,6 +40,7 @@ from kms.store.ledger import StoredLedger, open_ledger
 from kms.store.lifecycle import StoredLifecycle
 from kms.store.pool import Pool
 from kms.store.repeats import StoredRepeats
+from kms.store.trail import StoredTrail
 from kms.store.users import StoredUsers
 from kms.store.watch import watched
 from kms.store.wrapping import StoredWrappingKeys
@@ -144,6 +147,7 @@ def _server(
         edge,
         KeyServicer(Keyring(keys, hsm), Moving(keys, lifecycle), uses),
         CryptoServicer(Signing(keys, hsm, public_keys), Encryption(keys, hsm, public_keys), uses),
+        AuditServicer(Auditing(StoredTrail(pool))),
         calls_max=config.calls_max,
         is_ready=is_ready,
     )

@@ -3,7 +3,7 @@
 The fields are found in the descriptors, so a field added later is covered without a line here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import grpc
@@ -12,7 +12,7 @@ from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from kms.v1 import crypto_pb2, keys_pb2
+from kms.v1 import audit_pb2, crypto_pb2, keys_pb2
 from tests.conformance.refusals import refusal_of
 from tests.conformance.requests import made
 from tests.fixtures.server import Caller
@@ -20,6 +20,7 @@ from tests.fixtures.server import Caller
 METHODS: Final[list[MethodDescriptor]] = [
     *keys_pb2.DESCRIPTOR.services_by_name["KeyService"].methods,
     *crypto_pb2.DESCRIPTOR.services_by_name["CryptoService"].methods,
+    *audit_pb2.DESCRIPTOR.services_by_name["AuditService"].methods,
 ]
 GOOD: Final[dict[str, dict[str, Any]]] = {
     "CreateKeyRequest": {"name": "new", "type": 5, "purpose": 2},
@@ -89,6 +90,22 @@ def bad_values(field: FieldDescriptor) -> Iterator[Any]:
         yield from ([item(**{**good, inner.name: value})] for inner in message.fields for value in values(inner))
 
 
+def called(method: MethodDescriptor, caller: Caller, auditor: Caller) -> Callable[[Message], Any]:
+    """Return the call of *method* by somebody who may make it; of a stream it gives the first answer."""
+    stubs = {"KeyService": caller.keys, "CryptoService": caller.crypto, "AuditService": auditor.audit}
+    stub = getattr(stubs[method.containing_service.name], method.name)
+
+    def call(request: Message) -> Any:  # noqa: ANN401 - a message of the method's output type
+        answer = stub(request, timeout=15)
+        if not method.server_streaming:
+            return answer
+        first = next(answer)
+        answer.cancel()
+        return first
+
+    return call
+
+
 def requests(method: MethodDescriptor) -> Iterator[Message]:
     """Yield the good request of *method* with each field, in turn, bad."""
     message, good = GetMessageClass(method.input_type), GOOD.get(method.input_type.name, {})
@@ -98,14 +115,17 @@ def requests(method: MethodDescriptor) -> Iterator[Message]:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-def test_a_bad_field_gets_an_error_of_the_table_and_never_internal(caller: Caller, method: MethodDescriptor) -> None:
-    made(caller, "aes", name="aes")
-    made(caller, "secp256k1", name="ec")
-    stub = caller.keys if method.containing_service.name == "KeyService" else caller.crypto
+def test_a_bad_field_gets_an_error_of_the_table_and_never_internal(
+    caller: Caller, auditor: Caller, method: MethodDescriptor
+) -> None:
+    call = called(method, caller, auditor)
+    if method.containing_service.name != "AuditService":
+        made(caller, "aes", name="aes")
+        made(caller, "secp256k1", name="ec")
     refused = 0
     for request in requests(method):
         try:
-            answer = getattr(stub, method.name)(request, timeout=15)
+            answer = call(request)
         except grpc.RpcError as error:
             found = refusal_of(error)
             assert found.code in ALLOWED, (str(request)[:200], found)
@@ -119,9 +139,11 @@ def test_a_bad_field_gets_an_error_of_the_table_and_never_internal(caller: Calle
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-def test_bytes_that_are_no_request_are_malformed(caller: Caller, method: MethodDescriptor) -> None:
-    raw = caller.channel.unary_unary(
-        f"/{method.containing_service.full_name}/{method.name}", request_serializer=bytes, response_deserializer=bytes
+def test_bytes_that_are_no_request_are_malformed(caller: Caller, auditor: Caller, method: MethodDescriptor) -> None:
+    channel = auditor.channel if method.containing_service.name == "AuditService" else caller.channel
+    path = f"/{method.containing_service.full_name}/{method.name}"
+    raw: Any = (channel.unary_stream if method.server_streaming else channel.unary_unary)(
+        path, request_serializer=bytes, response_deserializer=bytes
     )
     for body in (
         b"\xff",
@@ -132,7 +154,9 @@ def test_bytes_that_are_no_request_are_malformed(caller: Caller, method: MethodD
         b"\x0a\x05ab",
     ):
         try:
-            raw(body, timeout=15)
+            answer = raw(body, timeout=15)
+            if method.server_streaming:
+                next(answer)
         except grpc.RpcError as error:
             assert refusal_of(error).code in ALLOWED, (body, refusal_of(error))
             assert refusal_of(error).reason

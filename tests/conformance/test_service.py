@@ -21,7 +21,7 @@ from tests.fixtures.server import Caller, Deployment, RunningServer
 
 def test_health_is_told_for_the_server_and_each_service(caller: Caller) -> None:
     health: Any = health_pb2_grpc.HealthStub(caller.channel)
-    for service in ("", "kms.v1.KeyService", "kms.v1.CryptoService"):
+    for service in ("", "kms.v1.KeyService", "kms.v1.CryptoService", "kms.v1.AuditService"):
         status = health.Check(health_pb2.HealthCheckRequest(service=service)).status
         assert status == health_pb2.HealthCheckResponse.SERVING
     with pytest.raises(grpc.RpcError) as caught:
@@ -31,10 +31,10 @@ def test_health_is_told_for_the_server_and_each_service(caller: Caller) -> None:
 
 def test_reflection_lists_the_services(caller: Caller) -> None:
     found = set(ProtoReflectionDescriptorDatabase(caller.channel).get_services())
-    assert {"kms.v1.KeyService", "kms.v1.CryptoService", "grpc.health.v1.Health"} <= found
+    assert {"kms.v1.KeyService", "kms.v1.CryptoService", "kms.v1.AuditService", "grpc.health.v1.Health"} <= found
 
 
-@pytest.mark.parametrize("method", ["KeyService/ImportKey", "RotationService/RotateKey", "AuditService/SearchEvents"])
+@pytest.mark.parametrize("method", ["KeyService/ImportKey", "RotationService/RotateKey", "AuditService/VerifyTrail"])
 def test_what_has_not_landed_answers_unimplemented(caller: Caller, method: str) -> None:
     raw = caller.channel.unary_unary(f"/kms.v1.{method}", request_serializer=bytes, response_deserializer=bytes)
     with pytest.raises(grpc.RpcError) as caught:

@@ -107,6 +107,7 @@ def test_the_indexes_of_security_events_are_there_once(admin: psycopg.Connection
     found = value(admin, query)
     assert [text.partition(" USING ")[2] for text in found] == [
         "btree (commit_order, id)",
+        "btree (resource_id, created_at DESC) WHERE (resource_id IS NOT NULL)",
         "btree (severity, created_at DESC)",
         "btree (user_id, created_at DESC)",
         "btree (id, created_at)",

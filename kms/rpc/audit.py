@@ -1,0 +1,31 @@
+"""The servicer of AuditService."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from kms.app.auditing import Auditing
+from kms.rpc import events
+from kms.rpc.edge import Context, current
+from kms.v1 import audit_pb2, audit_pb2_grpc
+
+
+@dataclass(frozen=True, slots=True)
+class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
+    """Decodes, calls `Auditing`, encodes."""
+
+    auditing: Auditing
+
+    async def SearchEvents(self, request: audit_pb2.SearchEventsRequest, context: Context) -> audit_pb2.SearchEventsResponse:
+        """Return a page of events."""
+        which = events.event_filter(request)
+        before = events.parse_page_token(request.page_token, which)
+        found = await self.auditing.search(current(), which, before=before, limit=request.page_size or events.PAGE_DEFAULT)
+        token = events.page_token(found.next_place, which)
+        return audit_pb2.SearchEventsResponse(events=[events.wire_event(event) for event in found.events], next_page_token=token)
+
+    async def TailEvents(
+        self, request: audit_pb2.TailEventsRequest, context: Context
+    ) -> AsyncIterator[audit_pb2.TailEventsResponse]:
+        """Follow the trail."""
+        async for stretch in self.auditing.tail(current(), events.parse_cursor(request.cursor)):
+            yield events.wire_stretch(stretch)

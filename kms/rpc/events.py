@@ -1,0 +1,112 @@
+"""Events of the trail, wire to domain and back."""
+
+import base64
+import hashlib
+import json
+import re
+from dataclasses import astuple
+from datetime import UTC, datetime
+from typing import Any, Final
+from uuid import UUID
+
+from kms.domain.errors import malformed
+from kms.domain.ids import UserId, parse_uuid
+from kms.domain.trail import Cursor, Event, EventFilter, Place, Stretch
+from kms.rpc import convert, enums
+from kms.v1 import audit_pb2
+
+PAGE_DEFAULT: Final = 100
+_TEXT: Final = re.compile(r"[^\x00-\x1f\x7f]{0,100}")
+_ORDER_MAX: Final = 2**63 - 1
+_BAD_TOKEN: Final = (ValueError, TypeError, AttributeError, RecursionError)
+
+
+def event_filter(request: audit_pb2.SearchEventsRequest) -> EventFilter:
+    """Return which events a search is for, or raise MALFORMED naming the field."""
+    return EventFilter(
+        since=convert.moment(request, "since"),
+        until=convert.moment(request, "until"),
+        user_id=UserId(parse_uuid(request.user_id, field="user_id")) if request.user_id else None,
+        resource_id=parse_uuid(request.resource_id, field="resource_id") if request.resource_id else None,
+        event_type=_text(request.event_type, "event_type"),
+        action=_text(request.action, "action"),
+        outcome=enums.optional(enums.OUTCOMES, request.outcome, "outcome"),
+        severity_min=enums.optional(enums.SEVERITIES, request.severity_min, "severity_min") or EventFilter().severity_min,
+        request_id=_text(request.request_id, "request_id"),
+    )
+
+
+def wire_event(event: Event) -> audit_pb2.Event:
+    """Return *event* as a client sees it."""
+    return audit_pb2.Event(
+        id=str(event.event_id),
+        created_at=convert.stamp(event.created_at),
+        event_type=event.event_type,
+        severity=enums.number_of(enums.SEVERITIES, event.severity),
+        outcome=enums.number_of(enums.OUTCOMES, event.outcome) if event.outcome else audit_pb2.OUTCOME_UNSPECIFIED,
+        user_id=str(event.user_id or ""),
+        peer=event.peer,
+        resource_type=event.resource_type,
+        resource_id=str(event.resource_id or ""),
+        action=event.action,
+        risk_score=event.risk_score,
+        details_json=json.dumps(event.details, ensure_ascii=False, sort_keys=True),
+    )
+
+
+def wire_stretch(stretch: Stretch) -> audit_pb2.TailEventsResponse:
+    """Return *stretch* as a client sees it."""
+    cursor = _token(stretch.cursor.commit_order, str(stretch.cursor.event_id))
+    return audit_pb2.TailEventsResponse(events=[wire_event(event) for event in stretch.events], cursor=cursor)
+
+
+def page_token(place: Place | None, which: EventFilter) -> str:
+    """Return the token of the page that begins at *place*, empty where there is none."""
+    return "" if place is None else _token(_fingerprint(which), place.created_at.isoformat(), str(place.event_id))
+
+
+def parse_page_token(token: str, which: EventFilter) -> Place | None:
+    """Return where the page begins, None for the first, or raise MALFORMED for what no page of this search gave."""
+    if not token:
+        return None
+    try:
+        fingerprint, created_at, event_id = _parts(token)
+        place = Place(datetime.fromisoformat(created_at).astimezone(UTC), UUID(event_id))
+    except (*_BAD_TOKEN, OverflowError):
+        fingerprint, place = None, None
+    if place is None or fingerprint != _fingerprint(which):
+        raise malformed("page_token", "expected next_page_token of the page before, with the same filter")
+    return place
+
+
+def parse_cursor(token: str) -> Cursor | None:
+    """Return the cursor, None for an empty one, or raise MALFORMED."""
+    if not token:
+        return None
+    try:
+        order, event_id = _parts(token)
+        cursor = Cursor(order, UUID(event_id))
+    except _BAD_TOKEN:
+        cursor = None
+    if cursor is None or type(cursor.commit_order) is not int or not 0 <= cursor.commit_order <= _ORDER_MAX:
+        raise malformed("cursor", "expected the cursor of an answer of TailEvents")
+    return cursor
+
+
+def _token(*parts: object) -> str:
+    return base64.urlsafe_b64encode(json.dumps(parts).encode()).decode()
+
+
+def _parts(token: str) -> tuple[Any, ...]:
+    """Return what `_token` was given. Raises ValueError, TypeError or RecursionError for what it did not make."""
+    return tuple(json.loads(base64.b64decode(token, altchars=b"-_", validate=True)))
+
+
+def _fingerprint(which: EventFilter) -> str:
+    return hashlib.sha256(json.dumps(astuple(which), default=str).encode()).hexdigest()[:16]
+
+
+def _text(text: str, field: str) -> str | None:
+    if not _TEXT.fullmatch(text):
+        raise malformed(field, "expected at most 100 characters, none of them a control character")
+    return text or None
