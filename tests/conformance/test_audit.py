@@ -1,7 +1,9 @@
 """AuditService: what auditors find, that nobody else does, and that their reading is in the trail too."""
 
 import json
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -248,3 +250,139 @@ def test_a_token_belongs_to_its_filter_and_a_range_ends_behind_its_beginning(ser
     now = stamp(datetime.now(UTC))
     assert refusal(auditor.audit.SearchEvents, apb.SearchEventsRequest(since=now, until=now)).metadata == {"field": "until"}
     assert refusal(auditor.audit.SearchEvents, apb.SearchEventsRequest(page_size=1001)).metadata == {"field": "page_size"}
+
+
+def write(connection: psycopg.Connection[Any], user: UserId, name: str) -> None:
+    query = "INSERT INTO audit.security_events (event_type, severity, user_id, action) VALUES ('test', 'low', %s, %s)"
+    connection.execute(query, (user, name))
+
+
+def named(stream: Any, user: UserId, last: str) -> tuple[list[str], str]:  # noqa: ANN401
+    """The actions of a user's events up to *last*, and the cursor behind them."""
+    found: list[str] = []
+    for answer in stream:
+        found += [event.action for event in answer.events if event.user_id == str(user)]
+        if last in found:
+            return found, str(answer.cursor)
+    raise AssertionError(found)
+
+
+def test_a_tail_gives_every_event_once_though_a_transaction_commits_late(server: RunningServer, auditor: Caller) -> None:
+    user, dsn = server.deployment.new_user(), server.deployment.database.admin_dsn
+    stream = tail(auditor)
+    first = next(stream)
+    assert not first.events
+    with psycopg.connect(dsn, autocommit=True) as quick, psycopg.connect(dsn) as late:
+        write(late, user, "late-1")  # takes its place in the order before all that follow
+        for number in range(20):
+            write(quick, user, f"quick-{number}")
+        threading.Event().wait(0.6)  # the stream has looked meanwhile
+        write(late, user, "late-2")
+        late.commit()
+        write(quick, user, "last")
+    found, cursor = named(stream, user, "last")
+    assert sorted(found) == sorted(["late-1", "late-2", "last", *(f"quick-{number}" for number in range(20))])
+    assert sorted(found[:2]) == ["late-1", "late-2"]
+    stream.cancel()
+    again = tail(auditor, first.cursor)
+    assert named(again, user, "last")[0] == found
+    again.cancel()
+    with psycopg.connect(dsn, autocommit=True) as quick:
+        write(quick, user, "next")
+    beyond = tail(auditor, cursor)
+    assert named(beyond, user, "next")[0] == ["next"]
+    beyond.cancel()
+
+
+def test_a_tail_gives_what_two_writers_write_at_once(server: RunningServer, auditor: Caller) -> None:
+    user, dsn = server.deployment.new_user(), server.deployment.database.admin_dsn
+    stream = tail(auditor)
+    next(stream)
+
+    def write_many(name: str) -> None:
+        with psycopg.connect(dsn) as connection:
+            for number in range(150):
+                write(connection, user, f"{name}-{number}")
+                if number % 7 == 0:
+                    connection.commit()
+
+    writers = [threading.Thread(target=write_many, args=(name,)) for name in ("a", "b")]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        write(connection, user, "last")
+    found, _ = named(stream, user, "last")
+    stream.cancel()
+    assert sorted(found) == sorted(["last", *(f"{name}-{number}" for name in ("a", "b") for number in range(150))])
+
+
+def test_an_event_is_told_within_half_a_second(server: RunningServer, auditor: Caller) -> None:
+    user = server.deployment.new_user()
+    stream = tail(auditor)
+    next(stream)
+    best = 99.0
+    with psycopg.connect(server.deployment.database.admin_dsn, autocommit=True) as connection:
+        for number in range(5):
+            began = time.monotonic()
+            write(connection, user, str(number))
+            named(stream, user, str(number))
+            best = min(best, time.monotonic() - began)
+    stream.cancel()
+    assert best < 0.5
+
+
+@pytest.mark.parametrize("how", ["role", "standing"])
+def test_a_tail_ends_when_its_caller_may_no_longer_have_it(server: RunningServer, how: str) -> None:
+    auditor = server.auditor()
+    stream = tail(auditor)
+    next(stream)
+    began = time.monotonic()
+    if how == "role":
+        take_role(server.deployment, auditor.user_id)
+    else:
+        execute(server.deployment, "UPDATE authentication.users SET deleted_at = now() WHERE id = %s", auditor.user_id)
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stream)
+    assert refusal_of(caught.value).reason == ("PERMISSION_DENIED" if how == "role" else "CREDENTIALS_INVALID")
+    assert time.monotonic() - began < 5
+
+
+def test_streams_of_one_user_are_limited_and_those_that_were_left_make_room(server: RunningServer, auditor: Caller) -> None:
+    streams = [tail(auditor) for _ in range(4)]
+    for stream in streams:
+        next(stream)
+    with pytest.raises(grpc.RpcError) as caught:
+        next(tail(auditor))
+    assert refusal_of(caught.value).reason == "RATE_LIMITED"
+    for stream in streams:
+        stream.cancel()
+    for _ in range(100):
+        if is_open(auditor):
+            return
+        threading.Event().wait(0.05)
+    raise AssertionError("the streams that were left still take room")
+
+
+def is_open(auditor: Caller) -> bool:
+    stream = tail(auditor)
+    try:
+        next(stream)
+    except grpc.RpcError:
+        return False
+    stream.cancel()
+    return True
+
+
+def test_a_server_that_stops_ends_its_streams_and_does_not_wait_for_them(deployment: Deployment) -> None:
+    with deployment.serving() as server:
+        stream = tail(server.auditor())
+        cursor = next(stream).cursor
+        began = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        assert [event for answer in stream for event in answer.events if event.event_type != "audit.read"] == []
+        assert stream.code() == grpc.StatusCode.OK
+        assert server.process.wait(20) == 0
+        assert time.monotonic() - began < 10
+        assert cursor
