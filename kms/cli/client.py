@@ -1,6 +1,7 @@
 """The client side of the API: a channel with mutual TLS, and errors with the reason that the service gave."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final, Protocol, TypeVar
@@ -15,11 +16,12 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from kms.v1 import crypto_pb2_grpc, keys_pb2_grpc
+from kms.v1 import audit_pb2, audit_pb2_grpc, crypto_pb2_grpc, keys_pb2_grpc
 
 Request = TypeVar("Request", contravariant=True)
 Response = TypeVar("Response", covariant=True)
 
+_REOPEN_SECONDS: Final = 0.5
 _UNREACHABLE: Final = "SERVER_UNAVAILABLE"
 
 
@@ -28,11 +30,12 @@ class _Method(Protocol[Request, Response]):
 
 
 class Client:
-    """The stubs of both services. `call` invokes one of their methods within the configured time."""
+    """The stubs of the services. `call` invokes one of their methods within the configured time."""
 
     def __init__(self, channel: grpc.Channel, config: ClientConfig) -> None:
         self.keys = keys_pb2_grpc.KeyServiceStub(channel)
         self.crypto = crypto_pb2_grpc.CryptoServiceStub(channel)
+        self.audit = audit_pb2_grpc.AuditServiceStub(channel)
         self._config = config
 
     def call(self, method: _Method[Request, Response], request: Request) -> Response:
@@ -41,6 +44,25 @@ class Client:
             return method(request, timeout=self._config.timeout_seconds)
         except grpc.RpcError as error:
             raise call_error(error, self._config.server) from None
+
+    def followed(self, cursor: str) -> Iterator[audit_pb2.TailEventsResponse]:
+        """Yield what the trail holds behind *cursor*, without end, or raise `CallError`.
+
+        A stream that the server ended in good order (it drains, or the stream's hour is over) is opened again where it stood.
+        """
+        while True:
+            # The stub's type is no iterator: types-grpcio says so of every stream.
+            stream: Any = self.audit.TailEvents(audit_pb2.TailEventsRequest(cursor=cursor))
+            try:
+                for answer in stream:
+                    cursor = answer.cursor
+                    yield answer
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise call_error(error, self._config.server) from None
+            finally:
+                stream.cancel()
+            time.sleep(_REOPEN_SECONDS)
 
 
 @contextmanager
