@@ -32,7 +32,7 @@ class Spans(Protocol):
         """Open the span of a step of a call."""
         ...
 
-    def end(self, outcome: str, code: str) -> None:
+    def end(self, outcome: str, code: str, request_id: str) -> None:
         """Say of the call whose span is open how it ended: OK or a reason, and the gRPC code's name."""
         ...
 
@@ -46,7 +46,7 @@ class _NoSpans:
     def step(self, name: str) -> AbstractContextManager[None]:
         return _NOTHING
 
-    def end(self, outcome: str, code: str) -> None:
+    def end(self, outcome: str, code: str, request_id: str) -> None:
         return
 
 
@@ -88,7 +88,7 @@ class Telemetry:
         self._calls_of: dict[tuple[str, str], Counter] = {}
         self._seconds_of: dict[str, Histogram] = {}
 
-    def ended(self, method: str, outcome: str, code: str, seconds: float) -> None:
+    def ended(self, method: str, outcome: str, code: str, request_id: str, seconds: float) -> None:
         """Count a call: *outcome* is OK or a reason, *code* the name of the gRPC code."""
         counted = self._calls_of.get((method, code))
         if counted is None:
@@ -98,7 +98,7 @@ class Telemetry:
             timed = self._seconds_of[method] = self._call_seconds.labels(method)
         counted.inc()
         timed.observe(seconds)
-        self.spans.end(outcome, code)
+        self.spans.end(outcome, code, request_id)
 
     def settled(self, entries: int, seconds: float) -> None:
         """Count a batch of the ledger."""

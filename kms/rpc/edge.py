@@ -149,15 +149,15 @@ class Edge(Interceptor):
         except KmsError as error:
             reason, refusal = _refused(error)
         except asyncio.CancelledError:
-            self._end(method.name, began, CANCELLED)
+            self._end(method.name, request_id, began, CANCELLED)
             raise
         except Exception:  # noqa: BLE001 - the boundary: a bug is logged here and told as "internal error"
             _LOG.exception("bug", method=method.name)
             reason, refusal = INTERNAL, internal_status(request_id)
         else:
-            self._end(method.name, began, "OK")
+            self._end(method.name, request_id, began, "OK")
             return response
-        self._end(method.name, began, reason)
+        self._end(method.name, request_id, began, reason)
         self._note(method.name, context, request_id, reason)
         return await abort(context, refusal)
 
@@ -179,9 +179,9 @@ class Edge(Interceptor):
     def _stranger(self, context: Context, request_id: str) -> Stranger:
         return Stranger(request_id, _peer(context), self._identify.claimed(context.auth_context()))
 
-    def _end(self, method: str, began: float, outcome: str) -> None:
+    def _end(self, method: str, request_id: str, began: float, outcome: str) -> None:
         call, seconds = _CALL.get(None), time.monotonic() - began
-        self._telemetry.ended(method, outcome, CODE_NAMES[outcome], seconds)
+        self._telemetry.ended(method, outcome, CODE_NAMES[outcome], request_id, seconds)
         _LOG.info(
             "call",
             method=method,

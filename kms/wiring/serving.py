@@ -51,6 +51,7 @@ from kms.wiring.jobs import UPKEEP_SECONDS, destroy_due, forget_answers, repeati
 from kms.wiring.log import configure_log
 from kms.wiring.parts import database_dsn, hsm_settings, needed, ready_pool
 from kms.wiring.token import check_token
+from kms.wiring.tracing import tracing
 
 HSM_OPERATIONS: Final = ("generate", "discard", "sign", "encrypt", "decrypt", "decrypt_rsa", "random", "mac")
 _LOG = structlog.get_logger("kms")
@@ -96,7 +97,8 @@ async def running(config: Config) -> AsyncIterator[tuple[int, TokenHsm]]:
         hsm = await open_hsm(hsm_settings(config))
         stack.push_async_callback(hsm.close)
         await check_token(config, hsm, StoredWrappingKeys(pool))
-        telemetry, disk = Telemetry(), Disk(needed(config.database).disk_path)
+        telemetry = Telemetry(stack.enter_context(tracing(config.tracing, config.deployment_id)))
+        disk = Disk(needed(config.database).disk_path)
         await stack.enter_async_context(repeating("disk", CHECK_SECONDS, disk.watch))
         ledger = await stack.enter_async_context(
             open_ledger(dsn, pool, settled=telemetry.settled, records_strangers=disk.has_room_for_strangers)

@@ -55,6 +55,22 @@ def test_unknown_users_and_other_names_are_refused_all_alike(server: RunningServ
     assert found == refusal(server.caller(NOBODY).keys.ListKeys, LIST)
 
 
+def test_who_is_not_admitted_is_recorded_by_address_with_whom_he_claims_to_be(server: RunningServer) -> None:
+    claims = UserId(uuid.uuid4())
+    request_id = f"stranger-{claims}"
+    with pytest.raises(grpc.RpcError):
+        server.caller(claims).keys.ListKeys(LIST, metadata=(("x-request-id", request_id),))
+    query = """SELECT user_id, host(source_ip), action, outcome, event_details ->> 'claimed_user_id'
+        FROM audit.security_events WHERE event_details ->> 'request_id' = %s"""
+    deadline = time.monotonic() + 10
+    found: list[Any] = []
+    with psycopg.connect(server.deployment.database.admin_dsn, autocommit=True) as connection:
+        while not found and time.monotonic() < deadline:
+            time.sleep(0.05)
+            found = connection.execute(query, (request_id,)).fetchall()
+    assert found == [(None, "127.0.0.1", "ListKeys", "blocked", str(claims))]
+
+
 @pytest.mark.parametrize("change", ["deleted_at = now()", "locked_until = now() + interval '1 hour'"])
 def test_a_user_who_is_deleted_or_locked_is_refused_at_his_next_call(server: RunningServer, change: str) -> None:
     caller = server.caller()

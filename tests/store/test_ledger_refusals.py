@@ -7,7 +7,7 @@ from uuid import uuid4
 
 import pytest
 
-from kms.app.ports import Call, User
+from kms.app.ports import Call, Stranger, User
 from kms.domain.errors import Reason
 from kms.domain.ids import KeyId, UserId
 from kms.store.ledger import open_ledger
@@ -132,6 +132,36 @@ async def test_a_flood_of_refusals_does_not_stop_charges(database: Database, sto
             await ledger.settle(sign(alice, key))
         assert ledger.status().charges == 100
     assert sum(row["event_details"].get("count", 1) for row in refused(database)) == 5000
+
+
+async def test_strangers_are_counted_by_address_and_never_stand_as_the_user_they_claim_to_be(
+    database: Database, alice: User
+) -> None:
+    async with open_refusals(database.dsn) as refusals:
+        for _ in range(SINGLE_MAX + 5):
+            refusals.note(Stranger("1", "192.0.2.1", alice.user_id), "sign", None, Reason.CREDENTIALS_INVALID)
+        refusals.note(Stranger("2", "192.0.2.2", None), "sign", None, Reason.CREDENTIALS_INVALID)
+    found = refused(database)
+    assert {row["user_id"] for row in found} == {None}
+    assert {row["event_details"]["authenticated"] for row in found} == {False}
+    assert found[0]["event_details"]["claimed_user_id"] == str(alice.user_id)
+    assert [row["event_details"].get("count", 1) for row in found if row["peer"] == "192.0.2.1"] == [1] * SINGLE_MAX + [5]
+    assert [row["event_details"]["claimed_user_id"] for row in found if row["peer"] == "192.0.2.2"] == [None]
+
+
+async def test_with_less_than_a_tenth_of_the_disk_free_strangers_are_not_written_and_users_are(
+    database: Database, alice: User
+) -> None:
+    free = [0.05]
+    stranger = Stranger("1", "192.0.2.1", None)
+    async with open_refusals(database.dsn, records_strangers=lambda: free[0] >= 0.10) as refusals:
+        refusals.note(stranger, "sign", None, Reason.CREDENTIALS_INVALID)
+        refusals.note(a_call(alice), "sign", None, Reason.MALFORMED)
+        assert refusals.unrecorded == 1
+        free[0] = 0.10
+        refusals.note(stranger, "sign", None, Reason.CREDENTIALS_INVALID)
+        assert refusals.unrecorded == 1
+    assert [row["user_id"] for row in refused(database)] == [alice.user_id, None]
 
 
 def test_every_reason_has_a_severity() -> None:
