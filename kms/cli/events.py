@@ -1,4 +1,4 @@
-"""`kms audit`: the trail, for auditors."""
+"""`kms audit search` and `tail`: the trail, for users with the role auditor."""
 
 import json
 from datetime import datetime
@@ -83,7 +83,7 @@ def tail(
 
 def register(app: typer.Typer) -> typer.Typer:
     """Add these commands to *app*, and return their group."""
-    audit = group(app, "audit", "Read the trail. Needs a user with the role auditor.")
+    audit = group(app, "audit", "The trail: read it, and prove that nobody changed it.")
     command(
         audit,
         "search",
