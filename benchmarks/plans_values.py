@@ -14,6 +14,7 @@ from uuid import UUID, uuid4
 from psycopg.types.json import Jsonb
 
 from benchmarks.plans_rows import DUE, UNCONFIRMED, Size, certificate_id, key_id, key_name, user_id
+from kms.store.keys import WALKED_MAX
 
 _USABLE_FROM: Final = 1 + max(DUE, UNCONFIRMED)
 _PEM: Final = "-----BEGIN PUBLIC KEY-----\n" + "A" * 124
@@ -62,7 +63,8 @@ def _page(*, of_the_many: bool, **wanted: str) -> Make:
     def make(size: Size) -> Sending:
         number = a_key(size)
         owner = user_id(0) if of_the_many else size.owner(number)
-        parameters = {"caller": owner, "after": key_name(number), "prefix": "", "limit": 100}
+        parameters: dict[str, Any] = {"caller": owner, "after": key_name(number), "prefix": ""}
+        parameters |= {"walked_max": WALKED_MAX, "rows_max": 101}
         if wanted:
             parameters["after"] = ""
         return Sending(owner, parameters | {"type": None, "purpose": None, "state": None} | wanted)

@@ -1,6 +1,6 @@
 """Making keys and looking at them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -10,7 +10,7 @@ from kms.app.ports import Call, Hsm, Keys, NewKey, Repeat
 from kms.domain.algorithms import KeySpec
 from kms.domain.errors import KmsError, Reason, malformed
 from kms.domain.ids import KeyId, KeyName, KeyRef, UserId
-from kms.domain.keys import Custody, KeyFilter, KeyIdentity, KeyMaterial, KeyRecord, UsableKey
+from kms.domain.keys import Custody, KeyIdentity, KeyMaterial, KeyRecord, UsableKey
 from kms.domain.lifecycle import State, Use, check_use
 
 METADATA_ENTRIES_MAX: Final = 32
@@ -58,11 +58,6 @@ class Keyring:
         except BaseException:
             await self._discard_unless_stored(identity, material)
             raise
-
-    async def page(self, caller: UserId, which: KeyFilter, *, after: str, limit: int) -> tuple[Sequence[KeyRecord], bool]:
-        """Return at most *limit* keys behind the name *after*, and whether there are more."""
-        found = await self.keys.page(caller, which, after=after, limit=limit + 1)
-        return found[:limit], len(found) > limit
 
     async def _discard_unless_stored(self, identity: KeyIdentity, material: KeyMaterial) -> None:
         # A lost connection leaves open whether the row was stored. A token object without a row is a nuisance, a row

@@ -40,6 +40,14 @@ class NewKey:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyPage:
+    """Keys in the order of their names. The next page begins behind the name `goes_on_after`; None: there is none."""
+
+    keys: Sequence[KeyRecord]
+    goes_on_after: KeyName | None
+
+
+@dataclass(frozen=True, slots=True)
 class User:
     """Who calls. `version` advances with every change of roles, grants or standing; `permissions` are those of his roles."""
 
@@ -130,8 +138,11 @@ class Keys(Protocol):
         """Return the key with its envelope, or None. A destroyed key has none and is found by `find` only."""
         ...
 
-    async def page(self, caller: UserId, which: KeyFilter, *, after: str, limit: int) -> Sequence[KeyRecord]:
-        """Return at most *limit* keys in the order of their names, beginning behind the name *after*."""
+    async def page(self, caller: UserId, which: KeyFilter, *, after: str, limit: int) -> KeyPage:
+        """Return at most *limit* keys in the order of their names, beginning behind the name *after*.
+
+        Fewer, or none, where few of those that it looks at fit: the last page is the one with no place to go on.
+        """
         ...
 
 

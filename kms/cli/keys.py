@@ -164,7 +164,7 @@ def _pages(client: "Client", request: "keys_pb2.ListKeysRequest", limit: int) ->
             count += 1
             if count == limit:
                 return
-        if not page.next_page_token:
+        if not page.next_page_token:  # an empty page is not always the last
             return
         request.page_token = page.next_page_token
 

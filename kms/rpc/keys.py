@@ -62,9 +62,9 @@ class KeyServicer(keys_pb2_grpc.KeyServiceServicer):
     async def ListKeys(self, request: keys_pb2.ListKeysRequest, context: Context) -> keys_pb2.ListKeysResponse:
         """List the caller's keys."""
         which, after, limit = convert.page_request(request)
-        found, more = await self.keyring.page(caller(), which, after=after, limit=limit)
-        token = convert.page_token(found[-1].name, which) if more else ""
-        return keys_pb2.ListKeysResponse(keys=[convert.wire_key(key) for key in found], next_page_token=token)
+        page = await self.keyring.keys.page(caller(), which, after=after, limit=limit)
+        token = convert.page_token(page.goes_on_after, which) if page.goes_on_after is not None else ""
+        return keys_pb2.ListKeysResponse(keys=[convert.wire_key(key) for key in page.keys], next_page_token=token)
 
     async def GetPublicKey(self, request: keys_pb2.GetPublicKeyRequest, context: Context) -> keys_pb2.GetPublicKeyResponse:
         """Return the public half of a key."""

@@ -1,7 +1,6 @@
 """The port `Keys`: stored keys, as the calling user sees them."""
 # ruff: noqa: S608  # queries are put together from literals alone: LiteralString, which basedpyright checks
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
@@ -11,7 +10,7 @@ from psycopg import errors as pg
 from psycopg.rows import DictRow
 from psycopg.types.json import Jsonb
 
-from kms.app.ports import Call, NewKey, Repeat
+from kms.app.ports import Call, KeyPage, NewKey, Repeat
 from kms.domain.algorithms import KeySpec, KeyType, Purpose
 from kms.domain.errors import KmsError, Reason, malformed
 from kms.domain.ids import KeyId, KeyName, KeyRef, UserId
@@ -23,10 +22,10 @@ _STATE: Final = """cryptography.effective_status(
         key_status, activated_at, deactivated_at, superseded_at, expires_at, destruction_scheduled_at, destroyed_at,
         clock_timestamp()
     )"""
-_RECORD: Final = f"""id, user_id, key_name, key_type, key_purpose, key_strength, bound_to, origin, custody, public_key,
+_STORED: Final = """id, user_id, key_name, key_type, key_purpose, key_strength, bound_to, origin, custody, public_key,
     hsm_key_id, version, usage_counter, max_usage_count, created_at, activated_at, expires_at, last_used_at, deactivated_at,
-    superseded_at, compromised_at, compromise_occurred_at, revoked_at, destruction_scheduled_at, destroyed_at, metadata,
-    {_STATE} AS state"""
+    superseded_at, compromised_at, compromise_occurred_at, revoked_at, destruction_scheduled_at, destroyed_at, metadata"""
+_RECORD: Final = f"{_STORED}, {_STATE} AS state"
 
 FIND_BY_ID: Final = f"SELECT {_RECORD} FROM cryptography.keys WHERE user_id = %(caller)s AND id = %(ref)s"
 FIND_BY_NAME: Final = f"SELECT {_RECORD} FROM cryptography.keys WHERE user_id = %(caller)s AND key_name = %(ref)s"
@@ -49,17 +48,28 @@ INSERT: Final = f"""
 # What the trigger that writes the trail says of the call.
 FOR_CALL: Final = "SELECT set_config('app.request_id', %(request_id)s, true), set_config('app.peer', %(peer)s, true)"
 KEEP_ANSWER: Final = "SELECT cryptography.keep_answer(%(rpc)s, %(request_id)s, %(body_mac)s, %(result)s) AS is_kept"
-# Names are ASCII and compared byte by byte: DEL is behind every character of a name, so the prefix is a range of the index.
+WALKED_MAX: Final = 1_000
+# One call looks at so many keys, or a filter that few fit would take it through all of them: the last of them tells where to
+# go on, whether it fits or not. Names are ASCII and compared byte by byte: DEL is behind every character of a name, so the
+# prefix is a range of the index.
 PAGE: Final = f"""
-    SELECT {_RECORD}
-    FROM cryptography.keys
-    WHERE user_id = %(caller)s AND key_name > %(after)s
-        AND key_name >= %(prefix)s AND key_name < %(prefix)s || chr(127)
-        AND (%(type)s::text IS NULL OR key_type = %(type)s)
-        AND (%(purpose)s::text IS NULL OR key_purpose = %(purpose)s)
-        AND (%(state)s::text IS NULL OR {_STATE} = %(state)s)
+    SELECT {_STORED}, state, fits, place
+    FROM (
+        SELECT {_RECORD}, row_number() OVER (ORDER BY key_name) AS place
+        FROM cryptography.keys
+        WHERE user_id = %(caller)s AND key_name > %(after)s
+            AND key_name >= %(prefix)s AND key_name < %(prefix)s || chr(127)
+        ORDER BY key_name
+        LIMIT %(walked_max)s
+    ) AS walked
+    CROSS JOIN LATERAL (
+        SELECT (%(type)s::text IS NULL OR key_type = %(type)s)
+            AND (%(purpose)s::text IS NULL OR key_purpose = %(purpose)s)
+            AND (%(state)s::text IS NULL OR state = %(state)s)
+    ) AS judged (fits)
+    WHERE fits OR place = %(walked_max)s
     ORDER BY key_name
-    LIMIT %(limit)s
+    LIMIT %(rows_max)s
 """
 
 
@@ -106,8 +116,8 @@ class StoredKeys:
         material = KeyMaterial(record.custody, record.public_key, rows[0]["encrypted_private_key"], record.hsm_key_id)
         return UsableKey(record, HeldKey(record.identity, material, record.version))
 
-    async def page(self, caller: UserId, which: KeyFilter, *, after: str, limit: int) -> Sequence[KeyRecord]:
-        """Return at most *limit* keys in the order of their names, beginning behind the name *after*."""
+    async def page(self, caller: UserId, which: KeyFilter, *, after: str, limit: int) -> KeyPage:
+        """Return those of the next 1,000 keys behind the name *after* that fit, at most *limit*, in the order of their names."""
         parameters = {
             "caller": caller,
             "after": after,
@@ -115,9 +125,15 @@ class StoredKeys:
             "type": which.key_type,
             "purpose": which.purpose,
             "state": which.status,
-            "limit": limit,
+            "walked_max": WALKED_MAX,
+            "rows_max": limit + 1,
         }
-        return [key_record(row) for row in await self.pool.fetch(as_user(caller), PAGE, parameters)]
+        rows = await self.pool.fetch(as_user(caller), PAGE, parameters)
+        found = [key_record(row) for row in rows if row["fits"]]
+        if len(found) > limit:
+            return KeyPage(found[:limit], found[limit - 1].name)
+        is_cut = bool(rows) and rows[-1]["place"] == WALKED_MAX
+        return KeyPage(found, KeyName(rows[-1]["key_name"]) if is_cut else None)
 
 
 async def _keep(connection: AsyncConnection[DictRow], repeat: Repeat) -> None:

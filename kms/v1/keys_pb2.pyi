@@ -417,7 +417,7 @@ class ListKeysRequest(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     NAME_PREFIX_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """0: 50; at most 200."""
+    """Keys on a page at most. 0: 50; above 200: MALFORMED."""
     page_token: _builtins.str
     """From the previous page, with the same filter; else MALFORMED."""
     type: Global___KeyType.ValueType
@@ -450,9 +450,11 @@ class ListKeysResponse(_message.Message):
     KEYS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Empty on the last page."""
+    """Empty on the last page, and there only."""
     @_builtins.property
-    def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___Key]: ...
+    def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___Key]:
+        """Those that the filter fits, among the keys that the call looked at: can be empty."""
+
     def __init__(
         self,
         *,

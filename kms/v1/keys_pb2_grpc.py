@@ -126,7 +126,8 @@ class KeyServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListKeys(self, request, context):
-        """Lists the caller's keys in the order of their names.
+        """Lists the caller's keys in the order of their names. One call looks at 1,000 keys at most: with a filter that few keys fit,
+        a page has fewer keys than `page_size`, or none, and there are more pages as long as it brings a `next_page_token`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -46,7 +46,9 @@ class KeyServiceStub:
     GetKey: _grpc.UnaryUnaryMultiCallable[_keys_pb2.GetKeyRequest, _keys_pb2.GetKeyResponse]
     """Returns what is known of a key, in any state."""
     ListKeys: _grpc.UnaryUnaryMultiCallable[_keys_pb2.ListKeysRequest, _keys_pb2.ListKeysResponse]
-    """Lists the caller's keys in the order of their names."""
+    """Lists the caller's keys in the order of their names. One call looks at 1,000 keys at most: with a filter that few keys fit,
+    a page has fewer keys than `page_size`, or none, and there are more pages as long as it brings a `next_page_token`.
+    """
     GetPublicKey: _grpc.UnaryUnaryMultiCallable[_keys_pb2.GetPublicKeyRequest, _keys_pb2.GetPublicKeyResponse]
     """Returns the public half, in any state. FAILED_PRECONDITION (WRONG_PURPOSE) for an AES key."""
     UpdateKey: _grpc.UnaryUnaryMultiCallable[_keys_pb2.UpdateKeyRequest, _keys_pb2.UpdateKeyResponse]
@@ -90,7 +92,9 @@ class KeyServiceAsyncStub(KeyServiceStub):
     GetKey: _aio.UnaryUnaryMultiCallable[_keys_pb2.GetKeyRequest, _keys_pb2.GetKeyResponse]  # type: ignore[assignment]
     """Returns what is known of a key, in any state."""
     ListKeys: _aio.UnaryUnaryMultiCallable[_keys_pb2.ListKeysRequest, _keys_pb2.ListKeysResponse]  # type: ignore[assignment]
-    """Lists the caller's keys in the order of their names."""
+    """Lists the caller's keys in the order of their names. One call looks at 1,000 keys at most: with a filter that few keys fit,
+    a page has fewer keys than `page_size`, or none, and there are more pages as long as it brings a `next_page_token`.
+    """
     GetPublicKey: _aio.UnaryUnaryMultiCallable[_keys_pb2.GetPublicKeyRequest, _keys_pb2.GetPublicKeyResponse]  # type: ignore[assignment]
     """Returns the public half, in any state. FAILED_PRECONDITION (WRONG_PURPOSE) for an AES key."""
     UpdateKey: _aio.UnaryUnaryMultiCallable[_keys_pb2.UpdateKeyRequest, _keys_pb2.UpdateKeyResponse]  # type: ignore[assignment]
@@ -149,7 +153,9 @@ class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _keys_pb2.ListKeysRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_keys_pb2.ListKeysResponse, _abc.Awaitable[_keys_pb2.ListKeysResponse]]:
-        """Lists the caller's keys in the order of their names."""
+        """Lists the caller's keys in the order of their names. One call looks at 1,000 keys at most: with a filter that few keys fit,
+        a page has fewer keys than `page_size`, or none, and there are more pages as long as it brings a `next_page_token`.
+        """
 
     @_abc_1.abstractmethod
     def GetPublicKey(

@@ -14,6 +14,16 @@ from tests.conformance.refusals import refusal
 from tests.conformance.requests import KEY_TYPES, create, made
 from tests.fixtures.server import Caller, RunningServer
 
+COPIES = b"""
+    INSERT INTO cryptography.keys (
+        user_id, key_name, key_type, key_purpose, public_key, encrypted_private_key, key_strength, custody, origin
+    )
+        SELECT user_id, 'n' || lpad(n::text, 4, '0'), key_type, key_purpose, public_key, encrypted_private_key, key_strength,
+            custody, origin
+        FROM cryptography.keys CROSS JOIN generate_series(1, 2499) AS n
+        WHERE user_id = %s
+"""
+
 
 @pytest.mark.parametrize(
     ("kind", "size_bits"),
@@ -172,6 +182,21 @@ def test_a_filter_restricts_and_a_page_token_belongs_to_its_filter(caller: Calle
     assert names(state=kpb.KEY_STATE_REVOKED) == []
     token = caller.keys.ListKeys(kpb.ListKeysRequest(page_size=1, name_prefix="pay/")).next_page_token
     assert refusal(caller.keys.ListKeys, kpb.ListKeysRequest(page_token=token)).metadata == {"field": "page_token"}
+
+
+def test_a_filter_that_few_keys_fit_takes_pages_of_bounded_work_and_finds_them_all(caller: Caller, server: RunningServer) -> None:
+    made(caller, "aes", name="n0000")
+    with psycopg.connect(server.deployment.database.admin_dsn) as connection:
+        connection.execute(b"SET session_replication_role = replica")  # no triggers: it is not about the trail
+        connection.execute(COPIES, (caller.user_id,))
+    request = kpb.ListKeysRequest(type=kpb.KEY_TYPE_SECP256R1)
+    made(caller, "secp256r1", name="n2400/one")
+    pages = [caller.keys.ListKeys(request)]
+    while pages[-1].next_page_token:
+        request.page_token = pages[-1].next_page_token
+        pages.append(caller.keys.ListKeys(request))
+    assert [[key.name for key in page.keys] for page in pages] == [[], [], ["n2400/one"]]
+    assert len(caller.keys.ListKeys(kpb.ListKeysRequest(type=kpb.KEY_TYPE_AES, page_size=200)).keys) == 200
 
 
 def test_anothers_key_is_not_seen_not_listed_and_answered_as_one_that_does_not_exist(new_caller: Callable[[], Caller]) -> None:

@@ -7,7 +7,7 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from kms.app.ports import NewKey
+from kms.app.ports import KeyPage, NewKey
 from kms.domain.algorithms import KeyType, Purpose, key_spec
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId, KeyName, UserId
@@ -19,6 +19,18 @@ from kms.store.users import StoredUsers
 from tests.fixtures.postgres import Database
 
 PEM = "-----BEGIN PUBLIC KEY-----\nMFkw\n-----END PUBLIC KEY-----\n"
+COPIES = b"""
+    SET session_replication_role = replica;
+    INSERT INTO cryptography.keys (
+        user_id, key_name, key_type, key_purpose, public_key, encrypted_private_key, key_strength, custody, origin, key_status,
+        revoked_at
+    )
+        SELECT user_id, 'n' || lpad(n::text, 4, '0'), key_type, key_purpose, public_key, encrypted_private_key, key_strength,
+            custody, origin, CASE WHEN n IN (1000, 1999) THEN 'revoked' ELSE 'active' END,
+            CASE WHEN n IN (1000, 1999) THEN now() END
+        FROM cryptography.keys CROSS JOIN generate_series(1, 2499) AS n
+        WHERE key_name = 'n0000'
+"""
 
 
 @pytest.fixture
@@ -77,7 +89,7 @@ async def test_another_users_key_is_not_there(keys: StoredKeys, alice: UserId, b
     for ref in (key.identity.key_id, key.name):
         assert await keys.find(bob, ref) is None
         assert await keys.find_usable(bob, ref) is None
-    assert await keys.page(bob, KeyFilter(), after="", limit=10) == []
+    assert await keys.page(bob, KeyFilter(), after="", limit=10) == KeyPage([], None)
     assert (await keys.insert(bob, new_key(bob, "hers"))).name == "hers"
 
 
@@ -92,7 +104,7 @@ async def test_a_name_is_taken_once_however_many_try(keys: StoredKeys, alice: Us
     refused = [outcome for outcome in outcomes if isinstance(outcome, KmsError)]
     assert len(refused) == 7
     assert {error.reason for error in refused} == {Reason.NAME_TAKEN}
-    assert len(await keys.page(alice, KeyFilter(), after="", limit=10)) == 1
+    assert len((await keys.page(alice, KeyFilter(), after="", limit=10)).keys) == 1
 
 
 async def test_a_key_cannot_be_stored_for_another_user(keys: StoredKeys, alice: UserId, bob: UserId) -> None:
@@ -114,10 +126,31 @@ async def test_pages_follow_the_names_byte_by_byte_without_gap_or_repeat(keys: S
         await keys.insert(alice, new_key(alice, name))
     for size in (1, 2, 5, 13, 20):
         seen: list[str] = []
-        while found := await keys.page(alice, KeyFilter(), after=seen[-1] if seen else "", limit=size):
-            assert len(found) <= size
-            seen += [record.name for record in found]
+        after: str | None = ""
+        while after is not None:
+            page = await keys.page(alice, KeyFilter(), after=after, limit=size)
+            assert 1 <= len(page.keys) <= size
+            seen += [record.name for record in page.keys]
+            after = page.goes_on_after
         assert seen == sorted(names)
+
+
+async def test_a_page_looks_at_a_thousand_keys_and_goes_on_behind_the_last_of_them(
+    database: Database, keys: StoredKeys, alice: UserId
+) -> None:
+    await keys.insert(alice, new_key(alice, "n0000", KeyType.AES))
+    as_superuser(database, COPIES)
+
+    async def page(after: str, limit: int, **which: str) -> tuple[list[str], str | None]:
+        found = await keys.page(alice, KeyFilter(**which), after=after, limit=limit)
+        return [record.name for record in found.keys], found.goes_on_after
+
+    assert await page("", 10, status="revoked") == ([], "n0999")
+    assert await page("n0999", 10, status="revoked") == (["n1000", "n1999"], "n1999")
+    assert await page("n0999", 2, status="revoked") == (["n1000", "n1999"], "n1999")
+    assert await page("n0999", 1, status="revoked") == (["n1000"], "n1000")
+    assert await page("n1999", 10, status="revoked") == ([], None)
+    assert len((await page("", 200, status="active"))[0]) == 200
 
 
 async def test_every_filter_restricts_and_all_together(database: Database, keys: StoredKeys, alice: UserId) -> None:
@@ -126,7 +159,7 @@ async def test_every_filter_restricts_and_all_together(database: Database, keys:
     as_superuser(database, b"UPDATE cryptography.keys SET deactivated_at = now() WHERE key_name = 'old'")
 
     async def names(**which: str) -> list[str]:
-        return [record.name for record in await keys.page(alice, KeyFilter(**which), after="", limit=10)]
+        return [record.name for record in (await keys.page(alice, KeyFilter(**which), after="", limit=10)).keys]
 
     assert await names(key_type="aes") == ["app/aes", "apz", "old"]
     assert await names(purpose="signing") == ["app/k1"]
