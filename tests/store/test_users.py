@@ -4,13 +4,16 @@ from uuid import uuid4
 
 import psycopg
 import pytest
+from psycopg import errors
 
 from kms.app.ports import User
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import UserId
+from kms.domain.permissions import Permission
 from kms.store.pool import Pool
 from kms.store.users import StoredUsers
 from tests.fixtures.postgres import Database
+from tests.store.acting import run
 
 
 @pytest.fixture
@@ -61,3 +64,30 @@ async def test_a_bad_name_is_malformed_and_says_what_was_expected(users: StoredU
         with pytest.raises(KmsError, match="3 to 100") as caught:
             await users.create_service(name)
         assert caught.value.reason is Reason.MALFORMED
+
+
+async def test_a_user_made_with_a_role_has_its_permissions_at_another_version(users: StoredUsers) -> None:
+    user_id = await users.create_service("inspector", "auditor")
+    assert await users.find(user_id) == User(user_id, "inspector", 1, frozenset({Permission.AUDIT_READ}))
+
+
+async def test_a_role_that_has_run_out_permits_nothing(database: Database, users: StoredUsers) -> None:
+    user_id = await users.create_service("inspector", "auditor")
+    with psycopg.connect(database.admin_dsn) as connection:
+        connection.execute(b"UPDATE authentication.user_roles SET expires_at = now() - interval '1 second'")
+    found = await users.find(user_id)
+    assert found is not None
+    assert found.permissions == frozenset()
+
+
+async def test_an_unknown_role_is_malformed_and_leaves_no_user(database: Database, users: StoredUsers) -> None:
+    with pytest.raises(KmsError, match="role: expected one of auditor"):
+        await users.create_service("inspector", "king")
+    with psycopg.connect(database.admin_dsn) as connection:
+        assert connection.execute(b"SELECT count(*) FROM authentication.users WHERE username = 'inspector'").fetchone() == (0,)
+
+
+async def test_nobody_assigns_a_role_to_himself(database: Database, users: StoredUsers) -> None:
+    user_id = await users.create_service("signer")
+    with pytest.raises(errors.InsufficientPrivilege, match="himself"):
+        run(database.dsn, "admin_users", user_id, "SELECT authentication.assign_role(%s, 'auditor')", (user_id,))
