@@ -11,10 +11,12 @@ import tomllib
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+Section = TypeVar("Section")
 
 _PREFIX: Final = "KMS_"
 _NOT_SETTINGS: Final = frozenset({"KMS_CONFIG"})
@@ -22,6 +24,7 @@ _NAME_FILES: Final = frozenset({"module", "disk_path"})
 _SECRETS: Final = frozenset({"pin", "dsn"})
 _SECRET_BYTES_MAX: Final = 4096
 _PORT_MAX: Final = 65_535
+WORKERS_MAX: Final = 64
 
 
 def _check_port(address: str) -> str:
@@ -40,6 +43,9 @@ class ConfigError(Exception):
         super().__init__("the configuration cannot be used:\n" + "\n".join(f"  {fault}" for fault in faults))
         self.faults = faults
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return ConfigError, (self.faults,)
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -57,6 +63,8 @@ class ServerConfig(_Section):
     calls_max: Annotated[int, Field(ge=1, le=100_000)] = 1000
     calls_per_user_max: Annotated[int, Field(ge=1, le=100_000)] = 200
     journal: Path | None = None
+    workers: Annotated[int, Field(ge=1, le=WORKERS_MAX)] = 1
+    stuck_seconds: Annotated[float, Field(ge=1, le=600)] = 10.0
 
 
 class _SecretSection(_Section):
@@ -92,6 +100,15 @@ class _SecretSection(_Section):
         if not found.strip():
             raise ConfigError([f"{section}.{self.secret_name}: is empty"])
         return found.rstrip(b"\r\n")
+
+    def with_secret(self, section: str) -> Self:
+        """Return the section with its secret read and held, for a process that has no way to its source."""
+        try:
+            value = SecretStr(self.read_secret(section).decode())
+        except UnicodeDecodeError:
+            raise ConfigError([f"{section}.{self.secret_name}: expected UTF-8"]) from None
+        sources = {f"{self.secret_name}_file": None, f"{self.secret_name}_fd": None}
+        return self.model_copy(update={self.secret_name: value, **sources})
 
 
 class HsmConfig(_SecretSection):
@@ -185,6 +202,12 @@ class Config(BaseSettings):
     metrics: MetricsConfig | None = None
     tracing: TracingConfig | None = None
 
+    def with_workers(self, workers: int | None) -> Self:
+        """Return the configuration with so many workers; None leaves it as it is."""
+        if workers is None or self.server is None:
+            return self
+        return self.model_copy(update={"server": self.server.model_copy(update={"workers": workers})})
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -196,6 +219,13 @@ class Config(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Take variables before the file, and nothing else."""
         return EnvSettingsSource(settings_cls), init_settings
+
+
+def needed(section: Section | None) -> Section:
+    """Return the section; `load(needs=…)` has told the user by name if it is missing."""
+    if section is None:
+        raise ConfigError(["a section of the configuration that this command needs is missing"])
+    return section
 
 
 def load(path: Path | None, *, needs: tuple[str, ...] = ()) -> Config:

@@ -10,14 +10,30 @@ from kms.cli.invocation import Invocation, command
 from kms.cli.output import print_json
 
 
-def serve(invocation: Invocation) -> None:
-    """Run the service until SIGTERM or SIGINT.
+def serve(
+    invocation: Invocation,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=64,
+            help="Processes that serve, on one port. Default: `workers` in [server], or 1.",
+        ),
+    ] = None,
+) -> None:
+    """Run the service until SIGTERM or SIGINT; a second signal does not wait for the calls in flight.
 
     Needs [server], [hsm] and [database] in the configuration. Refuses to start on a token or a database that is not as it
     must be, and says why.
     """
     config = invocation.operator_config("server", "hsm", "database")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read when grpc is loaded: its own lines are no JSON
+    config = config.with_workers(workers)
+    if config.server is not None and config.server.workers > 1:
+        from kms.wiring.supervisor import supervise
+
+        raise typer.Exit(supervise(config))
     from kms.wiring import serving
 
     serving.serve(config)
@@ -86,7 +102,7 @@ def version(invocation: Invocation) -> None:
 
 def register(app: typer.Typer) -> None:
     """Add these commands to *app*."""
-    command(app, "serve", "kms serve --config /etc/kms/kms.toml", "KMS_HSM_PIN=… kms serve --config kms.toml")(serve)
+    command(app, "serve", "kms serve --config /etc/kms/kms.toml", "kms serve --config kms.toml --workers 4")(serve)
     command(app, "migrate", "kms migrate --config admin.toml", "kms migrate --config admin.toml --check")(migrate)
     command(app, "dev", "kms dev", "kms dev --directory ~/kms")(dev)
     command(app, "demo", "kms demo")(demo)

@@ -61,10 +61,16 @@ class ServiceProcess:
 
 
 @contextmanager
-def service_process(environment: Mapping[str, str], log_file: Path, client: ClientConfig) -> Iterator[ServiceProcess]:
-    """Run `kms serve` in *environment* until the end, its output going to *log_file*; yield it when *client* finds it healthy."""
+def service_process(
+    environment: Mapping[str, str], log_file: Path, client: ClientConfig, *, workers: int | None = None
+) -> Iterator[ServiceProcess]:
+    """Run `kms serve` in *environment* until the end, its output going to *log_file*; yield it when *client* finds it healthy.
+
+    *workers* None is as many as the configuration says.
+    """
+    options = [] if workers is None else ["--workers", str(workers)]
     with open(os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as log:
-        command = bound([sys.executable, "-m", "kms", "serve"], signal.SIGTERM)
+        command = bound([sys.executable, "-m", "kms", "serve", *options], signal.SIGTERM)
         # A session of its own keeps Ctrl-C from it: it ends when we say, after whoever uses it.
         process = subprocess.Popen(  # noqa: S603  # our own interpreter and module
             command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True

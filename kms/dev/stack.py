@@ -71,9 +71,12 @@ class Stack:
         return _kms(arguments, self.environment)
 
     @contextmanager
-    def serving(self) -> Iterator[ServiceProcess]:
-        """Run `kms serve`, yield it when it is healthy, and stop it at the end. Raises STORE_UNAVAILABLE naming its log."""
-        with service_process(self.environment, self.files.service_log, self.client) as process:
+    def serving(self, *, workers: int | None = None) -> Iterator[ServiceProcess]:
+        """Run `kms serve`, yield it when it is healthy, and stop it at the end. Raises STORE_UNAVAILABLE naming its log.
+
+        *workers* None is as many as the configuration says.
+        """
+        with service_process(self.environment, self.files.service_log, self.client, workers=workers) as process:
             yield process
 
 

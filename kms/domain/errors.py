@@ -53,6 +53,13 @@ class KmsError(Exception):
         self.message = message
         self.metadata = metadata
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return _restored, (self.reason, self.message, self.metadata)
+
+
+def _restored(reason: Reason, message: str, metadata: dict[str, str]) -> KmsError:
+    return KmsError(reason, message, **metadata)
+
 
 def malformed(field: str, expected: str) -> KmsError:
     """Return the error for a bad request field, saying what was expected of it."""

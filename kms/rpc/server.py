@@ -42,7 +42,10 @@ class TlsFiles:
 
 
 class Server:
-    """A server that listens from `start` until `stop`. Health follows *is_ready*."""
+    """A server that listens from `start` until `stop`. Health follows *is_ready*.
+
+    One that *shares_port* listens where other processes do; that no stranger is among them is for the caller to see to.
+    """
 
     def __init__(
         self,
@@ -53,10 +56,11 @@ class Server:
         *,
         calls_max: int,
         is_ready: Callable[[], bool],
+        shares_port: bool = False,
     ) -> None:
         options = [
             # With SO_REUSEPORT a second server on the port would take half of the calls instead of being refused.
-            ("grpc.so_reuseport", 0),
+            ("grpc.so_reuseport", int(shares_port)),
             ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
             ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MILLISECONDS),
             ("grpc.max_allowed_incoming_connections", _connections_max()),
@@ -84,7 +88,10 @@ class Server:
         return port
 
     async def stop(self, grace_seconds: float) -> None:
-        """Turn health to NOT_SERVING, take no new call, end streams, let calls in flight end within *grace_seconds*."""
+        """Turn health to NOT_SERVING, take no new call, end streams, let calls in flight end within *grace_seconds*.
+
+        Called again, also meanwhile, the shorter time holds.
+        """
         if self._watch is not None:
             self._watch.cancel()
         await self._health.enter_graceful_shutdown()

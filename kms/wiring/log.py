@@ -4,14 +4,20 @@ import logging
 import sys
 
 import structlog
+from structlog.typing import EventDict
 
 _LOG = structlog.get_logger("kms")
 
 
-def configure_log(level: str) -> None:
-    """Write one JSON object a line to standard error."""
+def configure_log(level: str, *, worker: int | None = None) -> None:
+    """Write one JSON object a line to standard error, with the number of the *worker* if there are several."""
+
+    def add_worker(_logger: object, _method: str, event: EventDict) -> EventDict:
+        return event if worker is None else {**event, "worker": worker}
+
     structlog.configure(
         processors=[
+            add_worker,
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -19,7 +25,8 @@ def configure_log(level: str) -> None:
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        # Unlike print, it writes a line with its end at once: several processes have this standard error.
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(level=logging.WARNING, handlers=[_Forwarded()], force=True)

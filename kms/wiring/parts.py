@@ -4,21 +4,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
-from kms.config import Config, ConfigError
+from kms.config import Config, needed
 from kms.domain.secret import Secret
 from kms.hsm.settings import HsmSettings
 from kms.store import migrate as migrations
 from kms.store.pool import Pool, check_server, open_pool
 
-Section = TypeVar("Section")
 Found = TypeVar("Found")
-
-
-def needed(section: Section | None) -> Section:
-    """Return the section; `load(needs=…)` has told the user by name if it is missing."""
-    if section is None:
-        raise ConfigError(["a section of the configuration that this command needs is missing"])
-    return section
 
 
 def hsm_settings(config: Config) -> HsmSettings:
@@ -36,6 +28,7 @@ def hsm_settings(config: Config) -> HsmSettings:
         stuck_seconds=hsm.stuck_seconds,
         resident_keys_max=hsm.resident_keys_max,
         allow_sealed=config.mode == "development" if hsm.allow_sealed is None else hsm.allow_sealed,
+        processes=config.server.workers if config.server is not None else 1,
     )
 
 

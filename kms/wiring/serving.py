@@ -1,10 +1,12 @@
 """What `kms serve` does."""
 
 import asyncio
+import os
 import resource
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -20,7 +22,7 @@ from kms.app.moving import Destruction, Moving
 from kms.app.ports import Lifecycle
 from kms.app.repeats import Uses
 from kms.app.signing import Signing
-from kms.config import Config, ServerConfig
+from kms.config import Config, ServerConfig, needed
 from kms.domain.errors import KmsError, Reason
 from kms.hsm.token_hsm import HsmStatus, TokenHsm, open_hsm
 from kms.pki.client_identity import ClientIdentity, host_clock
@@ -46,10 +48,12 @@ from kms.store.watch import watched
 from kms.store.wrapping import StoredWrappingKeys
 from kms.telemetry import Telemetry
 from kms.wiring.condition import CHECK_SECONDS, Condition
+from kms.wiring.control import Report
 from kms.wiring.endpoint import seen
 from kms.wiring.jobs import UPKEEP_SECONDS, destroy_due, forget_answers, repeating
 from kms.wiring.log import configure_log
-from kms.wiring.parts import database_dsn, hsm_settings, needed, ready_pool
+from kms.wiring.parts import database_dsn, hsm_settings, ready_pool
+from kms.wiring.supervised import Stopping, Supervised
 from kms.wiring.token import check_token
 from kms.wiring.tracing import tracing
 
@@ -57,32 +61,69 @@ HSM_OPERATIONS: Final = ("generate", "discard", "sign", "encrypt", "decrypt", "d
 _LOG = structlog.get_logger("kms")
 
 
-def serve(config: Config) -> None:
-    """Run the service until SIGTERM or SIGINT, then let the calls in flight end. SIGUSR1 logs the state of the HSM."""
-    configure_log(config.log_level)
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A service that runs."""
+
+    port: int
+    hsm: TokenHsm
+    server: Server
+    condition: Condition
+
+
+def serve(config: Config, supervised: Supervised | None = None) -> None:
+    """Run the service until SIGTERM or SIGINT, then let the calls in flight end; a second signal hurries.
+
+    SIGUSR1 logs the state of the HSM. As a worker it follows its supervisor, and shares the port with other workers.
+    """
+    configure_log(config.log_level, worker=supervised.number if supervised else None)
     # A connection is a file descriptor, and the usual soft limit is lower than what one client can open.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    uvloop.run(_serve(config))
+    uvloop.run(_serve(config, supervised))
 
 
-async def _serve(config: Config) -> None:
-    stopping = asyncio.Event()
+async def _serve(config: Config, supervised: Supervised | None) -> None:
+    stopping = Stopping()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
+        # The signals of a worker may be those of its process group or its unit, beside the supervisor's order.
+        loop.add_signal_handler(number, stopping.drain if supervised else stopping.insist)
+    if supervised is not None:
+        supervised.attend(stopping)
     server_config = needed(config.server)
-    async with running(config) as (port, hsm):
-        loop.add_signal_handler(signal.SIGUSR1, lambda: _log_status(hsm.status()))
-        _LOG.info("serving", address=server_config.listen, port=port, deployment=config.deployment_id, mode=config.mode)
-        await stopping.wait()
+    async with running(config, worker=supervised.number if supervised else None) as service:
+
+        def log_status() -> None:
+            _log_status(service.hsm.status())
+
+        loop.add_signal_handler(signal.SIGUSR1, log_status)
+        address, deployment = server_config.listen, config.deployment_id
+        _LOG.info("serving", address=address, port=service.port, deployment=deployment, mode=config.mode, pid=os.getpid())
+        if supervised is not None:
+            supervised.serving(log_status)
+        await stopping.is_draining.wait()
         _LOG.info("draining", seconds=server_config.call_seconds_max)
+        service.condition.stop()
+        await _drain(service.server, stopping, server_config.call_seconds_max)
     _LOG.info("stopped")
+    if supervised is not None:
+        supervised.say(Report.STOPPED)
+
+
+async def _drain(server: Server, stopping: Stopping, seconds: float) -> None:
+    """Let the calls in flight end, for at most *seconds* and until it is hurried."""
+    draining = asyncio.create_task(server.stop(seconds))
+    hurried = asyncio.create_task(stopping.is_hurried.wait())
+    await asyncio.wait({draining, hurried}, return_when=asyncio.FIRST_COMPLETED)
+    hurried.cancel()
+    await server.stop(0)
+    await draining
 
 
 @asynccontextmanager
-async def running(config: Config) -> AsyncIterator[tuple[int, TokenHsm]]:
-    """Serve within the block; yield the port and the HSM. Leaving it drains: calls in flight end, no new one is taken."""
+async def running(config: Config, *, worker: int | None = None) -> AsyncIterator[Service]:
+    """Serve within the block, alone or as one *worker* of several. Leaving it gives up what is still in flight."""
     server_config = needed(config.server)
     tls = TlsFiles(server_config.tls_cert_file, server_config.tls_key_file, server_config.client_ca_file)
     check_pair(tls)
@@ -111,12 +152,22 @@ async def running(config: Config) -> AsyncIterator[tuple[int, TokenHsm]]:
         store_answers = await stack.enter_async_context(watched(pool))
         condition = Condition(hsm, ledger, pool, disk, store_answers)
         await stack.enter_async_context(repeating("condition", CHECK_SECONDS, condition.check))
-        await stack.enter_async_context(seen(config.metrics.listen if config.metrics else None, telemetry, condition))
-        server = _server(pool, hsm, ledger, lifecycle, identity, telemetry, server_config, is_ready=condition.is_ready)
+        await stack.enter_async_context(seen(_metrics_address(config, worker), telemetry, condition))
+        is_ready, shares_port = condition.is_ready, worker is not None
+        server = _server(
+            pool, hsm, ledger, lifecycle, identity, telemetry, server_config, is_ready=is_ready, shares_port=shares_port
+        )
         port = await server.start(server_config.listen, tls)
-        stack.push_async_callback(server.stop, server_config.call_seconds_max)
-        stack.callback(condition.stop)
-        yield port, hsm
+        stack.push_async_callback(server.stop, 0)
+        yield Service(port, hsm, server, condition)
+
+
+def _metrics_address(config: Config, worker: int | None) -> str | None:
+    """Return where this process is seen: worker N of several on the N-th port from the one that is configured."""
+    if config.metrics is None or worker is None:
+        return config.metrics.listen if config.metrics else None
+    host, _, port = config.metrics.listen.rpartition(":")
+    return f"{host}:{int(port) + worker - 1 if int(port) else 0}"
 
 
 def _server(
@@ -129,6 +180,7 @@ def _server(
     config: ServerConfig,
     *,
     is_ready: Callable[[], bool],
+    shares_port: bool,
 ) -> Server:
     public_keys = PublicKeyOperations()
     keys = telemetry.observed(StoredKeys(pool), "store", "insert", "find", "find_usable", "page", of="keys.")
@@ -152,6 +204,7 @@ def _server(
         AuditServicer(Auditing(StoredTrail(pool))),
         calls_max=config.calls_max,
         is_ready=is_ready,
+        shares_port=shares_port,
     )
 
 

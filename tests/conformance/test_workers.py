@@ -1,0 +1,243 @@
+"""`kms serve --workers N`: several processes on one port, under a supervisor."""
+
+import itertools
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import grpc
+import psycopg
+import pytest
+
+from kms.dev.postgres import EmbeddedPostgres
+from kms.v1 import crypto_pb2 as cpb
+from kms.v1 import keys_pb2 as kpb
+from tests.conformance.refusals import refusal
+from tests.conformance.requests import create, made
+from tests.fixtures.postgres import cloned
+from tests.fixtures.server import Caller, Deployment, RunningServer, deployed
+
+WORKERS = 2
+TRIES = 60  # of connections: that all of them go to one worker of two happens once in 2⁵⁹
+STUCK_SECONDS = 3
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="module")
+def crew(postgres: EmbeddedPostgres, token_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A service of two workers that the tests of this module share."""
+    with (
+        cloned(postgres) as database,
+        deployed(tmp_path_factory.mktemp("crew"), database, token_template) as deployment,
+        supervised(deployment) as server,
+    ):
+        yield server
+
+
+@contextmanager
+def supervised(deployment: Deployment) -> Iterator[RunningServer]:
+    """Run the service with two workers, soon found stuck."""
+    prepare(deployment)
+    with deployment.serving("--workers", str(WORKERS)) as server:
+        yield server
+
+
+def prepare(deployment: Deployment) -> None:
+    deployment.write_config(sessions_max=64)
+    text = deployment.config_file.read_text()
+    deployment.config_file.write_text(text.replace("[server]\n", f"[server]\nstuck_seconds = {STUCK_SECONDS}\n"))
+
+
+def children(pid: int) -> list[int]:
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def workers(server: RunningServer) -> dict[int, int]:
+    """Return the pids of the workers and their numbers, in the order in which they began to serve, of those that live."""
+    living = set(children(server.process.pid))
+    lines = [line for line in server.log() if line.get("event") == "serving" and "worker" in line]
+    return {line["pid"]: line["worker"] for line in lines if line["pid"] in living}
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 40) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+def answered_by(server: RunningServer, request_id: str) -> int:
+    """Return the number of the worker that has logged the call."""
+    found: list[int] = []
+
+    def is_logged() -> bool:
+        found.extend(line["worker"] for line in server.log() if line.get("request_id") == request_id)
+        return bool(found)
+
+    eventually(is_logged)
+    return found[0]
+
+
+def by_every_worker(server: RunningServer, caller: Caller, use: Callable[[Caller, tuple[tuple[str, str]]], object]) -> None:
+    """Do *use* over connections of its own until every worker has done it."""
+    seen: set[int] = set()
+    for _ in range(TRIES):
+        request_id = f"use-{next(_numbers)}"
+        use(server.again(caller), (("x-request-id", request_id),))
+        seen.add(answered_by(server, request_id))
+        if len(seen) == WORKERS:
+            return
+    raise AssertionError(f"only {seen} answered")
+
+
+def test_calls_are_spread_over_the_workers_and_each_has_the_keys_that_another_made(crew: RunningServer) -> None:
+    caller = crew.caller()
+    made(caller, "secp256k1", name="wrapped")
+    caller.keys.CreateKey(create("aes", name="resident", custody=kpb.CUSTODY_RESIDENT), timeout=30)
+
+    def use(again: Caller, metadata: tuple[tuple[str, str]]) -> None:
+        again.crypto.Sign(cpb.SignRequest(key="wrapped", message=b"m"), timeout=20)
+        again.crypto.Encrypt(cpb.EncryptRequest(key="resident", plaintext=b"p"), timeout=20, metadata=metadata)
+
+    by_every_worker(crew, caller, use)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
+def test_a_worker_that_ends_or_is_stuck_is_replaced_while_the_others_serve(crew: RunningServer, how: signal.Signals) -> None:
+    caller = crew.caller()
+    eventually(lambda: len(workers(crew)) == WORKERS)
+    victim, number = next(iter(workers(crew).items()))
+    os.kill(victim, how)
+
+    def is_replaced() -> bool:
+        found = workers(crew)
+        return victim not in found and number in found.values()
+
+    eventually(is_replaced)
+    made(caller, "ed25519")
+    by_every_worker(
+        crew, caller, lambda again, metadata: again.keys.ListKeys(kpb.ListKeysRequest(), timeout=20, metadata=metadata)
+    )
+
+
+def test_secrets_are_in_no_command_line_or_environment_and_the_supervisor_has_neither_token_nor_grpc(crew: RunningServer) -> None:
+    deployment, supervisor = crew.deployment, crew.process.pid
+    secrets = [deployment.token.pin_file.read_bytes(), (deployment.directory / "dsn").read_bytes()]
+    for pid in (supervisor, *children(supervisor)):
+        shown = b"".join((Path(f"/proc/{pid}") / name).read_bytes() for name in ("cmdline", "environ"))
+        assert b"kms" in shown
+        assert not [secret for secret in secrets if secret in shown]
+    loaded = Path(f"/proc/{supervisor}/maps").read_text()
+    assert "python" in loaded
+    assert not [name for name in ("softhsm", "cygrpc", "pkcs11", "psycopg") if name in loaded]
+
+
+def test_a_second_service_is_refused_the_port_of_several_workers(crew: RunningServer, deployment: Deployment) -> None:
+    text = deployment.config_file.read_text().replace("127.0.0.1:0", crew.address)
+    deployment.config_file.write_text(text)
+    for options in ((), ("--workers", "2")):
+        done = deployment.run("serve", *options)
+        assert (done.returncode, crew.address in done.stderr, "Traceback" in done.stderr) == (1, True, False)
+
+
+def test_stopping_ends_calls_in_flight_and_then_every_worker_whoever_gets_the_signal(deployment: Deployment) -> None:
+    with supervised(deployment) as server:
+        caller = server.caller()
+        made(caller, "ed25519")
+        with locked_keys(deployment):
+            slow = caller.keys.GetKey.future(kpb.GetKeyRequest(key="k"), timeout=20)
+            time.sleep(0.3)
+            # As systemd and a terminal do it: every process gets it.
+            for pid in (*children(server.process.pid), server.process.pid):
+                os.kill(pid, signal.SIGTERM if pid != server.process.pid else signal.SIGINT)
+            time.sleep(0.3)
+            assert refusal(server.again(caller).keys.ListKeys, kpb.ListKeysRequest()).code == grpc.StatusCode.UNAVAILABLE
+            assert not slow.done()
+        assert slow.result().key.name == "k"
+        assert server.process.wait(20) == 0
+        ends = [line for line in server.log() if line.get("event") == "stopped"]
+        assert sorted(line.get("worker", 0) for line in ends) == [0, 1, 2]
+
+
+def test_a_second_signal_does_not_wait_for_the_calls_in_flight(deployment: Deployment) -> None:
+    with supervised(deployment) as server:
+        caller = server.caller()
+        made(caller, "ed25519")
+        with locked_keys(deployment):
+            slow = caller.keys.GetKey.future(kpb.GetKeyRequest(key="k"), timeout=20)
+            time.sleep(0.3)
+            for _ in range(2):
+                server.process.send_signal(signal.SIGTERM)
+                time.sleep(0.3)
+            eventually(slow.done, seconds=5)
+            assert slow.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+            assert server.process.wait(20) == 0
+
+
+@contextmanager
+def locked_keys(deployment: Deployment) -> Iterator[None]:
+    """Hold up every call that reads a key."""
+    with psycopg.connect(deployment.database.admin_dsn) as connection:
+        connection.execute("LOCK TABLE cryptography.keys IN ACCESS EXCLUSIVE MODE")
+        yield
+
+
+def test_workers_do_not_outlive_a_supervisor_that_is_killed(deployment: Deployment) -> None:
+    with ExitStack() as stack:
+        server = stack.enter_context(supervised(deployment))
+        pids = children(server.process.pid)
+        assert len(pids) == WORKERS
+        server.process.kill()
+        eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+        with pytest.raises(AssertionError):  # it has not ended with code 0
+            stack.close()
+
+
+def test_what_the_workers_refuse_to_start_with_is_told_once_and_as_one_process_tells_it(deployment: Deployment) -> None:
+    prepare(deployment)
+    with psycopg.connect(deployment.database.admin_dsn, autocommit=True) as connection:
+        connection.execute(
+            "DELETE FROM public.schema_migrations WHERE version = (SELECT max(version) FROM public.schema_migrations)"
+        )
+    alone, together = deployment.run("serve"), deployment.run("serve", "--workers", "3")
+    assert "kms migrate" in together.stderr
+    assert (together.returncode, together.stderr) == (alone.returncode, alone.stderr)
+
+
+def test_a_pin_that_is_wrong_is_tried_once(deployment: Deployment, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong-pin"
+    wrong.write_text("not-the-pin-1234")
+    wrong.chmod(0o400)
+    deployment.write_config(sessions_max=64, pin_file=str(wrong))
+    done = deployment.run("serve", "--workers", "3")
+    assert done.returncode == 5
+    assert done.stderr.count("kms: HSM_UNAVAILABLE: the HSM refuses the login") == 1, done.stderr
+
+
+def test_more_workers_than_the_token_has_sessions_for_are_refused(deployment: Deployment) -> None:
+    done = deployment.run("serve", "--workers", "3")
+    assert done.returncode == 1
+    assert "hsm.sessions_max: expected at least 27" in done.stderr
+
+
+def test_the_port_is_free_again_after_an_earlier_service(deployment: Deployment) -> None:
+    from kms.wiring.shared_port import reserved
+
+    with reserved("127.0.0.1:0") as address:
+        port = int(address.rpartition(":")[2])
+        with pytest.raises(OSError, match=f"cannot listen on {address}"), reserved(address):
+            pass
+        listening = socket.socket()
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listening.bind(("127.0.0.1", port))
+        listening.listen()
+        with socket.create_connection(("127.0.0.1", port)):
+            listening.accept()[0].close()
+        listening.close()
+    with reserved(address) as found:
+        assert found == address
