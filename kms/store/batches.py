@@ -26,7 +26,9 @@ SETTLED: Final = "SELECT cryptography.settled(%(writer)s, %(number)s) AS verdict
 CONFIGURE: Final = """
     SELECT set_config('synchronous_commit', 'on', false), set_config('timezone', 'UTC', false),
         set_config('statement_timeout', '4s', false), set_config('lock_timeout', '1s', false),
-        set_config('idle_in_transaction_session_timeout', '4s', false)
+        set_config('idle_in_transaction_session_timeout', '4s', false),
+        -- No other holds for a batch whose last bytes never arrive. PostgreSQL 16 does not have it.
+        (SELECT set_config(name, '5s', false) FROM pg_catalog.pg_settings WHERE name = 'transaction_timeout')
 """
 _CONNECT_SECONDS: Final = 2
 

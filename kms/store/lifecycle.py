@@ -55,10 +55,10 @@ class StoredLifecycle:
             "peer": call.peer,
         }
         try:
-            async with self.pool.transaction(as_user(caller)) as connection:
-                moved = await connection.execute(MOVE, parameters)
-                after = await connection.execute(FIND_BY_ID, {"caller": caller, "ref": key_id})
-                verdict, row = await moved.fetchone(), await after.fetchone()
+            # Not `transaction`, which would hold the key's lock until we have answered: others move and use it too.
+            (verdict,), after = await self.pool.fetch_each(
+                as_user(caller), (MOVE, parameters), (FIND_BY_ID, {"caller": caller, "ref": key_id})
+            )
         except pg.SerializationFailure:
             raise _stale() from None
         except pg.ObjectNotInPrerequisiteState as error:
@@ -66,11 +66,9 @@ class StoredLifecycle:
                 raise
             message = "the key was restored from a backup, and waits until an administrator confirms how often it was used"
             raise KmsError(Reason.KEY_INACTIVE, message) from None
-        assert verdict is not None  # noqa: S101  # a function that returns no set gives a row or raises
         if verdict["verdict"] != "OK":
             raise _refusal(verdict["verdict"], verdict["field"], move)
-        assert row is not None  # noqa: S101  # the key was moved in this transaction
-        return key_record(row)
+        return key_record(after[0])
 
     async def destroy_due(self) -> Sequence[DestroyedKey]:
         """Destroy at most 100 keys whose time has come and return them: their envelopes are gone, the rows stay."""

@@ -6,7 +6,7 @@ its end; row security does the rest. Without that statement, or with a wrong one
 
 import asyncio
 import select
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final, LiteralString, TypeVar
@@ -79,11 +79,18 @@ class Pool:
         self._unheard: set[asyncio.Task[Any]] = set()
 
     async def fetch(self, acting: Acting, query: LiteralString, parameters: Parameters | None = None) -> list[DictRow]:
-        """Return the rows of one query that only reads: one round trip, one transaction."""
+        """Return the rows of one query: one round trip, one transaction."""
+        return (await self.fetch_each(acting, (query, parameters)))[0]
+
+    async def fetch_each(self, acting: Acting, *queries: tuple[LiteralString, Parameters | None]) -> list[list[DictRow]]:
+        """Return the rows of each query: one round trip, one transaction.
+
+        No lock is held until this process has answered. A call that is cancelled leaves open whether what they write was stored.
+        """
         with translated():
             await self._enter()
             # To cancel a query costs the server a connection, to let it end a millisecond.
-            return await self._to_its_end(self._fetch(acting, query, parameters))
+            return await self._to_its_end(self._fetch_each(acting, queries))
 
     @asynccontextmanager
     async def transaction(self, acting: Acting) -> AsyncIterator[AsyncConnection[DictRow]]:
@@ -104,13 +111,15 @@ class Pool:
         except TimeoutError:
             raise unavailable("the database does not answer as fast as it is asked") from None
 
-    async def _fetch(self, acting: Acting, query: LiteralString, parameters: Parameters | None) -> list[DictRow]:
+    async def _fetch_each(
+        self, acting: Acting, queries: Sequence[tuple[LiteralString, Parameters | None]]
+    ) -> list[list[DictRow]]:
         async with self._connection() as connection:
             # Between two synchronisations of a pipeline the server runs one implicit transaction.
             async with connection.pipeline():
                 await connection.execute(ACT_AS, (acting.role, acting.user_id))
-                cursor = await connection.execute(query, parameters)
-            return await cursor.fetchall()
+                cursors = [await connection.execute(query, parameters) for query, parameters in queries]
+            return [await cursor.fetchall() for cursor in cursors]
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[AsyncConnection[DictRow]]:
