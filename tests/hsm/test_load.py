@@ -28,7 +28,7 @@ RSA_ENCRYPTION = key_spec(KeyType.RSA, Purpose.ENCRYPTION, 2048)
 async def hammer(hsm: TokenHsm, keys: list[HeldKey], *, clients: int, seconds: float) -> int:
     """Use *keys* from many clients, some of them with bad input; return how many calls were served."""
     ends_at = time.monotonic() + seconds
-    dice = random.Random(20_260_101)  # noqa: S311  # chooses keys for a test
+    dice = random.Random(20_260_101)  # chooses keys for a test
 
     async def client() -> int:
         served = 0

@@ -1,0 +1,138 @@
+"""Limits are exact while processes are killed: at most N results are had, all N can be, and each has its record."""
+
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+
+import grpc
+import psycopg
+import pytest
+
+from kms.domain.ids import UserId, identity_uri
+from kms.v1.keys_pb2_grpc import KeyServiceStub
+from tests.conformance.crew import Member, crew
+from tests.conformance.driver import LIMIT_REACHED, Job, Use, started, told
+from tests.conformance.requests import create
+from tests.fixtures.server import DEPLOYMENT, Deployment
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How many clients there are in how many processes, and how often a server is killed beside them."""
+
+    processes: int
+    clients: int
+    seconds_between_kills: tuple[float, float]
+    seconds_max: float
+
+
+SHORT = Load(processes=2, clients=8, seconds_between_kills=(0.5, 2.0), seconds_max=60)
+LONG = Load(processes=4, clients=16, seconds_between_kills=(2.0, 5.0), seconds_max=900)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the database holds of a key: its counter, and the digests of the messages in its records of success."""
+
+    counter: int
+    charged: Counter[str]
+
+
+def facts(deployment: Deployment, key: str) -> Facts:
+    with psycopg.connect(deployment.database.admin_dsn) as connection:
+        found = connection.execute("SELECT id, usage_counter FROM cryptography.keys WHERE key_name = %s", (key,)).fetchone()
+        assert found is not None
+        query = """
+            SELECT event_details ->> 'input_sha256' FROM audit.security_events
+            WHERE resource_id = %s AND action = 'sign' AND outcome = 'success'
+        """
+        digests = connection.execute(query, (found[0],)).fetchall()
+    return Facts(found[1], Counter(digest for (digest,) in digests))
+
+
+def digests(uses: Sequence[Use]) -> set[str]:
+    return {sha256(bytes.fromhex(use.message)).hexdigest() for use in uses}
+
+
+def check(limit: int, repeats: bool, facts: Facts, uses: Sequence[Use]) -> None:
+    """Compare what was told with what is durable."""
+    received = [use for use in uses if use.outcome == "OK"]
+    lost = [use for use in uses if use.is_lost]
+    refused = [use for use in uses if use.outcome != "OK" and not use.is_lost]
+    assert len({use.signature for use in received}) == len(received)
+    assert facts.counter == facts.charged.total() == len(facts.charged) == limit
+    assert digests(received) <= set(facts.charged)
+    assert set(facts.charged) - digests(received) <= digests(lost)
+    assert not set(facts.charged) & digests(refused)
+    if repeats:
+        assert len(received) == limit
+
+
+def run(deployment: Deployment, limits: Sequence[int], load: Load) -> None:
+    with crew(deployment, 3) as members:
+        user = deployment.new_user()
+        asked = [(limit, repeats, f"k-{limit}-{repeats}") for limit in limits for repeats in (False, True)]
+        jobs = [prepared(deployment, members, user, name, limit, load, repeats=repeats) for limit, repeats, name in asked]
+        for (limit, repeats, name), job in zip(asked, jobs, strict=True):
+            began = time.monotonic()
+            uses, kills = driven(job, members, load)
+            found = facts(deployment, name)
+            outcomes = dict(Counter(use.outcome for use in uses))
+            seconds = time.monotonic() - began
+            print(f"N = {limit}, request_id {repeats}: {outcomes}, charged {found.counter}, {kills} kills, {seconds:.0f} s")
+            assert LIMIT_REACHED in outcomes
+            check(limit, repeats, found, uses)
+            # What the killed processes had in flight, and no more, is charged without a result.
+            assert found.counter - outcomes["OK"] <= kills * load.processes * load.clients
+
+
+def prepared(
+    deployment: Deployment, members: Sequence[Member], user: UserId, name: str, limit: int, load: Load, *, repeats: bool
+) -> Job:
+    """Make the key, and return the job of one process."""
+    issued = deployment.certificate(identity_uri(DEPLOYMENT, user))
+    ca = (deployment.directory / "authority.crt").read_text()
+    request = create("secp256k1", name=name)
+    request.max_usage_count = limit
+    credentials = grpc.ssl_channel_credentials(ca.encode(), issued.key, issued.certificate)
+    with grpc.secure_channel(members[0].address, credentials) as channel:
+        KeyServiceStub(channel).CreateKey(request, timeout=60, wait_for_ready=True)
+    addresses = [member.address for member in members]
+    certificate, private_key = issued.certificate.decode(), issued.key.decode()
+    return Job(addresses, ca, certificate, private_key, name, load.clients, repeats, load.seconds_max)
+
+
+def driven(job: Job, members: Sequence[Member], load: Load) -> tuple[list[Use], int]:
+    """Run the clients and kill servers beside them; return the uses and how many were killed."""
+    kills = 0
+    with ThreadPoolExecutor(load.processes) as pool:
+        working = [pool.submit(told, started(job)) for _ in range(load.processes)]
+        while not done_within(working, random.uniform(*load.seconds_between_kills)):
+            victim = random.choice(members)
+            if victim.is_serving:
+                victim.kill()
+                victim.begin_again()
+                kills += 1
+        return [use for each in working for use in each.result()], kills
+
+
+def done_within(working: "Sequence[Future[list[Use]]]", seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not all(each.done() for each in working):
+        time.sleep(0.05)
+    return all(each.done() for each in working)
+
+
+@pytest.mark.timeout(180)
+def test_limits_are_exact_while_servers_are_killed(deployment: Deployment) -> None:
+    run(deployment, [7, 400], SHORT)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_limits_of_up_to_20000_are_exact_while_servers_are_killed(deployment: Deployment) -> None:
+    run(deployment, [1, 7, 1000, 20_000], LONG)
