@@ -178,6 +178,13 @@ class TracingConfig(_Section):
     sample_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
 
 
+class AuditConfig(_Section):
+    """`[audit]`: how often the trail is sealed, and the file outside the database to which checkpoints are written."""
+
+    checkpoints: Path | None = None
+    seal_seconds: Annotated[float, Field(ge=0.1, le=3600)] = 1.0
+
+
 class Config(BaseSettings):
     """All settings. A section that is absent is None; a command asks for those it needs with `load`."""
 
@@ -201,6 +208,7 @@ class Config(BaseSettings):
     authority: AuthorityConfig | None = None
     metrics: MetricsConfig | None = None
     tracing: TracingConfig | None = None
+    audit: AuditConfig | None = None
 
     def with_workers(self, workers: int | None) -> Self:
         """Return the configuration with so many workers; None leaves it as it is."""
@@ -268,7 +276,7 @@ def _read(path: Path | None) -> tuple[dict[str, Any], list[str]]:
                 instead = f"{name}_file, {name}_fd or {_variable(section, name)}"
                 faults.append(f"{section}.{name}: a secret is not kept in this file; use {instead}")
                 del values[name]
-            elif (name.endswith("_file") or name in {*_NAME_FILES, "journal"}) and isinstance(values[name], str):
+            elif (name.endswith("_file") or name in {*_NAME_FILES, "journal", "checkpoints"}) and isinstance(values[name], str):
                 values[name] = str(path.absolute().parent / values[name])
     return content, faults
 

@@ -20,7 +20,10 @@ METADATA_VALUE_BYTES_MAX: Final = 255
 
 @dataclass(frozen=True, slots=True)
 class KeyWish:
-    """What a caller asks of a new key. None: no minimum, no limit, active at once, without end."""
+    """What a caller asks of a new key. None: no minimum, no limit, active at once, without end.
+
+    `bound_to` names what the service itself needs the key for; no caller can use such a key.
+    """
 
     name: KeyName
     spec: KeySpec
@@ -29,6 +32,7 @@ class KeyWish:
     max_usage_count: int | None = None
     activated_at: datetime | None = None
     expires_at: datetime | None = None
+    bound_to: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,7 @@ class Keyring:
         custody = self.hsm.custody_for(spec, wish.custody_min)
         if await self.keys.find(caller, name) is not None:
             raise KmsError(Reason.NAME_TAKEN, "you have a key of that name", field="name")
-        identity = KeyIdentity(KeyId(UUID(bytes=await self.hsm.random(16), version=4)), caller, spec)
+        identity = KeyIdentity(KeyId(UUID(bytes=await self.hsm.random(16), version=4)), caller, spec, wish.bound_to)
         material = await self.hsm.generate(identity, custody)
         try:
             new = NewKey(identity, name, material, dict(wish.metadata), wish.max_usage_count, wish.activated_at, wish.expires_at)

@@ -14,8 +14,10 @@ from kms.domain.errors import Reason
 from kms.domain.ids import KeyId, KeyName, KeyRef, UserId
 from kms.domain.keys import Custody, HeldKey, KeyFilter, KeyIdentity, KeyMaterial, KeyRecord, UsableKey
 from kms.domain.lifecycle import Move, Use
+from kms.domain.merkle import Frontier
 from kms.domain.permissions import Permission
 from kms.domain.trail import Cursor, EventFilter, Found, Place, Stretch
+from kms.domain.trail_lines import Leaf, RowPlace
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,4 +305,69 @@ class PublicKeys(Protocol):
 
     def digest(self, hash_: Hash, message: bytes) -> bytes:
         """Return the hash of *message*."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCheckpoint:
+    """A checkpoint with what is needed to go on from it. It counts the rows whose order is below `horizon`."""
+
+    tree: Frontier
+    horizon: int
+    epoch: int
+    note: str
+
+
+class SealedTrail(Protocol):
+    """The rows of the trail in their order, and its checkpoints. All methods may raise STORE_UNAVAILABLE."""
+
+    async def horizon(self) -> int:
+        """Return the order below which no row appears any more."""
+        ...
+
+    async def epoch(self) -> int:
+        """Return the number of the epoch."""
+        ...
+
+    async def leaves(self, after: RowPlace, below: int, limit: int) -> Sequence[Leaf]:
+        """Return at most *limit* rows that stand behind *after*, of an order below *below*, hashed."""
+        ...
+
+    async def lines(self, after: RowPlace, below: int, limit: int) -> Sequence[tuple[RowPlace, str]]:
+        """The same rows, each as its canonical line."""
+        ...
+
+    async def last(self) -> StoredCheckpoint | None:
+        """Return the newest checkpoint. Raises STORE_UNAVAILABLE for one that was changed, and is no tree any more."""
+        ...
+
+    async def at_most(self, size: int) -> StoredCheckpoint | None:
+        """Return the newest checkpoint with at most *size* rows, or the oldest whose later rows are all in the database.
+
+        Of the two the newer; None where the rows are there from the first. Raises as `last` does.
+        """
+        ...
+
+    async def notes(self, after_size: int, limit: int) -> Sequence[tuple[int, int, str]]:
+        """Return size, horizon and note of at most *limit* checkpoints with more than *after_size* rows, in their order."""
+        ...
+
+    async def notes_since(self, epoch: int, size: int, limit: int) -> Sequence[str]:
+        """Return the notes behind that of *size* rows in *epoch*, at most *limit*, in the order in which they were made."""
+        ...
+
+    async def append(self, previous_size: int, checkpoint: StoredCheckpoint) -> None:
+        """Append a checkpoint behind that of *previous_size* rows, or raise STALE where that is not the last."""
+        ...
+
+
+class OutsideCheckpoints(Protocol):
+    """Where checkpoints are kept outside the database."""
+
+    async def last(self) -> str | None:
+        """Return the last note, or None. Raises STORE_UNAVAILABLE, as `append` does."""
+        ...
+
+    async def append(self, notes: Sequence[str]) -> None:
+        """Append notes, and return when they are on disk."""
         ...

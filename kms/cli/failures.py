@@ -25,13 +25,13 @@ class ExitCode(IntEnum):
 
 EXIT_CODES_HELP: Final = """\b
 Exit codes:
-  0  done (verify: the signature is valid)
+  0  done (verify: the signature or the trail is valid)
   1  refused by the service, or failed
   2  the command line or the configuration cannot be used
   3  no such key
   4  not permitted, or not authenticated
   5  server, HSM or database not available, or too slow: try again later
-  6  verify: the signature is not valid"""
+  6  verify: the signature or the trail is not valid"""
 
 _BY_CODE: Final = {
     "NOT_FOUND": ExitCode.NOT_FOUND,

@@ -29,6 +29,7 @@ CURRENT: Final = """
     LIMIT 1
 """
 BEGIN_FIRST: Final = "SELECT cryptography.begin_first_epoch()"
+RAISE_ORDER: Final = "SELECT audit.raise_order() AS base"
 UNCONFIRMED: Final = """
     SELECT key_id, user_id, epoch
     FROM cryptography.restored_keys
@@ -239,6 +240,8 @@ def continue_epoch(connection: psycopg.Connection[Any]) -> int:
 
 
 def _begin(connection: psycopg.Connection[Any], cause: Cause, backup_created_at: str | None) -> int:
+    # First of all: what the epoch's own beginning writes into the trail comes behind everything that is there.
+    connection.execute(RAISE_ORDER)
     parameters = {"cause": cause, "backup_created_at": backup_created_at}
     row = connection.execute(BEGIN, parameters).fetchone()
     assert row is not None  # noqa: S101  # INSERT … RETURNING gives a row or raises

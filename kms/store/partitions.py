@@ -123,6 +123,8 @@ def archive(dsn: str, before: date, directory: Path) -> list[Archived]:
             span = _span(name, parent)
             if span is not None and span[1] <= before:
                 if is_attached:
+                    # Before: afterwards nobody could tell rows that were put away from rows that somebody removed.
+                    _note_archived(connection, name)
                     connection.execute(DETACH, {"parent": parent, "name": name})
                 done.append(_put_away(connection, version, name, span, directory))
         return done
@@ -137,6 +139,14 @@ async def _look_after(pool: Pool) -> None:
             _LOG.warning("rows in a default partition", **asdict(found), run="kms partitions drain")
     except (KmsError, psycopg.Error) as error:
         _LOG.warning("partitions not looked after", error=str(error))
+
+
+def _note_archived(connection: psycopg.Connection[Any], name: str) -> None:
+    query = sql.SQL(
+        "INSERT INTO audit.archived_partitions (name, last_order) SELECT {}, coalesce(max(commit_order), 0) FROM {} "
+        "ON CONFLICT DO NOTHING"
+    )
+    connection.execute(query.format(sql.Literal(name), sql.Identifier("audit", name)))
 
 
 def _put_away(connection: psycopg.Connection[Any], version: int, name: str, span: tuple[date, date], directory: Path) -> Archived:

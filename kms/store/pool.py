@@ -57,6 +57,7 @@ class Acting:
 
 AS_JOB: Final = Acting("job_runner")
 AS_ADMINISTRATOR: Final = Acting("admin_users")
+AS_AUDITOR: Final = Acting("auditor_users")
 BEFORE_LOGIN: Final = Acting("none")
 
 

@@ -13,6 +13,7 @@ from kms.domain.permissions import Permission
 from kms.store.pool import AS_ADMINISTRATOR, BEFORE_LOGIN, Pool
 
 FIND_BY_URI: Final = "SELECT id, username, version, permissions FROM authentication.find_user_by_uri(%(id)s)"
+FIND_BY_NAME: Final = "SELECT id FROM authentication.users WHERE username = %(name)s AND deleted_at IS NULL"
 CREATE_SERVICE: Final = "SELECT authentication.create_service_user(%(name)s) AS id"
 ROLES: Final = "SELECT name FROM authentication.roles ORDER BY name"
 ASSIGN_ROLE: Final = "SELECT authentication.assign_role(%(user)s, %(role)s)"
@@ -46,6 +47,15 @@ class StoredUsers:
                     raise malformed("role", f"expected one of {', '.join(known)}")
                 await (await connection.execute(ASSIGN_ROLE, {"user": row["id"], "role": role})).fetchone()
         return UserId(row["id"])
+
+    async def find_service(self, name: str) -> UserId | None:
+        """Return the user of that name, or None."""
+        rows = await self.pool.fetch(AS_ADMINISTRATOR, FIND_BY_NAME, {"name": name})
+        return UserId(rows[0]["id"]) if rows else None
+
+    async def find_or_create_service(self, name: str) -> UserId:
+        """Return the user of that name, made if there is none. Raises NAME_TAKEN where another made him at this moment."""
+        return await self.find_service(name) or await self.create_service(name)
 
 
 def _user(row: DictRow) -> User:

@@ -22,7 +22,7 @@ from kms.app.moving import Destruction, Moving
 from kms.app.ports import Lifecycle
 from kms.app.repeats import Uses
 from kms.app.signing import Signing
-from kms.config import Config, ServerConfig, needed
+from kms.config import AuditConfig, Config, ServerConfig, needed
 from kms.domain.errors import KmsError, Reason
 from kms.hsm.token_hsm import HsmStatus, TokenHsm, open_hsm
 from kms.pki.client_identity import ClientIdentity, host_clock
@@ -42,11 +42,13 @@ from kms.store.ledger import StoredLedger, open_ledger
 from kms.store.lifecycle import StoredLifecycle
 from kms.store.pool import Pool
 from kms.store.repeats import StoredRepeats
+from kms.store.sealer import sealed
 from kms.store.trail import StoredTrail
 from kms.store.users import StoredUsers
 from kms.store.watch import watched
 from kms.store.wrapping import StoredWrappingKeys
 from kms.telemetry import Telemetry
+from kms.wiring.audit import sealing
 from kms.wiring.condition import CHECK_SECONDS, Condition
 from kms.wiring.control import Report
 from kms.wiring.endpoint import seen
@@ -149,6 +151,8 @@ async def running(config: Config, *, worker: int | None = None) -> AsyncIterator
             repeating("destruction", UPKEEP_SECONDS, partial(destroy_due, Destruction(lifecycle, hsm)))
         )
         await stack.enter_async_context(repeating("repeats", UPKEEP_SECONDS, partial(forget_answers, StoredRepeats(pool))))
+        seal_seconds = (config.audit or AuditConfig()).seal_seconds
+        await stack.enter_async_context(sealed(dsn, sealing(config, pool, hsm), interval_seconds=seal_seconds))
         store_answers = await stack.enter_async_context(watched(pool))
         condition = Condition(hsm, ledger, pool, disk, store_answers)
         await stack.enter_async_context(repeating("condition", CHECK_SECONDS, condition.check))

@@ -163,6 +163,14 @@ RESTORED_KEY: Final[Row] = {
     "confirmed_count": 1,
     "confirmed_by": OWNER,
 }
+CHECKPOINT: Final[Row] = {
+    "tree_size": 1,
+    "root_hash": bytes(32),
+    "horizon": 1,
+    "frontier": [bytes(32)],
+    "epoch": 1,
+    "note": "note",
+}
 ONE_OF_EACH: Final[dict[str, Row]] = {
     "authentication.users": {**USER, "id": OWNER},
     "authentication.user_profiles": {"user_id": OWNER},
@@ -200,6 +208,8 @@ ONE_OF_EACH: Final[dict[str, Row]] = {
         "snapshot_data": "{}",
     },
     "audit.security_events": EVENT,
+    "audit.checkpoints": CHECKPOINT,
+    "audit.archived_partitions": {"name": "security_events_2020_01", "last_order": 1},
     "audit.data_access_log": {"id": ONE, "user_id": OWNER, "table_name": "keys", "operation": "SELECT"},
     "cryptography.request_records": {
         "user_id": OWNER,
@@ -229,6 +239,9 @@ SECOND: Final[dict[str, Row]] = {
 BAD_REST: Final[list[tuple[str, Row]]] = [
     ("audit.aggregate_heads", {"aggregate_version": 0}),
     ("audit.aggregate_snapshots", {"aggregate_version": 0}),
+    ("audit.checkpoints", {"tree_size": 0, "frontier": []}),
+    ("audit.checkpoints", {"tree_size": 3}),
+    ("audit.checkpoints", {"root_hash": b"short"}),
     ("audit.data_access_log", {"operation": "TRUNCATE"}),
     ("audit.domain_events", {"processing_status": "lost"}),
     ("audit.domain_events", {"event_version": 0}),

@@ -27,6 +27,8 @@ NOT_PROTECTED: Final = {"schema_migrations"}
 NOBODYS: Final = {
     "audit.aggregate_snapshots": {"auditor_users", "job_runner"},
     "audit.domain_events": {"auditor_users", "job_runner"},
+    "audit.checkpoints": {"auditor_users", "job_runner"},
+    "audit.archived_partitions": {"auditor_users", "job_runner"},
     "blockchain.contract_invocations": {"authenticated_users", "admin_users", "auditor_users", "job_runner"},
     "blockchain.networks": {"authenticated_users", "admin_users", "auditor_users", "job_runner"},
     "blockchain.smart_contracts": {"authenticated_users", "admin_users", "auditor_users", "job_runner"},
@@ -227,6 +229,8 @@ def service(database: Database, admin: psycopg.Connection[Any]) -> Iterator[psyc
         psycopg.ClientCursor(admin).execute(ROWS_OF_A_USER, {"user": user, "name": name, "key": user})
     admin.execute(b"""
         INSERT INTO cryptography.wrapping_keys VALUES (gen_random_uuid(), 'kek', 1, 'serial');
+        INSERT INTO audit.checkpoints SELECT 1, hash, 1, ARRAY[hash], 1, '' FROM sha256('') AS hash;
+        INSERT INTO audit.archived_partitions VALUES ('security_events_2020_01', 1);
         INSERT INTO blockchain.networks (name, network_type, native_currency) VALUES ('another', 'private', '{}');
         INSERT INTO configuration.service_configs (service_name, config_key, config_value) VALUES ('kms', 'size', '{}');
         INSERT INTO configuration.environments (name) VALUES ('production');

@@ -1,0 +1,97 @@
+"""`kms audit`: the trail for an auditor."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kms.cli.failures import ExitCode
+from kms.cli.invocation import Invocation, command
+from kms.cli.output import print_json
+
+if TYPE_CHECKING:
+    from kms.domain.trail_check import TrailReport
+
+
+def key(invocation: Invocation) -> None:
+    """Print the public key with which checkpoints are verified, as a C2SP verifier key. Keep it where the database is not."""
+    config = invocation.operator_config("database")
+    from kms.wiring import audit as wiring
+
+    found = wiring.audit_key(config)
+    if invocation.as_json:
+        print_json({"key": str(found), "origin": found.name})
+    else:
+        print(found)
+
+
+def export(
+    invocation: Invocation,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A new file.", show_default=False)],
+    after: Annotated[
+        int, typer.Option("--after", metavar="ROWS", min=0, help="Leave out what a checkpoint of so many rows covers.")
+    ] = 0,
+) -> None:
+    """Write the trail and its checkpoints to a file, a JSON object a line, for kms audit verify. Needs [database].
+
+    Rows of partitions that were archived are left out; the file then begins with a checkpoint that covers them.
+    """
+    config = invocation.operator_config("database")
+    from kms.wiring import audit as wiring
+
+    lines = wiring.export_trail(config, file, after)
+    if invocation.as_json:
+        print_json({"file": str(file), "lines": lines})
+    else:
+        print(f"{lines} lines in {file}")
+
+
+def verify(
+    invocation: Invocation,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What kms audit export wrote.", show_default=False)],
+    key: Annotated[
+        str, typer.Option("--key", metavar="KEY", help="The verifier key, as kms audit key prints it.", show_default=False)
+    ],
+    checkpoints: Annotated[
+        Path | None, typer.Option("--checkpoints", metavar="FILE", help="The checkpoints that the service wrote to a file.")
+    ] = None,
+) -> None:
+    """Verify an exported trail, with its public key and nothing else: no database, no service, no token.
+
+    Finds a row that was changed, removed or inserted, and a checkpoint that was. Only --checkpoints, with a copy made before
+    the export, shows that the end was cut off.
+    """
+    from kms.wiring import audit as wiring
+
+    report = wiring.verify_file(file, key, checkpoints)
+    if invocation.as_json:
+        print_json(asdict(report))
+    else:
+        print("\n".join(told(report)))
+    if report.finding is not None:
+        raise typer.Exit(ExitCode.NOT_VALID)
+
+
+def told(report: "TrailReport") -> list[str]:
+    """Return the sentences that a report is."""
+    lines = [f"{report.verified_size} rows are as {report.checkpoints} checkpoints say"]
+    if report.begun_at:
+        lines.append(f"not looked at: the first {report.begun_at} of them, which are not here")
+    lines += [
+        f"rolled back: epoch {each.epoch} reached {each.reached} rows, and epoch {each.next_epoch} goes on from "
+        f"{each.goes_on_from}"
+        for each in report.rollbacks
+    ]
+    finding = report.finding
+    if finding is None:
+        return [*lines, f"not yet sealed: {report.unsealed}"]
+    until = f"and not after row {finding.by_size}" if finding.by_size is not None else "and before the next checkpoint"
+    return [*lines, f"{finding.difference}: {finding.message}", f"the difference lies behind row {finding.after_size} {until}"]
+
+
+def register(audit: typer.Typer) -> None:
+    """Add these commands to the group *audit*."""
+    command(audit, "key", "kms audit key --config kms.toml")(key)
+    command(audit, "export", "kms audit export trail.jsonl --config kms.toml")(export)
+    command(audit, "verify", "kms audit verify trail.jsonl --key KEY --checkpoints checkpoints.jsonl")(verify)

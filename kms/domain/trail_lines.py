@@ -1,0 +1,79 @@
+"""The lines of an exported trail: rows in their order, notes between them, and at the very beginning perhaps a frontier.
+
+A row is the JSON object that its leaf of the tree hashes, byte for byte. docs/formats.md has the columns.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from kms.domain.errors import malformed
+from kms.domain.merkle import Frontier, leaf_hash
+
+_LAST_TABLE: Final = "audit.security_events"
+_LAST_ID: Final = "ffffffff-ffff-ffff-ffff-ffffffffffff"
+
+
+class RowPlace(NamedTuple):
+    """Where a row stands in the trail: transaction, table, id. Places compare as the rows are ordered."""
+
+    order: int
+    table: str
+    row_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A row as the tree sees it."""
+
+    place: RowPlace
+    hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A signed checkpoint in the place where the trail has the rows that it counts."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """What a trail begins with whose earlier rows are left out: the tree over them, and the checkpoint that vouches for it."""
+
+    frontier: Frontier
+    note: str
+
+
+def place_before(order: int) -> RowPlace:
+    """Return the place behind which every row stands whose order is at least *order*."""
+    return RowPlace(order - 1, _LAST_TABLE, _LAST_ID)
+
+
+def note_line(note: str) -> str:
+    """Return the line of a note."""
+    return json.dumps({"note": note}, ensure_ascii=False, separators=(",", ":"))
+
+
+def beginning_line(beginning: Beginning) -> str:
+    """Return the line of a beginning."""
+    hashes = [each.hex() for each in beginning.frontier.hashes]
+    found = {"frontier": hashes, "note": beginning.note, "size": beginning.frontier.size}
+    return json.dumps(found, ensure_ascii=False, separators=(",", ":"))
+
+
+def parse_line(line: bytes) -> Leaf | Note | Beginning:
+    """Return what a line (without its end) holds, or raise MALFORMED."""
+    try:
+        found = json.loads(line)
+        if "frontier" in found:
+            hashes = tuple(bytes.fromhex(each) for each in found["frontier"])
+            return Beginning(Frontier(int(found["size"]), hashes), str(found["note"]))
+        return Note(str(found["note"])) if "note" in found else Leaf(_place(found), leaf_hash(line))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise malformed("line", "expected a row, a note or a beginning as `kms audit export` writes them") from None
+
+
+def _place(row: Mapping[str, str]) -> RowPlace:
+    return RowPlace(int(row["commit_order"]), row["table"], row["id"])

@@ -1,0 +1,87 @@
+"""What seals the trail in `kms serve`, and what the `kms audit` commands do."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+import structlog
+
+from kms.app.keyring import Keyring
+from kms.app.ports import Hsm
+from kms.app.sealing import ALGORITHM, Sealing
+from kms.app.sealing_key import KEY_NAME, USER_NAME, SealingKeys, origin_of, reader_of
+from kms.app.verifying import exported, verify_lines
+from kms.config import AuditConfig, Config
+from kms.domain.checkpoint import VerifierKey, parse_verifier_key
+from kms.domain.errors import KmsError, Reason
+from kms.domain.trail_check import NoteReader, TrailReport
+from kms.pki.client_identity import host_clock
+from kms.pki.public_keys import PublicKeyOperations
+from kms.store.backup_file import new_private_file
+from kms.store.checkpoint_file import CheckpointFile, finished_lines
+from kms.store.keys import StoredKeys
+from kms.store.pool import Pool
+from kms.store.sealed_trail import StoredSealedTrail
+from kms.store.users import StoredUsers
+from kms.wiring.parts import with_pool
+
+_LOG = structlog.get_logger("kms")
+
+
+def audit_key(config: Config) -> VerifierKey:
+    """Return the key with which checkpoints are verified. Raises KEY_NOT_FOUND where none was ever made."""
+    return asyncio.run(with_pool(config, partial(trail_reader, config))).key
+
+
+def export_trail(config: Config, file: Path, after_size: int) -> int:
+    """Write the trail behind the newest checkpoint with at most *after_size* rows; return how many lines. Raises OSError."""
+    with new_private_file(file) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as content:
+        return asyncio.run(with_pool(config, lambda pool: _write(exported(StoredSealedTrail(pool), after_size), content)))
+
+
+def verify_file(file: Path, key: str, checkpoints: Path | None) -> TrailReport:
+    """Verify an exported trail with a verifier key alone. Raises OSError, MALFORMED for what is no verifier key."""
+    reader = NoteReader(parse_verifier_key(key), _is_valid)
+    with file.open("rb"), (checkpoints or file).open("rb"):
+        pass  # what is missing is told before anything is read
+    outside = tuple if checkpoints is None else partial(finished_lines, checkpoints)
+    return verify_lines(reader, partial(finished_lines, file), outside)
+
+
+def sealing(config: Config, pool: Pool, hsm: Hsm) -> Callable[[], Awaitable[Sealing]]:
+    """Return what makes a `Sealing`, with the key that it finds or makes."""
+    keys, settings = StoredKeys(pool), config.audit or AuditConfig()
+    found = SealingKeys(
+        keys, Keyring(keys, hsm), StoredUsers(pool).find_or_create_service, _is_valid, origin_of(config.deployment_id)
+    )
+    outside = None if settings.checkpoints is None else CheckpointFile(settings.checkpoints)
+
+    async def make() -> Sealing:
+        key = await found.find_or_make()
+        _LOG.info("checkpoints are signed", key=str(key.reader.key))
+        return Sealing(StoredSealedTrail(pool), hsm, key, outside, host_clock)
+
+    return make
+
+
+async def trail_reader(config: Config, pool: Pool) -> NoteReader:
+    """Return what reads this deployment's checkpoints. Raises KEY_NOT_FOUND where none was ever made."""
+    owner = await StoredUsers(pool).find_service(USER_NAME)
+    key = None if owner is None else await StoredKeys(pool).find(owner, KEY_NAME)
+    if key is None:
+        raise KmsError(Reason.KEY_NOT_FOUND, "there is no key for checkpoints yet: `kms serve` makes it at its first start")
+    return reader_of(key, _is_valid, origin_of(config.deployment_id))
+
+
+async def _write(lines: AsyncIterator[str], file: IO[str]) -> int:
+    written = 0
+    async for line in lines:
+        file.write(line + "\n")
+        written += 1
+    return written
+
+
+def _is_valid(pem: str, signed: bytes, signature: bytes) -> bool:
+    return PublicKeyOperations().is_valid(pem, ALGORITHM, signed, signature)

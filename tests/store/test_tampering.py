@@ -1,0 +1,213 @@
+"""Each kind of edit in the audit tables by a superuser is found by the offline verifier, which has the public key alone."""
+
+import asyncio
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import psycopg
+import pytest
+
+from kms.app.verifying import VerifyTrail
+from kms.dev.postgres import EmbeddedPostgres
+from kms.dev.softhsm import soft_token
+from kms.domain.trail_check import Difference, NoteReader
+from kms.hsm.capabilities import Capabilities
+from kms.hsm.token_hsm import open_hsm
+from kms.store.checkpoint_file import CheckpointFile, finished_lines
+from kms.store.pool import open_pool
+from kms.store.sealed_trail import StoredSealedTrail
+from tests.fixtures.postgres import Database
+from tests.fixtures.softhsm import LABEL, settings_of
+from tests.store.sealing import checked, copy_of, lines_of, sealing_of, write
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """A database whose trail was sealed in three checkpoints, what was kept outside, and what reads it."""
+
+    database: Database
+    reader: NoteReader
+    outside: tuple[bytes, ...]
+    sizes: tuple[int, ...]
+
+
+@pytest.fixture(scope="module")
+def sealed(
+    filled_database: Database,
+    soft_template: Path,
+    soft_capabilities: Capabilities,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Sealed]:
+    directory = tmp_path_factory.mktemp("sealed")
+    shutil.copytree(soft_template, directory / "token")
+    token = soft_token(directory / "token", LABEL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, "SOFTHSM2_CONF", token.environment["SOFTHSM2_CONF"])
+
+        async def seal() -> Sealed:
+            hsm = await open_hsm(settings_of(token), known=soft_capabilities)
+            try:
+                async with open_pool(filled_database.dsn, 2) as pool:
+                    outside = CheckpointFile(directory / "checkpoints")
+                    with psycopg.connect(filled_database.admin_dsn, autocommit=True) as admin:
+                        admin.execute(EPOCH)
+                        sealing = await sealing_of(pool, hsm, outside)
+                        sizes = []
+                        for _ in range(3):
+                            write(admin)
+                            sizes.append(await sealing.seal())
+                        write(admin, 1)
+                    return Sealed(filled_database, sealing.key.reader, tuple(finished_lines(outside.path)), tuple(sizes))
+            finally:
+                await hsm.close()
+
+        yield asyncio.run(seal())
+
+
+EPOCH: Final = b"INSERT INTO cryptography.epochs VALUES (1, 'FIRST_START', now(), NULL, 1, '00000001', 1)"
+TABLES: Final = ("security_events", "domain_events")
+COLUMN: Final = {"security_events": ("outcome", "blocked"), "domain_events": ("event_type", "forged")}
+# A row in the middle of the second checkpoint.
+ROW: Final = """(
+    SELECT e.id FROM audit.{table} AS e
+    WHERE e.commit_order >= (SELECT min(horizon) FROM audit.checkpoints) ORDER BY e.commit_order, e.id LIMIT 1 OFFSET 1
+)"""
+COPY: Final = {
+    "security_events": """INSERT INTO audit.security_events (event_type, severity, commit_order)
+        SELECT 'forged', 'low', commit_order FROM audit.security_events WHERE id = {row}""",
+    "domain_events": """INSERT INTO audit.domain_events (
+            aggregate_id, aggregate_type, aggregate_version, event_type, event_data, commit_order
+        ) SELECT aggregate_id, 'key', 9, 'forged', '{{}}', commit_order FROM audit.domain_events WHERE id = {row}""",
+}
+ROW_EDITS: Final = {
+    "changed": ("UPDATE audit.{table} SET {column} = '{value}' WHERE id = {row}", Difference.ROW_CHANGED),
+    "given another place": (
+        "UPDATE audit.{table} SET commit_order = (SELECT max(horizon) FROM audit.checkpoints) + 1000000 WHERE id = {row}",
+        Difference.ROW_REMOVED,
+    ),
+    "removed": ("DELETE FROM audit.{table} WHERE id = {row}", Difference.ROW_REMOVED),
+    "inserted": ("{copy}", Difference.ROW_INSERTED),
+    "swapped": (
+        """UPDATE audit.{table} AS e SET commit_order = o.commit_order
+            FROM audit.{table} AS o
+            WHERE e.id <> o.id AND (e.id = {row} OR o.id = {row})
+                AND (e.id IN (SELECT id FROM audit.{table} ORDER BY commit_order DESC, id LIMIT 1 OFFSET 2)
+                    OR o.id IN (SELECT id FROM audit.{table} ORDER BY commit_order DESC, id LIMIT 1 OFFSET 2))""",
+        Difference.ROW_CHANGED,
+    ),
+    "moment changed": (
+        "UPDATE audit.{table} SET {moment} = {moment} + interval '1 microsecond' WHERE id = {row}", Difference.ROW_CHANGED
+    ),
+    "truncated": (
+        "DELETE FROM audit.{table} WHERE commit_order >= (SELECT min(horizon) FROM audit.checkpoints)", Difference.ROW_REMOVED
+    ),
+}  # fmt: skip
+CHECKPOINT_EDITS: Final = {
+    "its note changed": (
+        "UPDATE audit.checkpoints SET note = replace(note, 'epoch 1', 'epoch 2') WHERE tree_size = {middle}",
+        Difference.CHECKPOINT_CHANGED,
+    ),
+    "its note given to another": (
+        """UPDATE audit.checkpoints SET note = (SELECT note FROM audit.checkpoints WHERE tree_size = {first})
+            WHERE tree_size = {middle}""",
+        Difference.ROW_INSERTED,
+    ),
+    "its horizon changed": (
+        "UPDATE audit.checkpoints SET horizon = horizon - 1 WHERE tree_size = {middle}", Difference.ROW_REMOVED
+    ),
+    "removed": ("DELETE FROM audit.checkpoints WHERE tree_size = {middle}", Difference.CHECKPOINT_REMOVED),
+    "the first removed": ("DELETE FROM audit.checkpoints WHERE tree_size = {first}", Difference.CHECKPOINT_REMOVED),
+    "the last removed": ("DELETE FROM audit.checkpoints WHERE tree_size = {last}", Difference.CHECKPOINT_REMOVED),
+    "all removed": ("DELETE FROM audit.checkpoints", Difference.CHECKPOINT_REMOVED),
+}  # fmt: skip
+
+
+def edited(postgres: EmbeddedPostgres, sealed: Sealed, statement: str) -> tuple[list[bytes], Any]:
+    """Run a statement as the superuser in a copy; return the exported trail, and what verifying it there finds."""
+    with copy_of(postgres, sealed.database) as copy:
+        with psycopg.connect(copy.admin_dsn) as admin:
+            assert admin.execute(statement.encode()).rowcount > 0
+
+        async def look() -> tuple[list[bytes], Any]:
+            async with open_pool(copy.dsn, 2) as pool:
+                return await lines_of(copy.dsn), await VerifyTrail(StoredSealedTrail(pool), sealed.reader).verify()
+
+        return asyncio.run(look())
+
+
+def test_a_trail_that_nobody_edited_verifies(postgres: EmbeddedPostgres, sealed: Sealed) -> None:
+    lines, online = edited(postgres, sealed, "SELECT 1")
+    report = checked(sealed.reader, lines, sealed.outside)
+    assert (report.finding, report.verified_size, report.checkpoints, report.unsealed) == (None, sealed.sizes[-1], 3, 2)
+    assert online == report
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("edit", ROW_EDITS)
+def test_an_edited_row_is_found(postgres: EmbeddedPostgres, sealed: Sealed, table: str, edit: str) -> None:
+    statement, difference = ROW_EDITS[edit]
+    row, (column, value) = ROW.format(table=table), COLUMN[table]
+    moment = "created_at" if table == "security_events" else "occurred_at"
+    filled = statement.format(table=table, row=row, column=column, value=value, copy=COPY[table].format(row=row), moment=moment)
+    lines, online = edited(postgres, sealed, filled)
+    finding = checked(sealed.reader, lines).finding
+    assert finding is not None
+    assert finding == online.finding
+    assert (finding.difference, finding.after_size, finding.by_size) == (difference, *sealed.sizes[:2])
+
+
+@pytest.mark.parametrize("edit", CHECKPOINT_EDITS)
+def test_an_edited_checkpoint_is_found(postgres: EmbeddedPostgres, sealed: Sealed, edit: str) -> None:
+    statement, difference = CHECKPOINT_EDITS[edit]
+    first, middle, last = sealed.sizes
+    lines, _ = edited(postgres, sealed, statement.format(first=first, middle=middle, last=last))
+    finding = checked(sealed.reader, lines, sealed.outside).finding
+    assert finding is not None
+    assert finding.difference is difference
+
+
+def test_a_trail_cut_off_with_its_checkpoints_is_found_by_those_kept_outside(postgres: EmbeddedPostgres, sealed: Sealed) -> None:
+    # One statement, as a superuser would who knows the tables: everything behind the first checkpoint goes.
+    cut = """
+        WITH last AS (SELECT min(horizon) AS horizon FROM audit.checkpoints),
+            a AS (DELETE FROM audit.security_events WHERE commit_order >= (SELECT horizon FROM last)),
+            b AS (DELETE FROM audit.domain_events WHERE commit_order >= (SELECT horizon FROM last))
+        DELETE FROM audit.checkpoints WHERE horizon > (SELECT horizon FROM last)
+    """
+    lines, _ = edited(postgres, sealed, cut)
+    assert checked(sealed.reader, lines).finding is None
+    finding = checked(sealed.reader, lines, sealed.outside).finding
+    assert finding is not None
+    assert (finding.difference, finding.by_size) == (Difference.TRAIL_TRUNCATED, sealed.sizes[1])
+
+
+FILE_EDITS: Final[dict[str, tuple[Callable[[list[bytes]], object], Difference]]] = {
+    "a byte": (lambda lines: lines.__setitem__(1, lines[1].swapcase()), Difference.ROW_CHANGED),
+    "a space": (lambda lines: lines.__setitem__(1, lines[1].replace(b":", b": ", 1)), Difference.ROW_CHANGED),
+    "two lines swapped": (lambda lines: lines.insert(1, lines.pop(2)), Difference.ROWS_REORDERED),
+    "a line left out": (lambda lines: lines.pop(1), Difference.ROW_REMOVED),
+    "a line twice": (lambda lines: lines.insert(1, lines[1]), Difference.ROW_INSERTED),
+    "a line that is none": (lambda lines: lines.insert(1, b"{}"), Difference.ROW_CHANGED),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", FILE_EDITS)
+def test_an_edited_file_is_found(postgres: EmbeddedPostgres, sealed: Sealed, edit: str) -> None:
+    lines = asyncio.run(lines_of(sealed.database.dsn))
+    change, difference = FILE_EDITS[edit]
+    change(lines)
+    finding = checked(sealed.reader, lines).finding
+    assert finding is not None
+    assert (finding.difference, finding.after_size) == (difference, 0)
+
+
+def test_an_export_that_begins_at_a_checkpoint_is_verified_from_its_frontier(sealed: Sealed) -> None:
+    lines = asyncio.run(lines_of(sealed.database.dsn, sealed.sizes[0]))
+    report = checked(sealed.reader, lines, sealed.outside)
+    assert (report.finding, report.begun_at, report.verified_size) == (None, sealed.sizes[0], sealed.sizes[-1])
+    lines[1:2] = []
+    assert checked(sealed.reader, lines).finding is not None
