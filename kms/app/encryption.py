@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Final
 
-from kms.app.keyring import key_not_found, usable
+from kms.app.keyring import existing, usable
 from kms.app.limits import CIPHERTEXT_BYTES_MAX, MESSAGE_BYTES_MAX, check_size
 from kms.app.ports import Call, Entry, Hsm, Keys, PublicKeys, Sealed
 from kms.app.uses import Draft
@@ -128,10 +128,9 @@ class Encryption:
             )
 
     async def _check_named(self, caller: UserId, ref: KeyRef, named: KeyId) -> None:
-        record = await self.keys.find(caller, ref)
-        if record is None:
-            raise key_not_found()
-        if record.identity.key_id != named:
+        if (await existing(self.keys, caller, ref, recent=True)).identity.key_id == named:
+            return
+        if (await existing(self.keys, caller, ref)).identity.key_id != named:
             raise KmsError(Reason.INCORRECT_KEY, "the ciphertext was made with another key")
 
     async def _self_describing(self, call: Call, what: ToDecrypt) -> tuple[UsableKey, Ciphertext]:

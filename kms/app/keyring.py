@@ -11,7 +11,7 @@ from kms.domain.algorithms import KeySpec
 from kms.domain.errors import KmsError, Reason, malformed
 from kms.domain.ids import KeyId, KeyName, KeyRef, UserId
 from kms.domain.keys import Custody, KeyIdentity, KeyMaterial, KeyRecord, UsableKey
-from kms.domain.lifecycle import State, Use, check_use
+from kms.domain.lifecycle import State, Use, check_use, is_open_to
 
 METADATA_ENTRIES_MAX: Final = 32
 METADATA_NAME_BYTES_MAX: Final = 63
@@ -70,9 +70,9 @@ class Keyring:
             await self.hsm.discard(material)
 
 
-async def existing(keys: Keys, caller: UserId, ref: KeyRef) -> KeyRecord:
+async def existing(keys: Keys, caller: UserId, ref: KeyRef, *, recent: bool = False) -> KeyRecord:
     """Return the caller's key, or raise KEY_NOT_FOUND."""
-    record = await keys.find(caller, ref)
+    record = await keys.find(caller, ref, recent=recent)
     if record is None:
         raise key_not_found()
     return record
@@ -80,7 +80,9 @@ async def existing(keys: Keys, caller: UserId, ref: KeyRef) -> KeyRecord:
 
 async def usable(keys: Keys, caller: UserId, ref: KeyRef, use: Use) -> UsableKey:
     """Return the caller's key, or raise KEY_NOT_FOUND or the reason why its state forbids *use*."""
-    key = await keys.find_usable(caller, ref)
+    key = await keys.find_usable(caller, ref, recent=True)
+    if key is not None and not is_open_to(key.record.state, use):
+        key = await keys.find_usable(caller, ref)
     if key is None:
         # A destroyed key has no envelope left, but its owner is told what became of it.
         check_use((await existing(keys, caller, ref)).state, use)

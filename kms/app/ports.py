@@ -120,7 +120,11 @@ class Hsm(Protocol):
 
 
 class Keys(Protocol):
-    """Stored keys, as the calling user sees them: another user's key is simply not there."""
+    """Stored keys, as the calling user sees them: another user's key is simply not there.
+
+    Where *recent* will do, a key may be as it was at most a second ago, counted from before it was read; None is what is so now.
+    Nobody is refused by what was: before a refusal the key is read without *recent*.
+    """
 
     async def insert(
         self, caller: UserId, key: NewKey, *, call: "Call | None" = None, repeat: "Repeat | None" = None
@@ -132,11 +136,11 @@ class Keys(Protocol):
         """
         ...
 
-    async def find(self, caller: UserId, ref: KeyRef) -> KeyRecord | None:
+    async def find(self, caller: UserId, ref: KeyRef, *, recent: bool = False) -> KeyRecord | None:
         """Return the key, or None where the caller has none by that id or name."""
         ...
 
-    async def find_usable(self, caller: UserId, ref: KeyRef) -> UsableKey | None:
+    async def find_usable(self, caller: UserId, ref: KeyRef, *, recent: bool = False) -> UsableKey | None:
         """Return the key with its envelope, or None. A destroyed key has none and is found by `find` only."""
         ...
 
@@ -195,7 +199,10 @@ class Entry:
 
 
 class Ledger(Protocol):
-    """Charges and records, together and durably. A result leaves only after `settle` has returned."""
+    """Charges and records, together and durably. A result leaves only after `settle` has returned.
+
+    The key that `settle` refuses, and with CREDENTIALS_INVALID the caller, is read anew by who asks for it next, *recent* or not.
+    """
 
     async def settle(self, entry: Entry) -> None:
         """Charge and record a use, or raise what the database says at that very moment.
@@ -255,9 +262,9 @@ class Lifecycle(Protocol):
 
 
 class Users(Protocol):
-    """Who may call."""
+    """Who may call. Where *recent* will do, a user may be as he was at most a second ago; None is what is so now."""
 
-    async def find(self, user_id: UserId) -> User | None:
+    async def find(self, user_id: UserId, *, recent: bool = False) -> User | None:
         """Return the user in good standing, or None for one that is unknown, locked or deleted."""
         ...
 

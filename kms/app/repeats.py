@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 from uuid import UUID
 
+from kms.app.access import Access
 from kms.app.keyring import existing
 from kms.app.ports import Call, Hsm, Keys, Ledger, Repeat
 from kms.app.uses import Draft, Turn, used
@@ -14,7 +15,9 @@ from kms.domain.errors import KmsError, Reason, malformed
 from kms.domain.ids import KeyId
 from kms.domain.keys import KeyRecord
 from kms.domain.lifecycle import check_repeat
+from kms.domain.permissions import check_permitted
 
+_ANY_USE: Final = "CryptoService/"  # what is true of the permission to use keys is true of each RPC that does
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,64}")
 
 _TAKEN: Final = frozenset({Reason.NAME_TAKEN, Reason.REQUEST_ID_REUSED})
@@ -42,6 +45,13 @@ class Uses:
     keys: Keys
     hsm: Hsm
     ledger: Ledger
+    access: Access
+
+    async def admitted(self, call: Call) -> Call:
+        """Return the call with its user as he is known now: for a draft that is made anew because he was refused."""
+        user = await self.access.admit(call.user.user_id, recent=True)
+        check_permitted(user.permissions, _ANY_USE)
+        return replace(call, user=user)
 
     async def once(
         self,
@@ -96,7 +106,11 @@ class Uses:
         return await existing(self.keys, call.user.user_id, key_id)
 
     async def check_repeatable(self, call: Call, key_id: KeyId) -> None:
-        """Raise unless a result by this key may be handed out again: the key is visible, and not revoked or worse."""
+        """Raise unless a result by this key may be handed out again: the key is visible, and not revoked or worse.
+
+        No charge looks at the caller again, so it is done here.
+        """
+        check_permitted((await self.access.admit(call.user.user_id)).permissions, _ANY_USE)
         check_repeat((await existing(self.keys, call.user.user_id, key_id)).state)
 
     async def _body_mac(self, asked: Asked) -> bytes:

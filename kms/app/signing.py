@@ -81,7 +81,7 @@ class Signing:
         check_size("message", what.data)
         if not 0 < len(signature) <= SIGNATURE_BYTES_MAX:
             raise malformed("signature", f"expected 1 to {SIGNATURE_BYTES_MAX} bytes")
-        record = await existing(self.keys, caller, what.key)
+        record = await existing(self.keys, caller, what.key, recent=True)
         key_type = record.identity.spec.key_type
         algorithm, form = _fitting(record.identity, what)
         data = self._to_be_signed(what, algorithm)

@@ -12,6 +12,22 @@ from kms.app.ports import Entry, Ledger
 from kms.domain.errors import KmsError, Reason
 
 _ATTEMPTS: Final = 4
+# Of these the draft cannot know: it may have been made of what was so a moment ago. The next one is made of what is.
+_LOOK_AGAIN: Final = frozenset(
+    {
+        Reason.STALE,
+        Reason.CREDENTIALS_INVALID,
+        Reason.KEY_NOT_FOUND,
+        Reason.KEY_PRE_ACTIVE,
+        Reason.KEY_INACTIVE,
+        Reason.KEY_EXPIRED,
+        Reason.KEY_COMPROMISED,
+        Reason.KEY_REVOKED,
+        Reason.KEY_PENDING_DESTRUCTION,
+        Reason.KEY_DESTROYED,
+        Reason.USAGE_LIMIT_REACHED,
+    }
+)
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -56,11 +72,11 @@ class Alone:
 
 
 async def used(ledger: Ledger, draft: Callable[[], Awaitable[Draft[T]]], turn: Turn) -> T:
-    """Return the result of a draft that the ledger has settled, drafting anew while the key changes in between.
+    """Return the result of a draft that the ledger has settled, drafting anew where key or caller are not what they were.
 
-    Raises what the ledger says, and STALE where the key changes every time.
+    Raises what a draft of what is there now raises, or what the ledger says; STALE where the key changes every time.
     """
-    for _ in range(_ATTEMPTS):
+    for attempts_left in reversed(range(_ATTEMPTS)):
         made = await turn.draft(draft)
         if made.entry is None:
             return made.result
@@ -68,8 +84,8 @@ async def used(ledger: Ledger, draft: Callable[[], Awaitable[Draft[T]]], turn: T
         try:
             await ledger.settle(made.entry)
         except KmsError as error:
-            if error.reason is not Reason.STALE:
+            if error.reason not in _LOOK_AGAIN or not attempts_left:
                 raise
         else:
             return made.result
-    raise KmsError(Reason.STALE, "the key changes faster than it can be used; try again")
+    raise AssertionError("the last attempt returns or raises")

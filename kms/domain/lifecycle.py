@@ -111,9 +111,14 @@ _REFUSALS: Final[dict[State, Reason]] = {
 }
 
 
+def is_open_to(state: State, use: Use) -> bool:
+    """Whether a key in *state* may be put to *use*: only to look again before it is refused, which `check_use` does."""
+    return use in _ALLOWED[state]
+
+
 def check_use(state: State, use: Use) -> None:
     """Raise the state's reason (KEY_EXPIRED, KEY_REVOKED, …) unless a key in *state* may be put to *use*."""
-    if use not in _ALLOWED[state]:
+    if not is_open_to(state, use):
         raise KmsError(_REFUSALS[state], f"a key that is {state.replace('_', ' ')} does not {use}", state=state)
 
 

@@ -6,6 +6,7 @@ from typing import TypeVar
 from uuid import UUID
 
 from kms.app.encryption import DataKey, Encryption, ToDecrypt
+from kms.app.ports import Call
 from kms.app.repeats import Uses
 from kms.app.signing import Signing
 from kms.app.uses import Alone, Draft, Turn, used
@@ -72,11 +73,14 @@ class CryptoServicer(crypto_pb2_grpc.CryptoServiceServicer):
         check_items(request.items, lambda item: len(item.ciphertext) + len(item.aad))
         return pb.BatchDecryptResponse(items=await answer_each(request.items, self._decrypt, pb.BatchDecryptResponse.Item))
 
+    async def _call(self) -> Call:
+        return await self.uses.admitted(current())
+
     async def _sign(self, request: pb.SignRequest, turn: Turn) -> pb.SignResponse:
         what = convert.to_sign(request)
 
         async def draft() -> Draft[pb.SignResponse]:
-            return (await self.signing.sign(current(), what)).map(convert.signed)
+            return (await self.signing.sign(await self._call(), what)).map(convert.signed)
 
         return await self._once(request, draft, pb.SignResponse, turn)
 
@@ -93,7 +97,7 @@ class CryptoServicer(crypto_pb2_grpc.CryptoServiceServicer):
         what = convert.to_encrypt(request)
 
         async def draft() -> Draft[pb.EncryptResponse]:
-            return (await self.encryption.encrypt(current(), what)).map(
+            return (await self.encryption.encrypt(await self._call(), what)).map(
                 lambda made: pb.EncryptResponse(ciphertext=made[0], key_id=str(made[1]))
             )
 
@@ -103,7 +107,7 @@ class CryptoServicer(crypto_pb2_grpc.CryptoServiceServicer):
         what = convert.to_decrypt(request)
 
         async def draft() -> Draft[pb.DecryptResponse]:
-            return (await self.encryption.decrypt(current(), what)).map(
+            return (await self.encryption.decrypt(await self._call(), what)).map(
                 lambda opened: pb.DecryptResponse(plaintext=opened[0], key_id=str(opened[1]))
             )
 
@@ -115,7 +119,7 @@ class CryptoServicer(crypto_pb2_grpc.CryptoServiceServicer):
             return pb.GenerateDataKeyResponse(plaintext=plaintext, ciphertext=made.ciphertext, key_id=str(made.key_id))
 
         key, size = parse_key_ref(request.key), convert.data_key_size(request)
-        return (await self.encryption.data_key(current(), key, size, request.aad)).map(answer)
+        return (await self.encryption.data_key(await self._call(), key, size, request.aad)).map(answer)
 
     async def _once(
         self, request: Repeatable, draft: Callable[[], Awaitable[Draft[Response]]], kind: type[Response], turn: Turn

@@ -68,7 +68,7 @@ class KeyServicer(keys_pb2_grpc.KeyServiceServicer):
 
     async def GetPublicKey(self, request: keys_pb2.GetPublicKeyRequest, context: Context) -> keys_pb2.GetPublicKeyResponse:
         """Return the public half of a key."""
-        key = await existing(self.keyring.keys, caller(), parse_key_ref(request.key))
+        key = await existing(self.keyring.keys, caller(), parse_key_ref(request.key), recent=True)
         spec = key.identity.spec
         if spec.is_symmetric:
             raise KmsError(Reason.WRONG_PURPOSE, "an AES key has no public half", key_type=spec.key_type)

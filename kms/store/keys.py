@@ -75,7 +75,7 @@ PAGE: Final = f"""
 
 @dataclass(frozen=True, slots=True)
 class StoredKeys:
-    """`Keys` in `cryptography.keys`."""
+    """`Keys` in `cryptography.keys`. Nothing is remembered here: *recent* makes no difference."""
 
     pool: Pool
 
@@ -100,13 +100,13 @@ class StoredKeys:
         assert row is not None  # noqa: S101  # INSERT … RETURNING gives a row or raises
         return key_record(row)
 
-    async def find(self, caller: UserId, ref: KeyRef) -> KeyRecord | None:
+    async def find(self, caller: UserId, ref: KeyRef, *, recent: bool = False) -> KeyRecord | None:
         """Return the key, or None where the caller has none by that id or name."""
         query = FIND_BY_ID if isinstance(ref, UUID) else FIND_BY_NAME
         rows = await self.pool.fetch(as_user(caller), query, {"caller": caller, "ref": ref})
         return key_record(rows[0]) if rows else None
 
-    async def find_usable(self, caller: UserId, ref: KeyRef) -> UsableKey | None:
+    async def find_usable(self, caller: UserId, ref: KeyRef, *, recent: bool = False) -> UsableKey | None:
         """Return the key with its envelope, or None. A destroyed key is found by `find` only."""
         query = FIND_USABLE_BY_ID if isinstance(ref, UUID) else FIND_USABLE_BY_NAME
         rows = await self.pool.fetch(as_user(caller), query, {"caller": caller, "ref": ref})

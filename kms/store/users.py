@@ -22,11 +22,11 @@ _SERVICE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,99}")
 
 @dataclass(frozen=True, slots=True)
 class StoredUsers:
-    """`Users` in `authentication.users`."""
+    """`Users` in `authentication.users`. Nothing is remembered here: *recent* makes no difference."""
 
     pool: Pool
 
-    async def find(self, user_id: UserId) -> User | None:
+    async def find(self, user_id: UserId, *, recent: bool = False) -> User | None:
         """Return the user in good standing, or None for one that is unknown, locked or deleted."""
         rows = await self.pool.fetch(BEFORE_LOGIN, FIND_BY_URI, {"id": user_id})
         return _user(rows[0]) if rows else None

@@ -19,7 +19,7 @@ from kms.app.auditing import Auditing
 from kms.app.encryption import Encryption
 from kms.app.keyring import Keyring
 from kms.app.moving import Destruction, Moving
-from kms.app.ports import Lifecycle
+from kms.app.ports import Keys, Ledger, Lifecycle, Users
 from kms.app.repeats import Uses
 from kms.app.signing import Signing
 from kms.config import AuditConfig, Config, ServerConfig, needed
@@ -34,11 +34,13 @@ from kms.rpc.keys import KeyServicer
 from kms.rpc.server import Server, TlsFiles, check_pair
 from kms.store import epoch as epochs
 from kms.store import partitions
+from kms.store.cached import CachedKeys, CachedUsers, ForgettingLedger, ForgettingLifecycle
+from kms.store.changes import heard
 from kms.store.disk import Disk
 from kms.store.journal import Journal
 from kms.store.journaled import JournaledLifecycle
 from kms.store.keys import StoredKeys
-from kms.store.ledger import StoredLedger, open_ledger
+from kms.store.ledger import open_ledger
 from kms.store.lifecycle import StoredLifecycle
 from kms.store.pool import Pool
 from kms.store.repeats import StoredRepeats
@@ -143,10 +145,14 @@ async def running(config: Config, *, worker: int | None = None) -> AsyncIterator
         telemetry = Telemetry(stack.enter_context(tracing(config.tracing, config.deployment_id)))
         disk = Disk(needed(config.database).disk_path)
         await stack.enter_async_context(repeating("disk", CHECK_SECONDS, disk.watch))
+        keys = CachedKeys(telemetry.observed(StoredKeys(pool), "store", "insert", "find", "find_usable", "page", of="keys."))
+        users = CachedUsers(telemetry.observed(StoredUsers(pool), "store", "find", of="users."))
+        await stack.enter_async_context(heard(dsn, {"key": keys.drop, "user": users.drop}))
         ledger = await stack.enter_async_context(
             open_ledger(dsn, pool, settled=telemetry.settled, records_strangers=disk.has_room_for_strangers)
         )
-        lifecycle = _lifecycle(pool, server_config.journal)
+        moves = telemetry.observed(_lifecycle(pool, server_config.journal), "store", "move", of="lifecycle.")
+        lifecycle = ForgettingLifecycle(moves, keys)
         await stack.enter_async_context(
             repeating("destruction", UPKEEP_SECONDS, partial(destroy_due, Destruction(lifecycle, hsm)))
         )
@@ -157,9 +163,19 @@ async def running(config: Config, *, worker: int | None = None) -> AsyncIterator
         condition = Condition(hsm, ledger, pool, disk, store_answers)
         await stack.enter_async_context(repeating("condition", CHECK_SECONDS, condition.check))
         await stack.enter_async_context(seen(_metrics_address(config, worker), telemetry, condition))
-        is_ready, shares_port = condition.is_ready, worker is not None
+        settled = telemetry.observed(ledger, "store", "settle", "earlier", of="ledger.")
         server = _server(
-            pool, hsm, ledger, lifecycle, identity, telemetry, server_config, is_ready=is_ready, shares_port=shares_port
+            pool,
+            keys,
+            users,
+            hsm,
+            ForgettingLedger(settled, keys, users),
+            lifecycle,
+            identity,
+            telemetry,
+            server_config,
+            is_ready=condition.is_ready,
+            shares_port=worker is not None,
         )
         port = await server.start(server_config.listen, tls)
         stack.push_async_callback(server.stop, 0)
@@ -176,8 +192,10 @@ def _metrics_address(config: Config, worker: int | None) -> str | None:
 
 def _server(
     pool: Pool,
+    keys: Keys,
+    users: Users,
     hsm: TokenHsm,
-    ledger: StoredLedger,
+    ledger: Ledger,
     lifecycle: Lifecycle,
     identity: ClientIdentity,
     telemetry: Telemetry,
@@ -186,16 +204,12 @@ def _server(
     is_ready: Callable[[], bool],
     shares_port: bool,
 ) -> Server:
-    public_keys = PublicKeyOperations()
-    keys = telemetry.observed(StoredKeys(pool), "store", "insert", "find", "find_usable", "page", of="keys.")
-    users = telemetry.observed(StoredUsers(pool), "store", "find", of="users.")
-    ledger = telemetry.observed(ledger, "store", "settle", "earlier", of="ledger.")
-    lifecycle = telemetry.observed(lifecycle, "store", "move", of="lifecycle.")
+    access, public_keys = Access(users), PublicKeyOperations()
     hsm = telemetry.observed(hsm, "hsm", *HSM_OPERATIONS)
-    uses = Uses(keys, hsm, ledger)
+    uses = Uses(keys, hsm, ledger, access)
     edge = Edge(
         identity,
-        Access(users),
+        access,
         ledger,
         telemetry,
         call_seconds_max=config.call_seconds_max,
