@@ -122,3 +122,24 @@ def test_what_is_not_recorded_trusts_what_is_a_second_old_and_no_longer(
     as_superuser(services, "UPDATE authentication.users SET deleted_at = now() WHERE id = %s", here.user_id)
     time.sleep(1.0)
     assert refusal(there.crypto.Verify, verify).reason == "CREDENTIALS_INVALID"
+
+
+def test_a_role_given_or_taken_elsewhere_holds_for_the_next_use(
+    callers: tuple[Caller, Caller], services: tuple[RunningServer, RunningServer]
+) -> None:
+    here, _ = callers
+    made(here, "secp256k1")
+    give = (
+        "INSERT INTO authentication.user_roles (user_id, role_id) SELECT %s, id FROM authentication.roles WHERE name = 'auditor'"
+    )
+    take = "DELETE FROM authentication.user_roles WHERE user_id = %s"
+    advance = "UPDATE authentication.users SET version = version + 1 WHERE id = %s"
+    for number in range(10):
+        repeated = cpb.SignRequest(key="k", message=b"m", request_id=f"r{number}")
+        here.crypto.Sign(repeated)
+        for query in (give, advance):
+            as_superuser(services, query, here.user_id)
+        assert refusal(here.crypto.Sign, SIGN if number % 2 else repeated).reason == "PERMISSION_DENIED"
+        for query in (take, advance):
+            as_superuser(services, query, here.user_id)
+        assert here.crypto.Sign(SIGN).signature
