@@ -50,6 +50,7 @@ from kms.rpc.server import TlsFiles
 from kms.v1 import crypto_pb2, keys_pb2
 
 _LOAD_PROCESSES: Final = 2
+_SESSIONS: Final = 16  # of the token, for each worker: what the configuration gives one by default
 _RECORD: Final = Path(__file__).with_suffix(".json")
 
 
@@ -149,7 +150,9 @@ def bench(directory: Path, pace: Pace, workers: int) -> Iterator[tuple[Bench, Cl
     """Start everything in *directory*, an empty one."""
     with ExitStack() as stack:
         embedded = stack.enter_context(dev_stack(directory / "stack", port=0))
-        service = stack.enter_context(embedded.serving())
+        settings = embedded.files.configuration
+        settings.write_text(settings.read_text().replace("[hsm]\n", f"[hsm]\nsessions_max = {_SESSIONS * workers}\n"))
+        service = stack.enter_context(embedded.serving(workers=workers))
         client = stack.enter_context(connect(embedded.client))
         known = prepared(client)
         files = embedded.files
