@@ -1,14 +1,17 @@
 """Reading the trail."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
 from kms.app.ports import Call, Trail
+from kms.app.verifying import VerifyTrail
 from kms.domain.errors import malformed
 from kms.domain.trail import Cursor, EventFilter, Found, Place, Stretch
+from kms.domain.trail_check import TrailReport
 
 EVENTS_MAX: Final = 1000
+SIZE_MAX: Final = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +19,7 @@ class Auditing:
     """The trail, for whoever holds the permission to read it."""
 
     trail: Trail
+    verifier: Callable[[], Awaitable[VerifyTrail]]
 
     async def search(self, call: Call, which: EventFilter, *, before: Place | None, limit: int) -> Found:
         """Return at most *limit* events that fit, behind *before*, the newest first; see `Trail` for what is raised.
@@ -34,3 +38,13 @@ class Auditing:
         yield Stretch((), begin)
         async for stretch in self.trail.follow(call, begin):
             yield stretch
+
+    async def verify(self, call: Call, from_size: int, to_size: int | None) -> TrailReport:
+        """Compare the rows with the checkpoints, as `VerifyTrail.verify` says, once it is recorded who asked.
+
+        Raises KEY_NOT_FOUND where no checkpoint was ever made, and MALFORMED for a range that ends before it begins.
+        """
+        if from_size > SIZE_MAX or not from_size < (SIZE_MAX if to_size is None else to_size) <= SIZE_MAX:
+            raise malformed("to_size", "expected 0, or a size above from_size, both below 2^63")
+        await self.trail.record(call, "verify", {"from_size": from_size, **({} if to_size is None else {"to_size": to_size})})
+        return await (await self.verifier()).verify(from_size, to_size)

@@ -10,6 +10,8 @@ from kms.cli.failures import ExitCode
 from kms.cli.invocation import Invocation, command
 from kms.cli.output import print_json
 
+_RANGE_ROWS = 200_000
+
 if TYPE_CHECKING:
     from kms.domain.trail_check import TrailReport
 
@@ -49,28 +51,62 @@ def export(
 
 def verify(
     invocation: Invocation,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="What kms audit export wrote.", show_default=False)],
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="What kms audit export wrote.", show_default=False)
+    ] = None,
     key: Annotated[
-        str, typer.Option("--key", metavar="KEY", help="The verifier key, as kms audit key prints it.", show_default=False)
-    ],
+        str | None, typer.Option("--key", metavar="KEY", help="The verifier key, as kms audit key prints it.", show_default=False)
+    ] = None,
     checkpoints: Annotated[
         Path | None, typer.Option("--checkpoints", metavar="FILE", help="The checkpoints that the service wrote to a file.")
     ] = None,
 ) -> None:
     """Verify an exported trail, with its public key and nothing else: no database, no service, no token.
 
+    Without FILE the service verifies the trail in its database, for an auditor who trusts the service.
+
     Finds a row that was changed, removed or inserted, and a checkpoint that was. Only --checkpoints, with a copy made before
     the export, shows that the end was cut off.
     """
-    from kms.wiring import audit as wiring
+    if file is None:
+        if key is not None or checkpoints is not None:
+            raise typer.BadParameter("--key and --checkpoints: expected FILE with them")
+        report = _asked(invocation)
+    elif key is None:
+        raise typer.BadParameter("--key: expected the verifier key of FILE")
+    else:
+        from kms.wiring import audit as wiring
 
-    report = wiring.verify_file(file, key, checkpoints)
+        report = wiring.verify_file(file, key, checkpoints)
     if invocation.as_json:
         print_json(asdict(report))
     else:
         print("\n".join(told(report)))
     if report.finding is not None:
         raise typer.Exit(ExitCode.NOT_VALID)
+
+
+def _asked(invocation: Invocation) -> "TrailReport":
+    """Return what the service says of its trail, asked a range at a time: each is answered within a call's time."""
+    from kms.domain.trail_check import Difference, Finding, TrailReport
+    from kms.v1 import audit_pb2
+
+    begun_at, size, checkpoints = None, 0, 0
+    with invocation.client() as client:
+        while True:
+            request = audit_pb2.VerifyTrailRequest(from_size=size, to_size=size + _RANGE_ROWS)
+            found = client.call(client.audit.VerifyTrail, request)
+            if found.verified_size < request.to_size and not found.HasField("finding"):
+                found = client.call(client.audit.VerifyTrail, audit_pb2.VerifyTrailRequest(from_size=found.verified_size))
+            begun_at = found.begun_at if begun_at is None else begun_at
+            checkpoints += found.checkpoints
+            if found.HasField("finding") or found.verified_size < request.to_size:
+                break
+            size = found.verified_size
+    what = found.finding
+    by_size = what.by_size if what.HasField("by_size") else None
+    finding = Finding(Difference(what.difference), what.after_size, by_size, what.message) if found.HasField("finding") else None
+    return TrailReport(begun_at, found.verified_size, checkpoints, found.unsealed, (), finding)
 
 
 def told(report: "TrailReport") -> list[str]:
@@ -94,4 +130,4 @@ def register(audit: typer.Typer) -> None:
     """Add these commands to the group *audit*."""
     command(audit, "key", "kms audit key --config kms.toml")(key)
     command(audit, "export", "kms audit export trail.jsonl --config kms.toml")(export)
-    command(audit, "verify", "kms audit verify trail.jsonl --key KEY --checkpoints checkpoints.jsonl")(verify)
+    command(audit, "verify", "kms audit verify", "kms audit verify trail.jsonl --key KEY --checkpoints checkpoints.jsonl")(verify)

@@ -29,3 +29,7 @@ class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
         """Follow the trail."""
         async for stretch in self.auditing.tail(current(), events.parse_cursor(request.cursor)):
             yield events.wire_stretch(stretch)
+
+    async def VerifyTrail(self, request: audit_pb2.VerifyTrailRequest, context: Context) -> audit_pb2.VerifyTrailResponse:
+        """Compare the trail with its checkpoints."""
+        return events.wire_report(await self.auditing.verify(current(), request.from_size, request.to_size or None))

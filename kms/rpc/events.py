@@ -12,6 +12,7 @@ from uuid import UUID
 from kms.domain.errors import malformed
 from kms.domain.ids import UserId, parse_uuid
 from kms.domain.trail import Cursor, Event, EventFilter, Place, Stretch
+from kms.domain.trail_check import TrailReport
 from kms.rpc import convert, enums
 from kms.v1 import audit_pb2
 
@@ -58,6 +59,22 @@ def wire_stretch(stretch: Stretch) -> audit_pb2.TailEventsResponse:
     """Return *stretch* as a client sees it."""
     cursor = _token(stretch.cursor.commit_order, str(stretch.cursor.event_id))
     return audit_pb2.TailEventsResponse(events=[wire_event(event) for event in stretch.events], cursor=cursor)
+
+
+def wire_report(report: TrailReport) -> audit_pb2.VerifyTrailResponse:
+    """Return *report* as a client sees it."""
+    found = report.finding
+    return audit_pb2.VerifyTrailResponse(
+        begun_at=report.begun_at,
+        verified_size=report.verified_size,
+        checkpoints=report.checkpoints,
+        unsealed=report.unsealed,
+        finding=None
+        if found is None
+        else audit_pb2.TrailFinding(
+            difference=found.difference, after_size=found.after_size, by_size=found.by_size, message=found.message
+        ),
+    )
 
 
 def page_token(place: Place | None, which: EventFilter) -> str:

@@ -273,3 +273,101 @@ class TailEventsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TailEventsResponse: _TypeAlias = TailEventsResponse  # noqa: Y015
+
+@_typing.final
+class VerifyTrailRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FROM_SIZE_FIELD_NUMBER: _builtins.int
+    TO_SIZE_FIELD_NUMBER: _builtins.int
+    from_size: _builtins.int
+    """From the newest checkpoint with at most so many rows; 0: from the first row that is there. Below 2^63."""
+    to_size: _builtins.int
+    """To the first checkpoint with so many rows; 0: to the end. MALFORMED unless above `from_size`."""
+    def __init__(
+        self,
+        *,
+        from_size: _builtins.int = ...,
+        to_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_size", b"from_size", "to_size", b"to_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyTrailRequest: _TypeAlias = VerifyTrailRequest  # noqa: Y015
+
+@_typing.final
+class VerifyTrailResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEGUN_AT_FIELD_NUMBER: _builtins.int
+    VERIFIED_SIZE_FIELD_NUMBER: _builtins.int
+    CHECKPOINTS_FIELD_NUMBER: _builtins.int
+    UNSEALED_FIELD_NUMBER: _builtins.int
+    FINDING_FIELD_NUMBER: _builtins.int
+    begun_at: _builtins.int
+    """Rows before this were not looked at: they were not asked for, or are archived."""
+    verified_size: _builtins.int
+    """The rows before this, but for those, are as the checkpoints say."""
+    checkpoints: _builtins.int
+    """How many were compared."""
+    unsealed: _builtins.int
+    """Rows behind the last checkpoint, which nothing vouches for yet. 0 where `to_size` was given."""
+    @_builtins.property
+    def finding(self) -> Global___TrailFinding:
+        """Absent: no difference."""
+
+    def __init__(
+        self,
+        *,
+        begun_at: _builtins.int = ...,
+        verified_size: _builtins.int = ...,
+        checkpoints: _builtins.int = ...,
+        unsealed: _builtins.int = ...,
+        finding: Global___TrailFinding | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finding", b"finding"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begun_at", b"begun_at", "checkpoints", b"checkpoints", "finding", b"finding", "unsealed", b"unsealed", "verified_size", b"verified_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyTrailResponse: _TypeAlias = VerifyTrailResponse  # noqa: Y015
+
+@_typing.final
+class TrailFinding(_message.Message):
+    """The first difference between rows and checkpoints."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIFFERENCE_FIELD_NUMBER: _builtins.int
+    AFTER_SIZE_FIELD_NUMBER: _builtins.int
+    BY_SIZE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    difference: _builtins.str
+    """Which kind, a stable word."""
+    after_size: _builtins.int
+    """It lies behind so many rows, which are as they were,"""
+    by_size: _builtins.int
+    """and not behind so many. Absent: no checkpoint says how far it reaches."""
+    message: _builtins.str
+    """A sentence."""
+    def __init__(
+        self,
+        *,
+        difference: _builtins.str = ...,
+        after_size: _builtins.int = ...,
+        by_size: _builtins.int | None = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_by_size", b"_by_size", "by_size", b"by_size"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_by_size", b"_by_size", "after_size", b"after_size", "by_size", b"by_size", "difference", b"difference", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__by_size: _TypeAlias = _typing.Literal["by_size"]  # noqa: Y015
+    _WhichOneofArgType__by_size: _TypeAlias = _typing.Literal["_by_size", b"_by_size"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__by_size) -> _WhichOneofReturnType__by_size | None: ...
+
+Global___TrailFinding: _TypeAlias = TrailFinding  # noqa: Y015

@@ -47,6 +47,11 @@ class AuditServiceStub:
                 request_serializer=kms_dot_v1_dot_audit__pb2.TailEventsRequest.SerializeToString,
                 response_deserializer=kms_dot_v1_dot_audit__pb2.TailEventsResponse.FromString,
                 _registered_method=True)
+        self.VerifyTrail = channel.unary_unary(
+                '/kms.v1.AuditService/VerifyTrail',
+                request_serializer=kms_dot_v1_dot_audit__pb2.VerifyTrailRequest.SerializeToString,
+                response_deserializer=kms_dot_v1_dot_audit__pb2.VerifyTrailResponse.FromString,
+                _registered_method=True)
 
 
 class AuditServiceServicer:
@@ -74,6 +79,15 @@ class AuditServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def VerifyTrail(self, request, context):
+        """Compares the rows of the trail with its signed checkpoints. What was changed, removed or inserted behind the service's back is
+        told in `finding`, with OK. NOT_FOUND (KEY_NOT_FOUND) where no checkpoint was ever made. Whoever does not trust the service
+        verifies an export instead. A range that takes longer than a call may is ended with DEADLINE_EXCEEDED: ask for smaller ones.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AuditServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -86,6 +100,11 @@ def add_AuditServiceServicer_to_server(servicer, server):
                     servicer.TailEvents,
                     request_deserializer=kms_dot_v1_dot_audit__pb2.TailEventsRequest.FromString,
                     response_serializer=kms_dot_v1_dot_audit__pb2.TailEventsResponse.SerializeToString,
+            ),
+            'VerifyTrail': grpc.unary_unary_rpc_method_handler(
+                    servicer.VerifyTrail,
+                    request_deserializer=kms_dot_v1_dot_audit__pb2.VerifyTrailRequest.FromString,
+                    response_serializer=kms_dot_v1_dot_audit__pb2.VerifyTrailResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -145,6 +164,33 @@ class AuditService:
             '/kms.v1.AuditService/TailEvents',
             kms_dot_v1_dot_audit__pb2.TailEventsRequest.SerializeToString,
             kms_dot_v1_dot_audit__pb2.TailEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyTrail(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kms.v1.AuditService/VerifyTrail',
+            kms_dot_v1_dot_audit__pb2.VerifyTrailRequest.SerializeToString,
+            kms_dot_v1_dot_audit__pb2.VerifyTrailResponse.FromString,
             options,
             channel_credentials,
             insecure,

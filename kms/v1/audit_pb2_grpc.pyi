@@ -46,6 +46,11 @@ class AuditServiceStub:
     not answer: call again with the last `cursor`, and nothing is missed or told twice. RESOURCE_EXHAUSTED (RATE_LIMITED)
     beyond 4 streams of one user or 8 of a server's process.
     """
+    VerifyTrail: _grpc.UnaryUnaryMultiCallable[_audit_pb2.VerifyTrailRequest, _audit_pb2.VerifyTrailResponse]
+    """Compares the rows of the trail with its signed checkpoints. What was changed, removed or inserted behind the service's back is
+    told in `finding`, with OK. NOT_FOUND (KEY_NOT_FOUND) where no checkpoint was ever made. Whoever does not trust the service
+    verifies an export instead. A range that takes longer than a call may is ended with DEADLINE_EXCEEDED: ask for smaller ones.
+    """
 
 @_typing.type_check_only
 class AuditServiceAsyncStub(AuditServiceStub):
@@ -64,6 +69,11 @@ class AuditServiceAsyncStub(AuditServiceStub):
     UNAUTHENTICATED within a second of the moment from which the caller may not have it, with UNAVAILABLE when the database does
     not answer: call again with the last `cursor`, and nothing is missed or told twice. RESOURCE_EXHAUSTED (RATE_LIMITED)
     beyond 4 streams of one user or 8 of a server's process.
+    """
+    VerifyTrail: _aio.UnaryUnaryMultiCallable[_audit_pb2.VerifyTrailRequest, _audit_pb2.VerifyTrailResponse]  # type: ignore[assignment]
+    """Compares the rows of the trail with its signed checkpoints. What was changed, removed or inserted behind the service's back is
+    told in `finding`, with OK. NOT_FOUND (KEY_NOT_FOUND) where no checkpoint was ever made. Whoever does not trust the service
+    verifies an export instead. A range that takes longer than a call may is ended with DEADLINE_EXCEEDED: ask for smaller ones.
     """
 
 class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -92,6 +102,17 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
         UNAUTHENTICATED within a second of the moment from which the caller may not have it, with UNAVAILABLE when the database does
         not answer: call again with the last `cursor`, and nothing is missed or told twice. RESOURCE_EXHAUSTED (RATE_LIMITED)
         beyond 4 streams of one user or 8 of a server's process.
+        """
+
+    @_abc_1.abstractmethod
+    def VerifyTrail(
+        self,
+        request: _audit_pb2.VerifyTrailRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_audit_pb2.VerifyTrailResponse, _abc.Awaitable[_audit_pb2.VerifyTrailResponse]]:
+        """Compares the rows of the trail with its signed checkpoints. What was changed, removed or inserted behind the service's back is
+        told in `finding`, with OK. NOT_FOUND (KEY_NOT_FOUND) where no checkpoint was ever made. Whoever does not trust the service
+        verifies an export instead. A range that takes longer than a call may is ended with DEADLINE_EXCEEDED: ask for smaller ones.
         """
 
 def add_AuditServiceServicer_to_server(servicer: AuditServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

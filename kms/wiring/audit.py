@@ -12,7 +12,7 @@ from kms.app.keyring import Keyring
 from kms.app.ports import Hsm
 from kms.app.sealing import ALGORITHM, Sealing
 from kms.app.sealing_key import KEY_NAME, USER_NAME, SealingKeys, origin_of, reader_of
-from kms.app.verifying import exported, verify_lines
+from kms.app.verifying import VerifyTrail, exported, verify_lines
 from kms.config import AuditConfig, Config
 from kms.domain.checkpoint import VerifierKey, parse_verifier_key
 from kms.domain.errors import KmsError, Reason
@@ -62,6 +62,15 @@ def sealing(config: Config, pool: Pool, hsm: Hsm) -> Callable[[], Awaitable[Seal
         key = await found.find_or_make()
         _LOG.info("checkpoints are signed", key=str(key.reader.key))
         return Sealing(StoredSealedTrail(pool), hsm, key, outside, host_clock)
+
+    return make
+
+
+def verifying(config: Config, pool: Pool) -> Callable[[], Awaitable[VerifyTrail]]:
+    """Return what makes a `VerifyTrail`. Raises KEY_NOT_FOUND where no checkpoint was ever made."""
+
+    async def make() -> VerifyTrail:
+        return VerifyTrail(StoredSealedTrail(pool), await trail_reader(config, pool))
 
     return make
 

@@ -50,7 +50,7 @@ from kms.store.users import StoredUsers
 from kms.store.watch import watched
 from kms.store.wrapping import StoredWrappingKeys
 from kms.telemetry import Telemetry
-from kms.wiring.audit import sealing
+from kms.wiring.audit import sealing, verifying
 from kms.wiring.condition import CHECK_SECONDS, Condition
 from kms.wiring.control import Report
 from kms.wiring.endpoint import seen
@@ -165,7 +165,7 @@ async def running(config: Config, *, worker: int | None = None) -> AsyncIterator
         await stack.enter_async_context(seen(_metrics_address(config, worker), telemetry, condition))
         settled = telemetry.observed(ledger, "store", "settle", "earlier", of="ledger.")
         server = _server(
-            pool,
+            Auditing(StoredTrail(pool), verifying(config, pool)),
             keys,
             users,
             hsm,
@@ -191,7 +191,7 @@ def _metrics_address(config: Config, worker: int | None) -> str | None:
 
 
 def _server(
-    pool: Pool,
+    auditing: Auditing,
     keys: Keys,
     users: Users,
     hsm: TokenHsm,
@@ -219,7 +219,7 @@ def _server(
         edge,
         KeyServicer(Keyring(keys, hsm), Moving(keys, lifecycle), uses),
         CryptoServicer(Signing(keys, hsm, public_keys), Encryption(keys, hsm, public_keys), uses),
-        AuditServicer(Auditing(StoredTrail(pool))),
+        AuditServicer(auditing),
         calls_max=config.calls_max,
         is_ready=is_ready,
         shares_port=shares_port,

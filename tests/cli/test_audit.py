@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from tests.cli.running import Kms
@@ -69,3 +70,14 @@ def test_a_user_without_the_role_is_not_permitted(kms: Kms, server: RunningServe
     for arguments in (("search",), ("tail",)):
         refused = kms("--config", config, "audit", *arguments, "--json")
         assert (refused.code, refused.failure["metadata"]) == (4, {"permission": "audit:read"})
+
+
+def test_the_service_verifies_its_trail_for_an_auditor(kms: Kms, server: RunningServer, tmp_path: Path) -> None:
+    auditor = an_auditor(kms, server, tmp_path)
+    for _ in range(100):
+        ended = kms("--config", auditor, "audit", "verify", "--json")
+        if ended.code == 0:  # before the first checkpoint there is nothing to compare with
+            break
+        time.sleep(0.1)
+    assert (ended.json["finding"], ended.json["verified_size"] > 0) == (None, True)
+    assert kms("--config", auditor, "audit", "verify", "--key", "k").code == 2

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -386,3 +387,24 @@ def test_a_server_that_stops_ends_its_streams_and_does_not_wait_for_them(deploym
         assert server.process.wait(20) == 0
         assert time.monotonic() - began < 10
         assert cursor
+
+
+def test_an_auditor_has_the_trail_verified_and_a_changed_row_is_found(deployment: Deployment) -> None:
+    with deployment.serving() as server:
+        auditor = server.auditor()
+        made(server.caller(), "ed25519")
+        report = apb.VerifyTrailResponse()
+        for _ in range(200):
+            with suppress(grpc.RpcError):  # before the first checkpoint there is no key
+                report = auditor.audit.VerifyTrail(apb.VerifyTrailRequest(), timeout=15)
+            if report.checkpoints >= 2:
+                break
+            threading.Event().wait(0.1)
+        assert report.checkpoints >= 2, report
+        assert not report.HasField("finding")
+        assert report.verified_size > 0
+        execute(deployment, "UPDATE audit.security_events SET action = 'signed' WHERE event_type = 'key.created'")
+        changed = auditor.audit.VerifyTrail(apb.VerifyTrailRequest(), timeout=15)
+        assert changed.finding.difference
+        assert changed.finding.message
+        assert search(auditor, event_type="audit.read", action="verify")
