@@ -3,7 +3,7 @@
 import asyncio
 import resource
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,11 +21,15 @@ from kms.rpc.keys import KeyServicer
 from kms.v1 import audit_pb2, audit_pb2_grpc, crypto_pb2, crypto_pb2_grpc, keys_pb2, keys_pb2_grpc
 
 MESSAGE_BYTES_MAX: Final = 4 * 1024 * 1024  # a batch of 1 MiB with room for its framing
-SERVICES: Final = (
-    keys_pb2.DESCRIPTOR.services_by_name["KeyService"].full_name,
-    crypto_pb2.DESCRIPTOR.services_by_name["CryptoService"].full_name,
-    audit_pb2.DESCRIPTOR.services_by_name["AuditService"].full_name,
-)
+_NO_PART: Final = frozenset[str]()
+# What of the service each can do without; KeyService makes no key without the token, but lists, revokes and schedules.
+DOES_WITHOUT: Final = {
+    keys_pb2.DESCRIPTOR.services_by_name["KeyService"].full_name: frozenset({"token"}),
+    crypto_pb2.DESCRIPTOR.services_by_name["CryptoService"].full_name: _NO_PART,
+    audit_pb2.DESCRIPTOR.services_by_name["AuditService"].full_name: frozenset({"token"}),
+}
+LIVENESS: Final = "liveness"
+READINESS: Final = "readiness"
 _HEALTH_SECONDS: Final = 0.25
 _HANDSHAKE_MILLISECONDS: Final = 10_000
 _SERVING: Final = health_pb2.HealthCheckResponse.SERVING
@@ -42,7 +46,10 @@ class TlsFiles:
 
 
 class Server:
-    """A server that listens from `start` until `stop`. Health follows *is_ready*.
+    """A server that listens from `start` until `stop`.
+
+    Health follows *faults*, which names the parts that are at fault: `""` and `readiness` want none, each service does without
+    what `DOES_WITHOUT` says, `liveness` is SERVING as long as anybody answers.
 
     One that *shares_port* listens where other processes do; that no stranger is among them is for the caller to see to.
     """
@@ -55,7 +62,7 @@ class Server:
         audit: AuditServicer,
         *,
         calls_max: int,
-        is_ready: Callable[[], bool],
+        faults: Callable[[], Collection[str]],
         shares_port: bool = False,
     ) -> None:
         options = [
@@ -71,9 +78,10 @@ class Server:
         audit_pb2_grpc.add_AuditServiceServicer_to_server(audit, self._server)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs leave it out
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        reflection.enable_server_reflection((*DOES_WITHOUT, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         self._edge = edge
-        self._is_ready = is_ready
+        self._faults = faults
+        self._is_stopping = False
         self._watch: asyncio.Task[None] | None = None
 
     async def start(self, address: str, tls: TlsFiles) -> int:
@@ -92,9 +100,10 @@ class Server:
 
         Called again, also meanwhile, the shorter time holds.
         """
+        self._is_stopping = True
         if self._watch is not None:
             self._watch.cancel()
-        await self._health.enter_graceful_shutdown()
+        await self._report()
         self._edge.end_streams()
         await self._server.stop(grace_seconds)
 
@@ -104,9 +113,11 @@ class Server:
             await self._report()
 
     async def _report(self) -> None:
-        status = _SERVING if self._is_ready() else _NOT_SERVING
-        for service in ("", *SERVICES):
-            await self._health.set(service, status)
+        faults = frozenset(self._faults())
+        for service, spared in {"": _NO_PART, READINESS: _NO_PART, **DOES_WITHOUT}.items():
+            is_well = faults <= spared and not self._is_stopping
+            await self._health.set(service, _SERVING if is_well else _NOT_SERVING)
+        await self._health.set(LIVENESS, _SERVING)
 
 
 def check_pair(tls: TlsFiles) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import os
 import resource
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -174,7 +174,7 @@ async def running(config: Config, *, worker: int | None = None) -> AsyncIterator
             identity,
             telemetry,
             server_config,
-            is_ready=condition.is_ready,
+            faults=lambda: condition.faults,
             shares_port=worker is not None,
         )
         port = await server.start(server_config.listen, tls)
@@ -201,7 +201,7 @@ def _server(
     telemetry: Telemetry,
     config: ServerConfig,
     *,
-    is_ready: Callable[[], bool],
+    faults: Callable[[], Collection[str]],
     shares_port: bool,
 ) -> Server:
     access, public_keys = Access(users), PublicKeyOperations()
@@ -221,7 +221,7 @@ def _server(
         CryptoServicer(Signing(keys, hsm, public_keys), Encryption(keys, hsm, public_keys), uses),
         AuditServicer(auditing),
         calls_max=config.calls_max,
-        is_ready=is_ready,
+        faults=faults,
         shares_port=shares_port,
     )
 

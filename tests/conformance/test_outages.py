@@ -55,8 +55,8 @@ def outcome(call: Callable[..., object], request: object) -> str:
     return "OK"
 
 
-def is_serving(caller: Caller) -> bool:
-    request = health_pb2.HealthCheckRequest(service="kms.v1.CryptoService")
+def is_serving(caller: Caller, service: str = "kms.v1.CryptoService") -> bool:
+    request = health_pb2.HealthCheckRequest(service=service)
     stub: Any = health_pb2_grpc.HealthStub(caller.channel)
     return bool(stub.Check(request).status == health_pb2.HealthCheckResponse.SERVING)
 
@@ -80,7 +80,9 @@ def test_a_token_that_was_taken_away_serves_again_without_a_restart(deployment: 
             with away(deployment):
                 soon(lambda: not is_serving(caller))
                 assert {outcome(*call) for call in calls} == {"HSM_UNAVAILABLE"}
-                # What needs no token goes on.
+                # What needs no token goes on, and says so.
+                services = ("", "readiness", "liveness", "kms.v1.KeyService", "kms.v1.AuditService")
+                assert [is_serving(caller, service) for service in services] == [False, False, True, True, True]
                 assert caller.keys.GetKey(kpb.GetKeyRequest(key="aes")).key.name == "aes"
             soon(lambda: is_serving(caller))
             assert {outcome(*call) for call in calls[:-1]} == {"OK"}
@@ -118,6 +120,7 @@ def test_a_database_that_stopped_serves_again_without_a_restart(token_template: 
             request = cpb.SignRequest(key="k", message=b"m")
             assert outcome(caller.crypto.Sign, request) == "OK"
         soon(lambda: not is_serving(caller))
+        assert [is_serving(caller, service) for service in ("readiness", "liveness", "kms.v1.KeyService")] == [False, True, False]
         for _ in range(3):
             # Either the pool gives up first, or the caller's deadline passes: nothing was charged.
             assert outcome(caller.crypto.Sign, request) in ("STORE_UNAVAILABLE", "DEADLINE_EXCEEDED")

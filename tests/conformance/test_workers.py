@@ -16,6 +16,8 @@ import pytest
 from kms.dev.postgres import EmbeddedPostgres
 from kms.v1 import crypto_pb2 as cpb
 from kms.v1 import keys_pb2 as kpb
+from kms.wiring.shared_port import reserved
+from kms.wiring.supervisor import pause_seconds
 from tests.conformance.refusals import refusal
 from tests.conformance.requests import create, made
 from tests.fixtures.postgres import cloned
@@ -224,9 +226,11 @@ def test_more_workers_than_the_token_has_sessions_for_are_refused(deployment: De
     assert "hsm.sessions_max: expected at least 27" in done.stderr
 
 
-def test_the_port_is_free_again_after_an_earlier_service(deployment: Deployment) -> None:
-    from kms.wiring.shared_port import reserved
+def test_crashes_in_a_row_are_met_with_longer_and_longer_pauses() -> None:
+    assert [pause_seconds(crashes) for crashes in (1, 2, 3, 4, 6, 7, 10_000)] == [0, 1, 2, 4, 16, 30, 30]
 
+
+def test_the_port_is_free_again_after_an_earlier_service(deployment: Deployment) -> None:
     with reserved("127.0.0.1:0") as address:
         port = int(address.rpartition(":")[2])
         with pytest.raises(OSError, match=f"cannot listen on {address}"), reserved(address):
