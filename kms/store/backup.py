@@ -16,8 +16,8 @@ from kms.store.pool import connection_settings
 
 # Row security that is forced hides rows from the owner of the tables as well: a dump by him fails, or worse, is empty.
 LOGIN_SEES_ALL: Final = """
-    SELECT r.rolname::text AS name, r.rolsuper OR r.rolbypassrls AS sees_all, r.rolsuper OR r.rolcreatedb AS makes_databases,
-        r.rolsuper AS is_superuser, current_setting('server_version_num')::int / 10000 AS server_version
+    SELECT r.rolname::text AS name, r.rolsuper OR r.rolbypassrls AS sees_all, r.rolsuper AS is_superuser,
+        current_setting('server_version_num')::int / 10000 AS server_version
     FROM pg_catalog.pg_roles AS r
     WHERE r.rolname = current_user
 """
@@ -56,7 +56,7 @@ def check_login_sees_all(connection: psycopg.Connection[Any]) -> int:
     """Return the server's major version, or raise STORE_UNAVAILABLE saying what to do where row security hides rows."""
     row = connection.execute(LOGIN_SEES_ALL).fetchone()
     assert row is not None  # noqa: S101  # who is connected is a role
-    name, sees_all, _, _, version = row
+    name, sees_all, _, version = row
     if not sees_all:
         raise unavailable(
             f"the login {name} does not see every row, since row security is forced: use a superuser, or as a superuser "

@@ -94,6 +94,19 @@ def test_a_login_that_does_not_see_every_row_is_told_what_to_do(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_login_for_backups_dumps_what_a_superuser_dumps(
+    postgres: EmbeddedPostgres, database: Database, admin: psycopg.Connection[Any], tmp_path: Path
+) -> None:
+    add_key(admin, add_user(admin), "k")
+    admin.execute(f"GRANT CONNECT ON DATABASE {database.name} TO backup_user".encode())
+    admin.execute(b"ALTER ROLE backup_user PASSWORD 'secret'")
+    login = make_conninfo(database.admin_dsn, user="backup_user", password="secret")  # noqa: S106  # of this test
+    _, found = backup(login, tmp_path / "one")
+    _, expected = backup(database.admin_dsn, tmp_path / "two")
+    assert (found.rows, found.catalog, found.roles) == (expected.rows, expected.catalog, expected.roles)
+    assert found.rows["cryptography.keys"] == 1
+
+
 @pytest.mark.parametrize("bytes_lost", [1, 8, 16, 1000, 100_000])
 def test_a_file_that_was_cut_off_is_no_backup(database: Database, tmp_path: Path, bytes_lost: int) -> None:
     path, _ = backup(database.admin_dsn, tmp_path / "one")
