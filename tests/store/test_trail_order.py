@@ -1,11 +1,13 @@
 """The order of the trail: that of the transactions, and nothing appears below the horizon."""
 
+import json
 from collections.abc import Iterator
 from typing import Any, Final
 
 import psycopg
 import pytest
 
+from kms.domain.merkle import Frontier, leaf_hash
 from tests.fixtures.postgres import Database
 
 EVENT: Final = (
@@ -64,3 +66,38 @@ def test_partitions_made_later_have_the_order_and_its_index(admin: psycopg.Conne
     """
     found = admin.execute(query, (made,)).fetchone()
     assert found == (len(made),)
+
+
+def test_the_lines_and_the_root_of_the_formats_page(admin: psycopg.Connection[Any]) -> None:
+    # Whatever the session's settings are.
+    admin.execute("SET timezone = 'Pacific/Auckland'")
+    admin.execute("SET datestyle = 'German'")
+    admin.execute(r"""
+        INSERT INTO audit.security_events (
+            id, event_type, severity, source_ip, resource_type, action, outcome, risk_score, event_details, created_at, commit_order
+        ) VALUES (
+            '00000000-0000-4000-8000-000000000011', 'key.used', 'low', '192.0.2.1', 'key', 'sign', 'success', 0,
+            '{"use_number": 1, "n": "\u00e9\u0001\""}', '2026-01-01 00:00:00.25+00', 7
+        );
+        INSERT INTO audit.domain_events (
+            id, aggregate_id, aggregate_type, aggregate_version, event_type, event_data, occurred_at, commit_order
+        ) VALUES (
+            '00000000-0000-4000-8000-000000000012', '00000000-0000-4000-8000-0000000000a1', 'key', 1, 'key.created', '{}',
+            '2026-01-01 00:00:00+00', 7
+        )
+    """)
+    lines = [
+        line.encode()
+        for (line,) in admin.execute(
+            "SELECT line FROM audit.trail_lines(0, 'audit.security_events', 'ffffffff-ffff-ffff-ffff-ffffffffffff', 100, 9)"
+        )
+    ]
+    assert [leaf_hash(line).hex() for line in lines] == [
+        "cb27aa6dab0161d717ec36a79b3f595f03237d329543d3c0479bf2db586dec0e",
+        "b22c33816a2e5fd2ce15b58db597b6937bc64b0fd299c872ebb33d5b3e98c63a",
+    ]
+    root = Frontier().extended(map(leaf_hash, lines)).root().hex()
+    assert root == "9c18af3b5861801b57957a9405b282d37cfd47045807ccf52a1297b67bb7a952"
+    # RFC 8785: what any other program makes of the same values.
+    again = [json.dumps(json.loads(line), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode() for line in lines]
+    assert again == lines

@@ -1,0 +1,229 @@
+"""Sealing: one at a time, in bounded batches, outside too, and on after a restore or an archive."""
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any, Final
+from uuid import uuid4
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from kms.app import sealing as app_sealing
+from kms.app.verifying import VerifyTrail
+from kms.dev.postgres import EmbeddedPostgres
+from kms.domain.errors import KmsError, Reason
+from kms.domain.trail_check import Difference, Rollback
+from kms.hsm.token_hsm import TokenHsm
+from kms.store.backup import backup
+from kms.store.checkpoint_file import CheckpointFile, finished_lines
+from kms.store.epoch import check_epoch
+from kms.store.partitions import archive
+from kms.store.pool import Pool, open_pool
+from kms.store.restore import restore
+from kms.store.sealed_trail import StoredSealedTrail
+from kms.store.sealer import sealed
+from tests.conformance.test_outages import soon
+from tests.fixtures.postgres import Database
+from tests.store.sealing import checked, lines_of, sealing_of, write
+
+OLD: Final = b"INSERT INTO audit.security_events (event_type, severity, created_at) VALUES ('old', 'low', '2024-01-05')"
+
+
+@pytest.fixture
+def admin(database: Database) -> Iterator[psycopg.Connection[Any]]:
+    with psycopg.connect(database.admin_dsn, autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+def other(postgres: EmbeddedPostgres) -> Iterator[str]:
+    """The connection string of a database that is not there."""
+    name = f"resealed_{uuid4().hex[:8]}"
+    yield postgres.superuser_dsn(name)
+    with psycopg.connect(postgres.superuser_dsn(), autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)".encode())
+
+
+async def test_of_two_that_seal_at_once_one_is_refused_and_the_trail_does_not_fork(
+    store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any]
+) -> None:
+    await check_epoch(store)
+    sealing = await sealing_of(store, hsm)
+    write(admin)
+    outcomes = await asyncio.gather(*(sealing.seal() for _ in range(4)), return_exceptions=True)
+    refused = [error for error in outcomes if isinstance(error, KmsError)]
+    assert {error.reason for error in refused} <= {Reason.STALE}
+    assert len(refused) < 4
+    report = await VerifyTrail(StoredSealedTrail(store), sealing.key.reader).verify()
+    assert (report.finding, report.unsealed) == (None, 0)
+
+
+async def test_a_backlog_is_sealed_in_several_checkpoints(
+    database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app_sealing, "_ROWS_SEALED_MAX", 4)
+    monkeypatch.setattr(app_sealing, "_ROWS_READ_MAX", 3)
+    await check_epoch(store)
+    sealing = await sealing_of(store, hsm)
+    write(admin, 9)
+    await sealing.seal()
+    report = checked(sealing.key.reader, await lines_of(database.dsn))
+    assert report.finding is None
+    assert report.checkpoints >= 4
+    assert report.verified_size == 20  # 18, and the two of the key itself
+
+
+async def test_a_checkpoint_that_somebody_changed_is_not_gone_on_from(
+    store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any]
+) -> None:
+    await check_epoch(store)
+    sealing = await sealing_of(store, hsm)
+    await sealing.seal()
+    admin.execute("UPDATE audit.checkpoints SET epoch = 7")
+    write(admin)
+    with pytest.raises(KmsError, match="somebody has changed it"):
+        await sealing.seal()
+
+
+async def test_the_file_outside_is_repaired_and_completed(
+    store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], tmp_path: Path
+) -> None:
+    await check_epoch(store)
+    outside = CheckpointFile(tmp_path / "checkpoints")
+    sealing = await sealing_of(store, hsm, outside)
+    for _ in range(3):
+        write(admin, 1)
+        await sealing.seal()
+    whole = outside.path.read_bytes()
+    assert len(whole.splitlines()) == 3
+    outside.path.write_bytes(whole[: whole.index(b"\n") + 40])
+    await sealing.export_missing()
+    assert outside.path.read_bytes() == whole
+    outside.path.write_bytes(b"something else\n")
+    with pytest.raises(KmsError, match="does not end in a checkpoint"):
+        await sealing.export_missing()
+
+
+async def test_another_worker_takes_over_when_the_one_that_seals_is_gone(
+    database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any]
+) -> None:
+    await check_epoch(store)
+    made = await sealing_of(store, hsm)
+    began: list[str] = []
+
+    def worker(name: str) -> Any:  # noqa: ANN401  # what `sealed` returns
+        async def sealing() -> app_sealing.Sealing:
+            began.append(name)
+            return made
+
+        return sealed(database.dsn, sealing, interval_seconds=0.05)
+
+    async with worker("first"):
+        await asyncio.to_thread(soon, lambda: began == ["first"])
+        async with worker("second"):
+            await asyncio.sleep(1.2)
+            assert began == ["first"]
+            admin.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted"
+                " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+            )
+            write(admin)
+            await asyncio.to_thread(soon, lambda: began[1:2] == ["second"])
+
+
+async def test_after_a_restore_the_trail_goes_on_and_what_was_lost_is_told(
+    database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], other: str,
+    postgres: EmbeddedPostgres, tmp_path: Path,
+) -> None:  # fmt: skip
+    await check_epoch(store)
+    outside = CheckpointFile(tmp_path / "checkpoints")
+    sealing = await sealing_of(store, hsm, outside)
+    write(admin)
+    kept = await sealing.seal()
+    file, _ = backup(database.admin_dsn, tmp_path / "backup")
+    write(admin)
+    lost = await sealing.seal()
+    await asyncio.to_thread(restore, other, file)
+    service = make_conninfo(other, user="kms_service", password=postgres.service_password())
+    async with open_pool(service, 2) as pool:
+        again = replace(await sealing_of(pool, hsm, outside), key=sealing.key)
+        with psycopg.connect(other, autocommit=True) as restored:
+            write(restored)
+        await again.export_missing()
+        assert await again.seal() > kept
+        assert (await VerifyTrail(StoredSealedTrail(pool), sealing.key.reader).verify()).finding is None
+    report = checked(sealing.key.reader, await lines_of(service), tuple(finished_lines(outside.path)))
+    assert (report.finding, report.unsealed) == (None, 0)
+    assert report.rollbacks == (Rollback(1, lost, 2, kept),)
+
+
+async def test_an_epoch_raises_the_order_above_everything_that_is_there(
+    database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], other: str,
+    postgres: EmbeddedPostgres, tmp_path: Path,
+) -> None:  # fmt: skip
+    await check_epoch(store)
+    sealing = await sealing_of(store, hsm)
+    # Rows of a cluster that had seen far more transactions: the order of a dump is higher than any transaction here.
+    write(admin)
+    admin.execute("UPDATE audit.security_events SET commit_order = commit_order + 1000000000")
+    admin.execute("UPDATE audit.domain_events SET commit_order = commit_order + 1000000000")
+    file, _ = backup(database.admin_dsn, tmp_path / "backup")
+    await asyncio.to_thread(restore, other, file)
+    service = make_conninfo(other, user="kms_service", password=postgres.service_password())
+    with psycopg.connect(other, autocommit=True) as restored:
+        write(restored, 1)
+        row = restored.execute(
+            "SELECT count(*) FILTER (WHERE commit_order > 1000000000), count(*), audit.order_base() FROM audit.security_events"
+        ).fetchone()
+        assert row is not None
+        assert row[0] == row[1]
+        assert row[2] > 900_000_000
+    async with open_pool(service, 2) as pool:
+        again = replace(await sealing_of(pool, hsm), key=sealing.key)
+        await again.seal()
+        report = await VerifyTrail(StoredSealedTrail(pool), sealing.key.reader).verify()
+        assert (report.finding, report.unsealed) == (None, 0)
+
+
+async def test_where_a_partition_was_archived_verifying_begins_behind_it(
+    database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], tmp_path: Path
+) -> None:
+    await check_epoch(store)
+    sealing = await sealing_of(store, hsm)
+    admin.execute(OLD)
+    first = await sealing.seal()
+    write(admin)
+    last = await sealing.seal()
+    await asyncio.to_thread(archive, database.admin_dsn, date(2024, 2, 1), tmp_path)
+    report = checked(sealing.key.reader, await lines_of(database.dsn))
+    assert (report.finding, report.begun_at, report.verified_size) == (None, first, last)
+    online = await VerifyTrail(StoredSealedTrail(store), sealing.key.reader).verify()
+    assert online == report
+
+
+async def test_a_trail_without_its_first_rows_is_not_taken_for_an_archived_one(
+    database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any]
+) -> None:
+    await check_epoch(store)
+    sealing = await sealing_of(store, hsm)
+    admin.execute(OLD)
+    await sealing.seal()
+    admin.execute("DROP TABLE audit.security_events_2024_01")
+    finding = checked(sealing.key.reader, await lines_of(database.dsn)).finding
+    assert finding is not None
+    assert finding.difference is Difference.ROW_REMOVED
+
+
+async def test_the_status_tells_what_waits(store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any]) -> None:
+    await check_epoch(store)
+    trail = StoredSealedTrail(store)
+    assert (await trail.status()).last_sealed_at is None
+    sealing = await sealing_of(store, hsm)
+    size = await sealing.seal()
+    write(admin, 2)
+    status = await trail.status()
+    assert (status.tree_size, status.waiting, status.last_sealed_at is not None) == (size, 4, True)
