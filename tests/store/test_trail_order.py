@@ -74,7 +74,8 @@ def test_the_lines_and_the_root_of_the_formats_page(admin: psycopg.Connection[An
     admin.execute("SET datestyle = 'German'")
     admin.execute(r"""
         INSERT INTO audit.security_events (
-            id, event_type, severity, source_ip, resource_type, action, outcome, risk_score, event_details, created_at, commit_order
+            id, event_type, severity, source_ip, resource_type, action, outcome, risk_score, event_details, created_at,
+            commit_order
         ) VALUES (
             '00000000-0000-4000-8000-000000000011', 'key.used', 'low', '192.0.2.1', 'key', 'sign', 'success', 0,
             '{"use_number": 1, "n": "\u00e9\u0001\""}', '2026-01-01 00:00:00.25+00', 7
