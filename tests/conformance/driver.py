@@ -94,7 +94,7 @@ async def _flood(job: Job, number: int, until: float, uses: list[Use]) -> None:
         async def call() -> None:
             began = time.monotonic()
             try:
-                await stubs.current.Decrypt(request, timeout=10)
+                await stubs.current.Decrypt(request, timeout=2)
             except grpc.RpcError as error:
                 uses.append(Use("", reason_of(error), "", time.monotonic() - began))
 

@@ -31,8 +31,7 @@ def rates(signing: Job, flood: Job | None) -> tuple[float, float]:
         uses = pool.submit(told, started(signing)).result()
         refused = flooding.result() if flooding is not None else []
     assert {use.outcome for use in uses} == {"OK"}
-    assert {use.outcome for use in refused} <= {"KEY_NOT_FOUND", "RATE_LIMITED"}
-    return len(uses) / ROUND_SECONDS, len(refused) / ROUND_SECONDS
+    return len(uses) / ROUND_SECONDS, sum(use.outcome == "KEY_NOT_FOUND" for use in refused) / ROUND_SECONDS
 
 
 @pytest.mark.slow
