@@ -32,6 +32,14 @@ PROBED: Final = (
     KeySpec(KeyType.ED25519, Purpose.SIGNING, 256),
     KeySpec(KeyType.AES, Purpose.ENCRYPTION, 256),
 )
+_MECHANISMS: Final = {
+    KeyType.SECP256K1: mechanisms.ECDSA,
+    KeyType.SECP256R1: mechanisms.ECDSA,
+    KeyType.ED25519: mechanisms.EDDSA,
+    KeyType.RSA: mechanisms.OAEP,
+    KeyType.AES: mechanisms.GCM,
+}
+_RSA_MECHANISMS: Final = {Scheme.RSA_PKCS1: mechanisms.PKCS1, Scheme.RSA_PSS: mechanisms.PSS}
 _NOBODY: Final = UUID(int=0)
 _TIMED_ROUNDS: Final = 4
 _TIMED_CALLS: Final = 100
@@ -50,6 +58,15 @@ class Capabilities:
     def of(self, spec: KeySpec) -> frozenset[Custody]:
         """Return the custodies that work for *spec*'s type and purpose."""
         return self.custodies.get((spec.key_type, spec.purpose), frozenset())
+
+    def mechanisms_of(self, key_type: KeyType, purpose: Purpose) -> list[str]:
+        """Return the PKCS #11 names of the mechanisms with which keys of a type work for a purpose."""
+        if key_type is KeyType.RSA and purpose is Purpose.SIGNING:
+            schemes = {algorithm.scheme for algorithm in self.rsa_signatures}
+            found = [_RSA_MECHANISMS[scheme] for scheme in sorted(schemes)]
+        else:
+            found = [_MECHANISMS[key_type]] if self.custodies.get((key_type, purpose)) else []
+        return [f"CKM_{mechanism.name}" for mechanism in found]
 
 
 def find_capabilities(connection: Connection) -> Capabilities:

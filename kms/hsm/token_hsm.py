@@ -136,6 +136,11 @@ class TokenHsm:
         """Return the KEKs and sealing keys that the token holds, and its serial."""
         return WrappingKeys(self._link.last.serial, self._link.last.wrapping_keys)
 
+    @property
+    def is_sealed_allowed(self) -> bool:
+        """Whether keys whose best custody is SEALED are made."""
+        return self._settings.allow_sealed
+
     def oaep_hashes(self) -> frozenset[Hash]:
         """Return the hashes with which the token does RSA-OAEP."""
         return self.capabilities.oaep_hashes

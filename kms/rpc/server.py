@@ -13,12 +13,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from kms.domain.errors import malformed
+from kms.rpc.admin import AdminServicer
 from kms.rpc.audit import AuditServicer
 from kms.rpc.bystanders import BYSTANDERS_MAX
 from kms.rpc.crypto import CryptoServicer
 from kms.rpc.edge import Edge
 from kms.rpc.keys import KeyServicer
-from kms.v1 import audit_pb2, audit_pb2_grpc, crypto_pb2, crypto_pb2_grpc, keys_pb2, keys_pb2_grpc
+from kms.v1 import admin_pb2, admin_pb2_grpc, audit_pb2, audit_pb2_grpc, crypto_pb2, crypto_pb2_grpc, keys_pb2, keys_pb2_grpc
 
 MESSAGE_BYTES_MAX: Final = 4 * 1024 * 1024  # a batch of 1 MiB with room for its framing
 _NO_PART: Final = frozenset[str]()
@@ -27,6 +28,7 @@ DOES_WITHOUT: Final = {
     keys_pb2.DESCRIPTOR.services_by_name["KeyService"].full_name: frozenset({"token"}),
     crypto_pb2.DESCRIPTOR.services_by_name["CryptoService"].full_name: _NO_PART,
     audit_pb2.DESCRIPTOR.services_by_name["AuditService"].full_name: frozenset({"token"}),
+    admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name: frozenset({"token"}),
 }
 LIVENESS: Final = "liveness"
 READINESS: Final = "readiness"
@@ -60,6 +62,7 @@ class Server:
         keys: KeyServicer,
         crypto: CryptoServicer,
         audit: AuditServicer,
+        admin: AdminServicer,
         *,
         calls_max: int,
         faults: Callable[[], Collection[str]],
@@ -76,6 +79,7 @@ class Server:
         keys_pb2_grpc.add_KeyServiceServicer_to_server(keys, self._server)
         crypto_pb2_grpc.add_CryptoServiceServicer_to_server(crypto, self._server)
         audit_pb2_grpc.add_AuditServiceServicer_to_server(audit, self._server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, self._server)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs leave it out
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*DOES_WITHOUT, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)

@@ -4,14 +4,22 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from datetime import datetime
 from typing import Final
 
 from kms.domain.errors import KmsError
 from kms.store.pool import BEFORE_LOGIN, Pool
 
 ASK: Final = "SELECT 1 AS alive"
+CLOCK: Final = "SELECT clock_timestamp() AS now"
 _INTERVAL_SECONDS: Final = 1.0
 _ANSWER_SECONDS: Final = 3.0
+
+
+async def database_time(pool: Pool) -> datetime:
+    """Return the moment by the database's clock. Raises STORE_UNAVAILABLE."""
+    moment: datetime = (await pool.fetch(BEFORE_LOGIN, CLOCK))[0]["now"]
+    return moment
 
 
 @asynccontextmanager

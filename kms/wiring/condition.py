@@ -1,6 +1,6 @@
 """What is known of how the service is: whether it is ready, why not, and what an operator should look at."""
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -11,6 +11,7 @@ from kms.domain.errors import KmsError
 from kms.hsm.token_hsm import TokenHsm
 from kms.store import epoch as epochs
 from kms.store import migrate, partitions
+from kms.store.cache import CacheStatus
 from kms.store.disk import Disk
 from kms.store.ledger import StoredLedger
 from kms.store.pool import Pool
@@ -31,6 +32,7 @@ class Condition:
     pool: Pool
     disk: Disk
     store_answers: Callable[[], bool]
+    caches: Mapping[str, Callable[[], CacheStatus]]
     epoch_fault: str = ""
     schema_fault: str = ""
     is_stopping: bool = False
@@ -136,6 +138,10 @@ def _hsm(condition: Condition) -> Iterator[Metric]:
     lookups = CounterMetricFamily("kms_cache_lookups", "Lookups in caches.", labels=("cache", "outcome"))
     lookups.add_metric(("handles", "hit"), status.handle_hits)
     lookups.add_metric(("handles", "miss"), status.handle_misses)
+    for name, cache_status in condition.caches.items():
+        cache = cache_status()
+        lookups.add_metric((name, "hit"), cache.hits)
+        lookups.add_metric((name, "miss"), cache.misses)
     yield lookups
 
 

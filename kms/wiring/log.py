@@ -1,11 +1,18 @@
-"""The log: one JSON object a line on standard error."""
+"""The log: one JSON object a line on standard error, with the request id on every line of a call, and no secret in it."""
 
 import logging
+import re
 import sys
+from collections.abc import MutableMapping
+from typing import Any, Final
 
 import structlog
 from structlog.typing import EventDict
 
+_REDACTED: Final = "<redacted>"
+_SECRET_NAMES: Final = frozenset({"pin", "dsn", "password", "secret", "token", "plaintext", "private_key", "envelope", "aad"})
+# `password=…` of a connection string, quoted or not, and the password in a URI.
+_PASSWORD: Final = re.compile(r"(passw(?:or)?d\s*=\s*|://[^\s:/@]*:(?=[^\s@]*@))('(?:[^'\\]|\\.)*'|[^\s@]+)", re.IGNORECASE)
 _LOG = structlog.get_logger("kms")
 
 
@@ -22,6 +29,7 @@ def configure_log(level: str, *, worker: int | None = None) -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
+            redacted,
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
@@ -30,6 +38,28 @@ def configure_log(level: str, *, worker: int | None = None) -> None:
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(level=logging.WARNING, handlers=[_Forwarded()], force=True)
+
+
+def redacted(logger: object, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Return *event* without what may be a secret: bytes, values under telling names, passwords in connection strings.
+
+    The last line, not the first: nothing secret is meant to be logged, and types that hold secrets do not print them.
+    """
+    for name, value in event.items():
+        event[name] = _REDACTED if name.lower() in _SECRET_NAMES and value is not None else _shown(value)
+    return event
+
+
+def _shown(value: object) -> object:
+    if isinstance(value, str):
+        return _PASSWORD.sub(rf"\1{_REDACTED}", value) if "pass" in value or "://" in value else value
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return f"<{len(value)} bytes>"
+    if isinstance(value, dict):
+        return dict(redacted(None, "", {str(name): each for name, each in value.items()}))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_shown(each) for each in value]
+    return value if value is None or isinstance(value, (bool, int, float)) else _shown(repr(value))
 
 
 class _Forwarded(logging.Handler):

@@ -4,7 +4,7 @@ import asyncio
 import os
 import resource
 import signal
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,11 +22,13 @@ from kms.app.moving import Destruction, Moving
 from kms.app.ports import Keys, Ledger, Lifecycle, Users
 from kms.app.repeats import Uses
 from kms.app.signing import Signing
+from kms.app.status import Administration
 from kms.config import AuditConfig, Config, ServerConfig, needed
 from kms.domain.errors import KmsError, Reason
 from kms.hsm.token_hsm import HsmStatus, TokenHsm, open_hsm
 from kms.pki.client_identity import ClientIdentity, host_clock
 from kms.pki.public_keys import PublicKeyOperations
+from kms.rpc.admin import AdminServicer
 from kms.rpc.audit import AuditServicer
 from kms.rpc.crypto import CryptoServicer
 from kms.rpc.edge import Edge
@@ -57,6 +59,7 @@ from kms.wiring.endpoint import seen
 from kms.wiring.jobs import UPKEEP_SECONDS, destroy_due, forget_answers, repeating
 from kms.wiring.log import configure_log
 from kms.wiring.parts import database_dsn, hsm_settings, ready_pool
+from kms.wiring.reports import ProcessReports
 from kms.wiring.supervised import Stopping, Supervised
 from kms.wiring.token import check_token
 from kms.wiring.tracing import tracing
@@ -160,7 +163,7 @@ async def running(config: Config, *, worker: int | None = None) -> AsyncIterator
         seal_seconds = (config.audit or AuditConfig()).seal_seconds
         await stack.enter_async_context(sealed(dsn, sealing(config, pool, hsm), interval_seconds=seal_seconds))
         store_answers = await stack.enter_async_context(watched(pool))
-        condition = Condition(hsm, ledger, pool, disk, store_answers)
+        condition = Condition(hsm, ledger, pool, disk, store_answers, {"keys": keys.status, "users": users.status})
         await stack.enter_async_context(repeating("condition", CHECK_SECONDS, condition.check))
         await stack.enter_async_context(seen(_metrics_address(config, worker), telemetry, condition))
         settled = telemetry.observed(ledger, "store", "settle", "earlier", of="ledger.")
@@ -174,7 +177,7 @@ async def running(config: Config, *, worker: int | None = None) -> AsyncIterator
             identity,
             telemetry,
             server_config,
-            faults=lambda: condition.faults,
+            ProcessReports(condition, config.deployment_id, config.mode, worker or 0),
             shares_port=worker is not None,
         )
         port = await server.start(server_config.listen, tls)
@@ -200,8 +203,8 @@ def _server(
     identity: ClientIdentity,
     telemetry: Telemetry,
     config: ServerConfig,
+    reports: ProcessReports,
     *,
-    faults: Callable[[], Collection[str]],
     shares_port: bool,
 ) -> Server:
     access, public_keys = Access(users), PublicKeyOperations()
@@ -220,8 +223,9 @@ def _server(
         KeyServicer(Keyring(keys, hsm), Moving(keys, lifecycle), uses),
         CryptoServicer(Signing(keys, hsm, public_keys), Encryption(keys, hsm, public_keys), uses),
         AuditServicer(auditing),
+        AdminServicer(Administration(reports)),
         calls_max=config.calls_max,
-        faults=faults,
+        faults=lambda: reports.condition.faults,
         shares_port=shares_port,
     )
 

@@ -39,7 +39,7 @@ def test_the_command_has_what_the_readme_names() -> None:
         *("key activate", "key deactivate", "key reactivate", "key revoke", "key compromise"),
         *("key destroy", "key cancel-destruction", "key update"),
         *("backup", "restore", "epoch show", "epoch begin", "epoch continue", "epoch confirm"),
-        *("audit search", "audit tail", "audit key", "audit export", "audit verify"),
+        *("status", "audit search", "audit tail", "audit key", "audit export", "audit verify"),
         *("partitions ensure", "partitions check", "partitions drain", "partitions archive"),
     }
 
