@@ -55,6 +55,11 @@ WATCH: Final = b"""
     SET auto_explain.log_level = 'notice';
     SET plan_cache_mode = force_generic_plan;
 """
+CHARGE: Final = b"""
+    UPDATE cryptography.keys SET usage_counter = usage_counter + 1, last_used_at = now()
+    WHERE id IN (SELECT id FROM cryptography.keys ORDER BY id LIMIT 100)
+"""
+UPDATES: Final = b"SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_xact_user_tables WHERE relid = 'cryptography.keys'::regclass"
 _DUMMIES: Final = {"uuid": str(uuid.UUID(int=1)), "timestamptz": "2030-01-01", "jsonb": "{}", "interval": "1 day", "bool": "true"}
 
 
@@ -149,6 +154,13 @@ def test_every_statement_within_a_called_function_uses_an_index(filled: psycopg.
             wrong += [f"{name} reads all of {table}" for table in large(filled, scanned_whole(plan))]
     assert wrong == []
     assert nested >= 2
+
+
+def test_a_charge_writes_no_index(filled: psycopg.Connection[Any]) -> None:
+    with filled.transaction(force_rollback=True):
+        filled.execute(CHARGE)
+        row = filled.execute(UPDATES).fetchone()
+    assert row == (100, 100)
 
 
 def test_a_statement_without_an_index_would_be_found(filled: psycopg.Connection[Any]) -> None:
