@@ -1,6 +1,10 @@
 -- One look at the clock judges a batch. A volatile argument kept effective_status from being inlined: an eighth of what settling
 -- one use costs the server.
 
+-- Only its owner replaces a function, and a migrator that is no superuser is not the owner.
+GRANT CREATE ON SCHEMA cryptography TO kms_ledger;
+SET LOCAL ROLE kms_ledger;
+
 -- What stands against each use, but for its limit and earlier answers: 'OK' or a reason. The keys are locked, and one moment behind
 -- the locks holds for all of them.
 CREATE OR REPLACE FUNCTION cryptography.judge_uses(uses cryptography.key_use[]) RETURNS TEXT[]
@@ -35,3 +39,6 @@ BEGIN
     );
 END;
 $$;
+
+RESET ROLE;
+REVOKE CREATE ON SCHEMA cryptography FROM kms_ledger;
