@@ -62,6 +62,23 @@ async def test_of_two_that_seal_at_once_one_is_refused_and_the_trail_does_not_fo
     assert (report.finding, report.unsealed) == (None, 0)
 
 
+async def test_a_checkpoint_that_does_not_follow_the_last_is_refused(
+    store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any]
+) -> None:
+    await check_epoch(store)
+    sealing, trail = await sealing_of(store, hsm), StoredSealedTrail(store)
+    await sealing.seal()
+    last = await trail.last()
+    assert last is not None
+    larger = replace(last, tree=last.tree.extended([bytes(32)]), horizon=last.horizon + 1)
+    for previous_size in (0, last.tree.size - 1, larger.tree.size):
+        with pytest.raises(KmsError) as caught:
+            await trail.append(previous_size, larger)
+        assert caught.value.reason is Reason.STALE
+    assert await trail.last() == last
+    await trail.append(last.tree.size, larger)
+
+
 async def test_a_backlog_is_sealed_in_several_checkpoints(
     database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
