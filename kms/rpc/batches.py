@@ -7,7 +7,7 @@ from typing import Final, TypeVar
 
 from kms.app.limits import check_batch
 from kms.app.uses import Draft, Turn
-from kms.domain.errors import KmsError
+from kms.domain.errors import KmsError, Reason
 from kms.rpc.status import status_of
 
 Request = TypeVar("Request")
@@ -43,9 +43,12 @@ def check_items(items: Sequence[Request], size_bytes: Callable[[Request], int]) 
 
 
 async def answer_each(
-    items: Sequence[Request], answer: Callable[[Request, Turn], Awaitable[Response]], make: Callable[..., Item]
+    items: Sequence[Request],
+    answer: Callable[[Request, Turn], Awaitable[Response]],
+    make: Callable[..., Item],
+    note: Callable[[Reason], None],
 ) -> list[Item]:
-    """Answer each of *items*, a few at a time. A bug in one fails the whole call."""
+    """Answer each of *items*, a few at a time; *note* is told of each that is refused. A bug in one fails the whole call."""
     room = asyncio.Semaphore(_AT_ONCE)
     gates = [asyncio.Event() for _ in range(len(items) + 1)]
     gates[0].set()
@@ -54,6 +57,7 @@ async def answer_each(
         try:
             return make(result=await answer(item, place))
         except KmsError as error:
+            note(error.reason)
             return make(error=status_of(error))
         finally:
             await place.settle()

@@ -10,6 +10,7 @@ from kms.app.ports import Call
 from kms.app.repeats import Uses
 from kms.app.signing import Signing
 from kms.app.uses import Alone, Draft, Turn, used
+from kms.domain.errors import Reason
 from kms.domain.ids import KeyId, parse_key_ref
 from kms.rpc import convert
 from kms.rpc.batches import answer_each, check_items
@@ -56,22 +57,29 @@ class CryptoServicer(crypto_pb2_grpc.CryptoServiceServicer):
     async def BatchSign(self, request: pb.BatchSignRequest, context: Context) -> pb.BatchSignResponse:
         """Sign each item."""
         check_items(request.items, lambda item: len(item.message) + len(item.digest))
-        return pb.BatchSignResponse(items=await answer_each(request.items, self._sign, pb.BatchSignResponse.Item))
+        items = await answer_each(request.items, self._sign, pb.BatchSignResponse.Item, self._note("BatchSign"))
+        return pb.BatchSignResponse(items=items)
 
     async def BatchVerify(self, request: pb.BatchVerifyRequest, context: Context) -> pb.BatchVerifyResponse:
         """Verify each item."""
         check_items(request.items, lambda item: len(item.message) + len(item.digest) + len(item.signature))
-        return pb.BatchVerifyResponse(items=await answer_each(request.items, self._verify, pb.BatchVerifyResponse.Item))
+        items = await answer_each(request.items, self._verify, pb.BatchVerifyResponse.Item, self._note("BatchVerify"))
+        return pb.BatchVerifyResponse(items=items)
 
     async def BatchEncrypt(self, request: pb.BatchEncryptRequest, context: Context) -> pb.BatchEncryptResponse:
         """Encrypt each item."""
         check_items(request.items, lambda item: len(item.plaintext) + len(item.aad))
-        return pb.BatchEncryptResponse(items=await answer_each(request.items, self._encrypt, pb.BatchEncryptResponse.Item))
+        items = await answer_each(request.items, self._encrypt, pb.BatchEncryptResponse.Item, self._note("BatchEncrypt"))
+        return pb.BatchEncryptResponse(items=items)
 
     async def BatchDecrypt(self, request: pb.BatchDecryptRequest, context: Context) -> pb.BatchDecryptResponse:
         """Decrypt each item."""
         check_items(request.items, lambda item: len(item.ciphertext) + len(item.aad))
-        return pb.BatchDecryptResponse(items=await answer_each(request.items, self._decrypt, pb.BatchDecryptResponse.Item))
+        items = await answer_each(request.items, self._decrypt, pb.BatchDecryptResponse.Item, self._note("BatchDecrypt"))
+        return pb.BatchDecryptResponse(items=items)
+
+    def _note(self, action: str) -> Callable[[Reason], None]:
+        return lambda reason: self.uses.ledger.note_refusal(current(), action, None, reason)
 
     async def _call(self) -> Call:
         return await self.uses.admitted(current())

@@ -1,11 +1,13 @@
 """Batches: a status for each item, in its place."""
 
 import grpc
+import psycopg
 
 from kms.v1 import crypto_pb2 as cpb
 from tests.conformance.refusals import item_reason, refusal
 from tests.conformance.requests import made
-from tests.fixtures.server import Caller
+from tests.conformance.test_outages import soon
+from tests.fixtures.server import Caller, RunningServer
 
 
 def test_each_item_is_answered_in_its_place_with_a_result_or_a_status(caller: Caller) -> None:
@@ -26,6 +28,20 @@ def test_each_item_is_answered_in_its_place_with_a_result_or_a_status(caller: Ca
     ).items
     assert [item.result.plaintext for item in opened[:2]] == [b"0", b"2"]
     assert item_reason(opened[2].error) == "CIPHERTEXT_INVALID"
+
+
+def test_an_item_that_is_refused_is_in_the_trail(caller: Caller, server: RunningServer) -> None:
+    made(caller, "secp256k1")
+    items = [cpb.SignRequest(key=key, message=b"m") for key in ("k", "absent", "k", "absent")]
+    assert len(caller.crypto.BatchSign(cpb.BatchSignRequest(items=items)).items) == 4
+    query = """
+        SELECT action, outcome, event_details ->> 'reason' FROM audit.security_events
+        WHERE user_id = %s AND event_type = 'request.refused'
+    """
+    with psycopg.connect(server.deployment.database.admin_dsn, autocommit=True) as connection:
+        soon(lambda: len(connection.execute(query, (caller.user_id,)).fetchall()) >= 2)
+        found = connection.execute(query, (caller.user_id,)).fetchall()
+    assert found == [("BatchSign", "blocked", "KEY_NOT_FOUND")] * 2
 
 
 def test_signatures_come_and_are_verified_in_batches(caller: Caller) -> None:
