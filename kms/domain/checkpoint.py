@@ -9,7 +9,6 @@ epoch 1 previous 1000 at 2026-01-01T00:00:00.000000+00:00
 """
 
 import base64
-import binascii
 import re
 from dataclasses import dataclass
 from datetime import datetime
@@ -140,5 +139,5 @@ def _parse_text(text: str) -> Checkpoint:
 def _decoded(text: str) -> bytes | None:
     try:
         return base64.b64decode(text, validate=True)
-    except binascii.Error:
+    except ValueError:  # binascii.Error is one; so is what text that is not ASCII gets
         return None

@@ -71,9 +71,9 @@ def parse_line(line: bytes) -> Leaf | Note | Beginning:
             hashes = tuple(bytes.fromhex(each) for each in found["frontier"])
             return Beginning(Frontier(int(found["size"]), hashes), str(found["note"]))
         return Note(str(found["note"])) if "note" in found else Leaf(_place(found), leaf_hash(line))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise malformed("line", "expected a row, a note or a beginning as `kms audit export` writes them") from None
 
 
 def _place(row: Mapping[str, str]) -> RowPlace:
-    return RowPlace(int(row["commit_order"]), row["table"], row["id"])
+    return RowPlace(int(row["commit_order"]), str(row["table"]), str(row["id"]))

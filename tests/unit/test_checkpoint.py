@@ -63,6 +63,8 @@ def test_signatures_of_others_stand_beside_ours() -> None:
         ("\n\n", "\n"),
         ("\u2014 neo-kms/audit", "\u2014 neo-kms/other"),
         ("epoch 1", "epoch 1\nmore"),
+        ("AAEC", "\u00e4\u00f6\u00fc\u00df"),
+        ("neo-kms/audit hF9x", "neo-kms/audit \u00e4F9w"),
     ],
 )
 def test_what_is_no_signed_checkpoint_is_refused(before: str, after: str) -> None:
