@@ -5,16 +5,21 @@ The first message is the worker's `Task`. It holds the secrets, so that no comma
 
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 
 from kms.config import Config
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a worker is to do: serve as *number*, from 1, with this configuration, in which the secrets have been read."""
+    """What a worker is to do: serve as *number*, from 1, with this configuration, in which the secrets have been read.
+
+    `metrics` is the path of the socket on which it is seen; None: it is not.
+    """
 
     number: int
     config: Config = field(repr=False)
+    metrics: Path | None = None
 
 
 class Order(Enum):

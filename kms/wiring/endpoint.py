@@ -6,33 +6,32 @@ he is: it belongs on an address that only monitoring reaches.
 
 import socket
 import socketserver
+import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
-from time import monotonic
 from typing import Any, Final
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import structlog
-from prometheus_client import ProcessCollector, make_wsgi_app
+from prometheus_client import make_wsgi_app
 from prometheus_client.registry import Collector
 
 from kms.domain.errors import malformed
-from kms.telemetry import Telemetry
-from kms.wiring.condition import Condition, ConditionCollector
-from kms.wiring.jobs import repeating
 
 Look = Callable[[], tuple[bool, str]]
 App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 _PATIENCE_SECONDS: Final = 10.0
-_PULSE_SECONDS: Final = 1.0
-_STILL_SECONDS_MAX: Final = 10.0
 _LOG = structlog.get_logger("kms")
 
 
 class _Handler(WSGIRequestHandler):
     timeout = _PATIENCE_SECONDS  # for a client that connects and says nothing
+
+    def get_stderr(self) -> StringIO:
+        return StringIO()  # where wsgiref would write a traceback: every line of the log is JSON
 
     def address_string(self) -> str:
         return ""
@@ -49,6 +48,9 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         self.server_name, self.server_port = "kms", 0
         self.setup_environ()
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        _LOG.warning("scrape failed", error=type(sys.exception()).__name__)
+
 
 class _ServerV6(_Server):
     address_family = socket.AF_INET6
@@ -57,53 +59,30 @@ class _ServerV6(_Server):
 class _UnixServer(_Server):
     address_family = socket.AF_UNIX
 
+    def get_request(self) -> tuple[socket.socket, tuple[str, int]]:
+        return self.socket.accept()[0], ("", 0)  # its clients have no address, and wsgiref looks for one
+
 
 def endpoint_app(metrics: Collector, *, alive: Look, ready: Look) -> App:
     """Return the application: each look says whether it is well, and the text to answer with 200 or 503."""
-    scrape = make_wsgi_app(metrics)
+    scrape, looks = make_wsgi_app(metrics), {"/livez": alive, "/readyz": ready}
 
     def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
-        if path == "/metrics":
-            found: Iterable[bytes] = scrape(environ, start_response)
-            return found
-        look = {"/livez": alive, "/readyz": ready}.get(path)
-        if look is None:
-            return _answer(start_response, "404 Not Found", "there are /metrics, /livez and /readyz")
-        is_well, text = look()
+        try:
+            if path == "/metrics":
+                found: Iterable[bytes] = scrape(environ, start_response)
+                return found
+            look = looks.get(path)
+            if look is None:
+                return _answer(start_response, "404 Not Found", "there are /metrics, /livez and /readyz")
+            is_well, text = look()
+        except Exception:  # a bug here is told to the log, and to whoever scrapes as 500
+            _LOG.exception("bug", path=path)
+            raise
         return _answer(start_response, "200 OK" if is_well else "503 Service Unavailable", text)
 
     return app
-
-
-@asynccontextmanager
-async def seen(address: str | Path | None, telemetry: Telemetry, condition: Condition) -> AsyncIterator[None]:
-    """Let the process be seen on *address* (see `served`) within the block; None: it is not seen."""
-    if address is None:
-        yield
-        return
-    telemetry.registry.register(ConditionCollector(condition))
-    ProcessCollector(registry=telemetry.registry)
-    pulse = _Pulse()
-    app = endpoint_app(telemetry.registry, alive=pulse.look, ready=condition.look)
-    async with repeating("pulse", _PULSE_SECONDS, pulse.beat):
-        with served(address, app) as port:
-            _LOG.info("seen from outside", address=str(address), port=port)
-            yield
-
-
-class _Pulse:
-    """Whether the event loop turns: it says so every second, and a thread that still answers is no sign of it."""
-
-    def __init__(self) -> None:
-        self._beaten_at = monotonic()
-
-    async def beat(self) -> None:
-        self._beaten_at = monotonic()
-
-    def look(self) -> tuple[bool, str]:
-        is_alive = monotonic() - self._beaten_at < _STILL_SECONDS_MAX
-        return is_alive, "alive" if is_alive else f"nothing has moved for {_STILL_SECONDS_MAX:.0f} seconds"
 
 
 @contextmanager
@@ -129,6 +108,7 @@ def served(address: str | Path, app: App) -> Iterator[int]:
 
 def _server(address: str | Path) -> _Server:
     if isinstance(address, Path):
+        address.unlink(missing_ok=True)  # of a worker that was replaced
         return _UnixServer(str(address), _Handler)  # type: ignore[arg-type]  # a path is an address too
     host, _, port = address.rpartition(":")
     kind = _ServerV6 if host.startswith("[") else _Server

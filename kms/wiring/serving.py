@@ -55,11 +55,11 @@ from kms.telemetry import Telemetry
 from kms.wiring.audit import sealing, verifying
 from kms.wiring.condition import CHECK_SECONDS, Condition
 from kms.wiring.control import Report
-from kms.wiring.endpoint import seen
 from kms.wiring.jobs import UPKEEP_SECONDS, destroy_due, forget_answers, repeating
 from kms.wiring.log import configure_log
 from kms.wiring.parts import database_dsn, hsm_settings, ready_pool
 from kms.wiring.reports import ProcessReports
+from kms.wiring.seen import seen
 from kms.wiring.supervised import Stopping, Supervised
 from kms.wiring.token import check_token
 from kms.wiring.tracing import tracing
@@ -99,7 +99,7 @@ async def _serve(config: Config, supervised: Supervised | None) -> None:
     if supervised is not None:
         supervised.attend(stopping)
     server_config = needed(config.server)
-    async with running(config, worker=supervised.number if supervised else None) as service:
+    async with running(config, supervised) as service:
 
         def log_status() -> None:
             _log_status(service.hsm.status())
@@ -129,9 +129,11 @@ async def _drain(server: Server, stopping: Stopping, seconds: float) -> None:
 
 
 @asynccontextmanager
-async def running(config: Config, *, worker: int | None = None) -> AsyncIterator[Service]:
-    """Serve within the block, alone or as one *worker* of several. Leaving it gives up what is still in flight."""
+async def running(config: Config, supervised: Supervised | None = None) -> AsyncIterator[Service]:
+    """Serve within the block, alone or as one of several workers. Leaving it gives up what is still in flight."""
     server_config = needed(config.server)
+    alone_on = config.metrics.listen if config.metrics else None
+    seen_on = supervised.metrics if supervised else alone_on
     tls = TlsFiles(server_config.tls_cert_file, server_config.tls_key_file, server_config.client_ca_file)
     check_pair(tls)
     identity = ClientIdentity(
@@ -165,7 +167,7 @@ async def running(config: Config, *, worker: int | None = None) -> AsyncIterator
         store_answers = await stack.enter_async_context(watched(pool))
         condition = Condition(hsm, ledger, pool, disk, store_answers, {"keys": keys.status, "users": users.status})
         await stack.enter_async_context(repeating("condition", CHECK_SECONDS, condition.check))
-        await stack.enter_async_context(seen(_metrics_address(config, worker), telemetry, condition))
+        await stack.enter_async_context(seen(seen_on, telemetry, condition))
         settled = telemetry.observed(ledger, "store", "settle", "earlier", of="ledger.")
         server = _server(
             Auditing(StoredTrail(pool), verifying(config, pool)),
@@ -177,20 +179,12 @@ async def running(config: Config, *, worker: int | None = None) -> AsyncIterator
             identity,
             telemetry,
             server_config,
-            ProcessReports(condition, config.deployment_id, config.mode, worker or 0),
-            shares_port=worker is not None,
+            ProcessReports(condition, config.deployment_id, config.mode, supervised.number if supervised else 0),
+            shares_port=supervised is not None,
         )
         port = await server.start(server_config.listen, tls)
         stack.push_async_callback(server.stop, 0)
         yield Service(port, hsm, server, condition)
-
-
-def _metrics_address(config: Config, worker: int | None) -> str | None:
-    """Return where this process is seen: worker N of several on the N-th port from the one that is configured."""
-    if config.metrics is None or worker is None:
-        return config.metrics.listen if config.metrics else None
-    host, _, port = config.metrics.listen.rpartition(":")
-    return f"{host}:{int(port) + worker - 1 if int(port) else 0}"
 
 
 def _server(

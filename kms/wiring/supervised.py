@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from kms.wiring.control import Order, Refusal, Report
 
@@ -32,10 +33,11 @@ class Stopping:
 
 
 class Supervised:
-    """Worker *number*, from 1, as it speaks with its supervisor."""
+    """Worker *number*, from 1, as it speaks with its supervisor, and the socket on which it is seen."""
 
-    def __init__(self, connection: Connection, number: int) -> None:
+    def __init__(self, connection: Connection, number: int, metrics: Path | None) -> None:
         self.number = number
+        self.metrics = metrics
         self._connection = connection
         self._log_status: Callable[[], None] | None = None
 

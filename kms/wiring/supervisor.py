@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from enum import Enum
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Final
 
 import structlog
@@ -22,6 +23,7 @@ import structlog
 from kms.config import Config, needed
 from kms.hsm.hardening import protect_memory
 from kms.wiring.control import Order, Refusal, Report, Task
+from kms.wiring.gathered import gathered, worker_socket
 from kms.wiring.log import configure_log
 from kms.wiring.shared_port import reserved
 
@@ -42,9 +44,9 @@ def supervise(config: Config) -> int:
     protect_memory()
     server = needed(config.server)
     sections = {"hsm": needed(config.hsm).with_secret("hsm"), "database": needed(config.database).with_secret("database")}
-    with reserved(server.listen) as address:
+    with reserved(server.listen) as address, gathered(config.metrics) as metrics:
         own = config.model_copy(update={**sections, "server": server.model_copy(update={"listen": address})})
-        return asyncio.run(_Supervisor(own).run())
+        return asyncio.run(_Supervisor(own, metrics).run())
 
 
 def pause_seconds(crashes: int) -> float:
@@ -115,8 +117,9 @@ class _Worker:
 class _Supervisor:
     """Runs once. The first worker starts alone: what it refuses is told once, and a wrong PIN is tried once."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, metrics: tuple[Path, int] | None) -> None:
         self._config = config
+        self._metrics = metrics
         self._server = needed(config.server)
         self._workers: dict[int, _Worker] = {}
         self._serves = asyncio.Event()
@@ -130,6 +133,8 @@ class _Supervisor:
         self._follow_signals()
         places = [asyncio.create_task(self._keep(1))]
         await _either(self._serves, self._stopping)
+        if self._metrics is not None and self._serves.is_set():
+            _LOG.info("seen from outside", address=needed(self._config.metrics).listen, port=self._metrics[1])
         places += [asyncio.create_task(self._keep(number)) for number in range(2, self._server.workers + 1)]
         await self._stopping.wait()
         if self._workers:
@@ -193,7 +198,7 @@ class _Supervisor:
             theirs.close()
         worker = _Worker(number, process, ours, asyncio.get_running_loop().time())
         with suppress(OSError):
-            ours.send(Task(number, self._config))
+            ours.send(Task(number, self._config, self._metrics and worker_socket(self._metrics[0], number)))
         return worker
 
     async def _attended(self, worker: _Worker) -> int:

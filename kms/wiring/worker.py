@@ -25,7 +25,7 @@ def main(descriptor: int) -> int:
     # Only now: it loads grpc and the token's driver.
     from kms.wiring import serving
 
-    supervised = Supervised(connection, task.number)
+    supervised = Supervised(connection, task.number, task.metrics)
     try:
         serving.serve(task.config, supervised)
     except (KmsError, ConfigError, OSError) as error:

@@ -245,3 +245,30 @@ def test_the_port_is_free_again_after_an_earlier_service(deployment: Deployment)
         listening.close()
     with reserved(address) as found:
         assert found == address
+
+
+def test_one_address_shows_every_worker_and_those_that_replace_them(crew: RunningServer) -> None:
+    def seen(name: str, **labels: str) -> dict[str, float]:
+        """Return the samples of *name* with *labels*, by worker."""
+        found = {}
+        for (sample, given), value in crew.metrics().items():
+            told = dict(given)
+            number = told.pop("worker", "")
+            if sample == name and told == labels:
+                found[number] = value
+        return found
+
+    caller = crew.caller()
+    made(caller, "ed25519")
+    sign = {"method": "CryptoService/Sign", "code": "OK"}
+    before = sum(seen("kms_calls_total", **sign).values())
+    for _ in range(10):
+        crew.again(caller).crypto.Sign(cpb.SignRequest(key="k", message=b"m"), timeout=20)
+    assert sum(seen("kms_calls_total", **sign).values()) == before + 10
+    assert set(seen("kms_ready")) == {"1", "2"}
+    assert seen("kms_workers") == {"": 2.0}
+    assert crew.seen("/readyz") == (200, "worker 1: ready\nworker 2: ready\n")
+    assert crew.seen("/livez") == (200, "alive\n")
+    killed, number = next(iter(workers(crew).items()))
+    os.kill(killed, signal.SIGKILL)
+    eventually(lambda: killed not in workers(crew) and number in workers(crew).values() and len(seen("kms_ready")) == 2)
