@@ -40,7 +40,8 @@ def spellings(secret: bytes) -> list[bytes]:
 
 def stored_rows(deployment: Deployment) -> list[dict[str, Any]]:
     query = """SELECT id::text, user_id::text, key_type, key_curve, key_strength, key_purpose, bound_to, custody, origin,
-        public_key, encrypted_private_key FROM cryptography.keys ORDER BY key_name"""
+        public_key, encrypted_private_key
+        FROM cryptography.keys WHERE custody <> 'RESIDENT' ORDER BY key_name"""  # what is resident has no bytes to look for
     with psycopg.connect(deployment.database.admin_dsn, row_factory=dict_row) as connection:
         return connection.execute(query).fetchall()
 
