@@ -31,6 +31,7 @@ _QUESTIONS: Final = 10  # so many without an answer mean that a worker is stuck
 _LOOPLESS_SECONDS: Final = 60.0  # for loading before the event loop runs, and for unloading after it
 _STOP_SECONDS: Final = 30.0  # for the ledger and the token after the last call
 _PAUSE_SECONDS_MAX: Final = 30.0
+_RETRY_SECONDS: Final = 1.0
 _STEADY_SECONDS: Final = 60.0  # a worker that has lived so long is not in a loop of crashes
 _LOG = structlog.get_logger("kms")
 
@@ -168,7 +169,11 @@ class _Supervisor:
         """Have a worker in this place until it is time to stop."""
         crashes = 0
         while not self._stopping.is_set():
-            worker = self._workers[number] = await self._started(number)
+            try:
+                worker = self._workers[number] = await self._started(number)
+            except OSError as error:
+                await self._not_started(number, error)
+                continue
             if self._stopping.is_set():  # meanwhile: it has not heard the order
                 worker.tell(Order.DRAIN)
             code = await self._attended(worker)
@@ -184,6 +189,15 @@ class _Supervisor:
                 )
                 await _either(self._stopping, seconds=pause_seconds(crashes))
 
+    async def _not_started(self, number: int, error: OSError) -> None:
+        """Wait for another try: the host has no process or descriptor to spare. Where nobody serves yet, it ends everything."""
+        if not self._serves.is_set():
+            self._failure = error
+            self._stopping.set()
+            return
+        _LOG.error("worker not started", number=number, error=error.strerror, pause_seconds=_RETRY_SECONDS)
+        await _either(self._stopping, seconds=_RETRY_SECONDS)
+
     async def _started(self, number: int) -> _Worker:
         ours, theirs = Pipe()
         try:
@@ -194,6 +208,9 @@ class _Supervisor:
                 pass_fds=(theirs.fileno(),),
                 stdin=DEVNULL,
             )
+        except OSError:
+            ours.close()
+            raise
         finally:
             theirs.close()
         worker = _Worker(number, process, ours, asyncio.get_running_loop().time())
