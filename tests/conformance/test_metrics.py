@@ -1,5 +1,6 @@
 """Seen from outside: what Prometheus reads agrees with the calls that were made."""
 
+import json
 import time
 from contextlib import suppress
 
@@ -120,6 +121,9 @@ def test_readiness_follows_the_token_and_liveness_does_not(deployment: Deploymen
         assert text.startswith("token: ")
         assert server.seen("/livez")[0] == 200
         assert value(server.metrics(), "kms_ready") == 0
+        done = deployment.run("--config", str(server.client_config("operator")), "status", "--json")
+        assert done.returncode == 1
+        assert json.loads(done.stdout)["faults"] == {"token": "the HSM does not answer"}
         (deployment.directory / "away").rename(objects)
 
 
