@@ -1,6 +1,7 @@
 """Making keys and looking at them."""
 
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -16,6 +17,7 @@ from kms.domain.lifecycle import State, Use, check_use, is_open_to
 METADATA_ENTRIES_MAX: Final = 32
 METADATA_NAME_BYTES_MAX: Final = 63
 METADATA_VALUE_BYTES_MAX: Final = 255
+_FOUND: ContextVar[KeyId | None] = ContextVar("found", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ async def existing(keys: Keys, caller: UserId, ref: KeyRef, *, recent: bool = Fa
     record = await keys.find(caller, ref, recent=recent)
     if record is None:
         raise key_not_found()
+    _FOUND.set(record.identity.key_id)
     return record
 
 
@@ -87,11 +90,20 @@ async def usable(keys: Keys, caller: UserId, ref: KeyRef, use: Use) -> UsableKey
         # A destroyed key has no envelope left, but its owner is told what became of it.
         check_use((await existing(keys, caller, ref)).state, use)
         raise key_not_found()
+    _FOUND.set(key.record.identity.key_id)
     _check_limit(key.record, use)
     check_use(key.record.state, use)
     if key.record.identity.bound_to:
         raise KmsError(Reason.WRONG_PURPOSE, "this key belongs to the service itself", bound_to=key.record.identity.bound_to)
     return key
+
+
+def refused_key(reason: str) -> KeyId | None:
+    """Return the caller's key that this call found last, for the line of the trail that says it was refused for *reason*.
+
+    None where it found none, and with KEY_NOT_FOUND: then it is not, or no longer, the caller's.
+    """
+    return None if reason == Reason.KEY_NOT_FOUND else _FOUND.get()
 
 
 def _check_limit(key: KeyRecord, use: Use) -> None:

@@ -10,7 +10,6 @@ from datetime import datetime
 from typing import Protocol
 
 from kms.domain.algorithms import Hash, KeySpec, SignatureAlgorithm
-from kms.domain.errors import Reason
 from kms.domain.ids import KeyId, KeyName, KeyRef, UserId
 from kms.domain.keys import Custody, HeldKey, KeyFilter, KeyIdentity, KeyMaterial, KeyRecord, UsableKey
 from kms.domain.lifecycle import Move, Use
@@ -218,8 +217,11 @@ class Ledger(Protocol):
         """Return what was kept under this id less than 24 hours ago, or None."""
         ...
 
-    def note_refusal(self, call: Call | Stranger, action: str, key: KeyId | None, reason: Reason) -> None:
-        """Record a refusal, without waiting for it: in a queue and at a rate of its own. Of strangers it may be left out."""
+    def note_refusal(self, call: Call | Stranger, action: str, key: KeyId | None, reason: str) -> None:
+        """Record a refusal, without waiting for it: in a queue and at a rate of its own. Of strangers it may be left out.
+
+        *reason* is a `Reason`, or INTERNAL for a bug.
+        """
         ...
 
 

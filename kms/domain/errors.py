@@ -5,6 +5,10 @@ no SQL and no label of the token. Its reason is stable: clients, logs and metric
 """
 
 from enum import StrEnum
+from typing import Final
+
+INTERNAL: Final = "INTERNAL"
+"""What stands for the reason where a call ends with a bug."""
 
 
 class Reason(StrEnum):

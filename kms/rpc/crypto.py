@@ -6,6 +6,7 @@ from typing import TypeVar
 from uuid import UUID
 
 from kms.app.encryption import DataKey, Encryption, ToDecrypt
+from kms.app.keyring import refused_key
 from kms.app.ports import Call
 from kms.app.repeats import Uses
 from kms.app.signing import Signing
@@ -79,7 +80,7 @@ class CryptoServicer(crypto_pb2_grpc.CryptoServiceServicer):
         return pb.BatchDecryptResponse(items=items)
 
     def _note(self, action: str) -> Callable[[Reason], None]:
-        return lambda reason: self.uses.ledger.note_refusal(current(), action, None, reason)
+        return lambda reason: self.uses.ledger.note_refusal(current(), action, refused_key(reason), reason)
 
     async def _call(self) -> Call:
         return await self.uses.admitted(current())

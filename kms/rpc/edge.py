@@ -21,13 +21,14 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import status_pb2
 
 from kms.app.access import Access
+from kms.app.keyring import refused_key
 from kms.app.ports import Call, Ledger, Stranger
-from kms.domain.errors import KmsError, Reason, malformed
+from kms.domain.errors import INTERNAL, KmsError, Reason, malformed
 from kms.domain.ids import UserId
 from kms.domain.permissions import check_permitted
 from kms.rpc.bystanders import Bystanders, Identify
 from kms.rpc.room import Room
-from kms.rpc.status import CODE_NAMES, INTERNAL, abort, internal_status, status_of
+from kms.rpc.status import CODE_NAMES, abort, internal_status, status_of
 from kms.rpc.streams import sent
 from kms.telemetry import Telemetry
 
@@ -171,9 +172,8 @@ class Edge(Interceptor):
         await sent(method.call(_decode(method, body), context), context, check=check, draining=self._draining)
 
     def _note(self, method: str, context: Context, request_id: str, reason: str) -> None:
-        if reason in Reason.__members__:
-            who = _CALL.get(None) or self._stranger(context, request_id)
-            self._ledger.note_refusal(who, method.rpartition("/")[2], None, Reason(reason))
+        who = _CALL.get(None) or self._stranger(context, request_id)
+        self._ledger.note_refusal(who, method.rpartition("/")[2], refused_key(reason), reason)
 
     def _note_bystander(self, method: str, context: Context, error: KmsError) -> None:
         self._ledger.note_refusal(self._stranger(context, _request_id(context)), method.rpartition("/")[2], None, error.reason)

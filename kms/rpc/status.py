@@ -9,10 +9,9 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from kms.domain.errors import KmsError, Reason
+from kms.domain.errors import INTERNAL, KmsError, Reason
 
 ERROR_DOMAIN = "kms"
-INTERNAL = "INTERNAL"
 _RETRY_SECONDS = 1
 
 

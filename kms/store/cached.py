@@ -117,7 +117,7 @@ class ForgettingLedger:
         """Return what was kept under this id less than 24 hours ago, or None."""
         return await self.ledger.earlier(user_id, rpc, request_id)
 
-    def note_refusal(self, call: Call | Stranger, action: str, key: KeyId | None, reason: Reason) -> None:
+    def note_refusal(self, call: Call | Stranger, action: str, key: KeyId | None, reason: str) -> None:
         """Record a refusal, without waiting for it."""
         self.ledger.note_refusal(call, action, key, reason)
 

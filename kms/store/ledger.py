@@ -220,7 +220,7 @@ class StoredLedger:
         """Return what was kept under this id less than 24 hours ago, or None."""
         return await self._repeats.earlier(user_id, rpc, request_id)
 
-    def note_refusal(self, call: Call | Stranger, action: str, key: KeyId | None, reason: Reason) -> None:
+    def note_refusal(self, call: Call | Stranger, action: str, key: KeyId | None, reason: str) -> None:
         """Record a refusal, without waiting for it: in a queue and at a rate of its own. Of strangers it may be left out."""
         self._refusals.note(call, action, key, reason)
 

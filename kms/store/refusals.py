@@ -19,7 +19,7 @@ import psycopg
 import structlog
 
 from kms.app.ports import Call, Stranger
-from kms.domain.errors import KmsError, Reason
+from kms.domain.errors import INTERNAL, KmsError, Reason
 from kms.domain.ids import KeyId
 from kms.store.batches import DirectConnection, connect
 from kms.store.pool import connection_settings
@@ -33,9 +33,16 @@ _FLUSH_SECONDS: Final = 0.1
 _ANSWER_SECONDS: Final = 5.0
 _RETRY_SECONDS: Final = 1.0
 _CRITICAL: Final = frozenset({Reason.ENVELOPE_INVALID})
-# What somebody who has no business here would meet.
+# What somebody who has no business here would meet, and what nobody should.
 _HIGH: Final = frozenset(
-    {Reason.KEY_PENDING_DESTRUCTION, Reason.KEY_COMPROMISED, Reason.KEY_REVOKED, Reason.PERMISSION_DENIED, Reason.INCORRECT_KEY}
+    {
+        Reason.KEY_PENDING_DESTRUCTION,
+        Reason.KEY_COMPROMISED,
+        Reason.KEY_REVOKED,
+        Reason.PERMISSION_DENIED,
+        Reason.INCORRECT_KEY,
+        INTERNAL,
+    }
 )
 _MEDIUM: Final = frozenset(
     {Reason.CREDENTIALS_INVALID, Reason.CIPHERTEXT_INVALID, Reason.WRONG_PURPOSE, Reason.REQUEST_ID_REUSED, Reason.KEY_DESTROYED}
@@ -49,6 +56,7 @@ _FAILURES: Final = frozenset(
         Reason.STORE_UNAVAILABLE,
         Reason.OUTCOME_UNKNOWN,
         Reason.DEADLINE_EXCEEDED,
+        INTERNAL,
     }
 )
 _RISK_SCORES: Final = {"low": 10, "medium": 30, "high": 60, "critical": 95}
@@ -56,7 +64,7 @@ _LOG = structlog.get_logger("kms.store.refusals")
 _Source = tuple[str, str]
 
 
-def severity(reason: Reason) -> str:
+def severity(reason: str) -> str:
     """Return how grave a refusal is: low, medium, high or critical."""
     if reason in _CRITICAL:
         return "critical"
@@ -75,7 +83,7 @@ class _Window:
     first_at: float = 0.0
     last_at: float = 0.0
 
-    def add(self, reason: Reason, at: float) -> None:
+    def add(self, reason: str, at: float) -> None:
         self.first_at = self.first_at if self.reasons else at
         self.last_at = at
         self.reasons[reason] += 1
@@ -96,7 +104,7 @@ class Refusals:
         """How many rows wait to be written."""
         return len(self._rows)
 
-    def note(self, call: Call | Stranger, action: str, key: KeyId | None, reason: Reason) -> None:
+    def note(self, call: Call | Stranger, action: str, key: KeyId | None, reason: str) -> None:
         """Let a refusal be recorded. Never waits and never fails."""
         if isinstance(call, Stranger) and not self._records_strangers():
             self.unrecorded += 1
@@ -208,7 +216,7 @@ def _details(call: Call | Stranger) -> dict[str, object]:
     return {"request_id": call.request_id, "authenticated": False, "claimed_user_id": claimed}
 
 
-def _row(source: _Source, action: str, reason: Reason, details: Mapping[str, object]) -> dict[str, object]:
+def _row(source: _Source, action: str, reason: str, details: Mapping[str, object]) -> dict[str, object]:
     level = severity(reason)
     return {
         "user_id": source[0] or None,
@@ -223,7 +231,7 @@ def _row(source: _Source, action: str, reason: Reason, details: Mapping[str, obj
 
 
 def _summary(source: _Source, window: _Window) -> dict[str, object]:
-    gravest = max((Reason(reason) for reason in window.reasons), key=lambda reason: _RISK_SCORES[severity(reason)])
+    gravest = max(window.reasons, key=lambda reason: _RISK_SCORES[severity(reason)])
     stranger = {"authenticated": False} if source[1] and not source[0] else {}
     details = {"count": window.reasons.total(), "reasons": dict(window.reasons), **stranger}
     return {**_row(source, "many", gravest, details), "first_at": window.first_at}

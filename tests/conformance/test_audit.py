@@ -202,6 +202,53 @@ def test_every_reading_of_the_trail_is_itself_in_the_trail(server: RunningServer
     assert len(search(auditor, user_id=str(auditor.user_id), event_type="audit.read")) == 3
 
 
+def test_what_is_refused_of_a_key_is_found_by_the_key(server: RunningServer, auditor: Caller) -> None:
+    caller = server.caller()
+    key, other = made(caller, "secp256k1"), made(caller, "secp256k1", name="other")
+    repeated = cpb.SignRequest(key="k", message=b"m", request_id="once")
+    caller.crypto.Sign(repeated)
+    caller.keys.RevokeKey(kpb.RevokeKeyRequest(key="k", reason="lost"))
+    for call, request in (
+        (caller.crypto.Sign, SIGN),
+        (caller.crypto.Sign, repeated),
+        (caller.keys.DeactivateKey, kpb.DeactivateKeyRequest(key="k")),
+        (caller.crypto.Encrypt, cpb.EncryptRequest(key="other", plaintext=b"p")),
+        (caller.crypto.Sign, cpb.SignRequest(key="absent", message=b"m")),
+        (server.caller().crypto.Sign, cpb.SignRequest(key=key.id, message=b"m")),
+    ):
+        assert refusal(call, request).metadata.get("key_id") is None
+    items = [cpb.SignRequest(key=name, message=b"m") for name in ("other", "k", "absent")]
+    caller.crypto.BatchSign(cpb.BatchSignRequest(items=items))
+    wait_for(auditor, user_id=str(caller.user_id), event_type="request.refused", action="BatchSign")
+    found = [
+        (event.action, details(event)["reason"], event.resource_id)
+        for event in search(auditor, user_id=str(caller.user_id), event_type="request.refused")
+    ]
+    assert sorted(found) == [
+        ("BatchSign", "KEY_NOT_FOUND", ""),
+        ("BatchSign", "KEY_REVOKED", key.id),
+        ("DeactivateKey", "KEY_REVOKED", key.id),
+        ("Encrypt", "WRONG_PURPOSE", other.id),
+        ("Sign", "KEY_NOT_FOUND", ""),
+        ("Sign", "KEY_REVOKED", key.id),
+        ("Sign", "KEY_REVOKED", key.id),
+    ]
+    of_the_key = search(auditor, resource_id=key.id, event_type="request.refused")
+    assert {event.user_id for event in of_the_key} == {str(caller.user_id)}  # nobody else's call has found it
+    assert len(of_the_key) == 4
+
+
+def test_a_call_that_ends_with_a_bug_is_in_the_trail(server: RunningServer, auditor: Caller) -> None:
+    caller = server.caller()
+    key = made(caller, "ed25519")
+    damage = "UPDATE cryptography.keys SET public_key = overlay(public_key placing '=' from 30 for 1) WHERE id = %s"
+    execute(server.deployment, damage, key.id)
+    assert refusal(caller.keys.GetPublicKey, kpb.GetPublicKeyRequest(key="k")).reason == "INTERNAL"
+    event = wait_for(auditor, user_id=str(caller.user_id), event_type="request.refused")
+    assert (event.action, event.outcome, event.severity) == ("GetPublicKey", apb.OUTCOME_FAILURE, apb.SEVERITY_HIGH)
+    assert (details(event)["reason"], event.resource_id) == ("INTERNAL", key.id)
+
+
 def test_no_plaintext_and_no_envelope_is_in_an_event(server: RunningServer, auditor: Caller) -> None:
     caller = server.caller()
     key = made(caller, "aes")
