@@ -334,15 +334,22 @@ class SealedTrail(Protocol):
         """Return the order below which no row appears any more."""
         ...
 
+    async def next_order(self) -> int:
+        """Return an order that is above that of every row that was seen before."""
+        ...
+
     async def epoch(self) -> int:
         """Return the number of the epoch."""
         ...
 
-    async def leaves(self, after: RowPlace, below: int, limit: int) -> Sequence[Leaf]:
-        """Return at most *limit* rows that stand behind *after*, of an order below *below*, hashed."""
+    async def leaves(self, after: RowPlace, below: int | None, limit: int) -> Sequence[Leaf]:
+        """Return about *limit* rows that stand behind *after*, of an order below *below* (None: to the end), hashed.
+
+        Rows of one place come together, be they more; none only where there is none.
+        """
         ...
 
-    async def lines(self, after: RowPlace, below: int, limit: int) -> Sequence[tuple[RowPlace, str]]:
+    async def lines(self, after: RowPlace, below: int | None, limit: int) -> Sequence[tuple[RowPlace, str]]:
         """The same rows, each as its canonical line."""
         ...
 

@@ -8,7 +8,19 @@ from typing import Final
 from kms.app.ports import SealedTrail
 from kms.domain.errors import KmsError, malformed
 from kms.domain.trail_check import NoteReader, OutsideNotes, TrailCheck, TrailReport, epoch_starts
-from kms.domain.trail_lines import Beginning, Leaf, Note, RowPlace, beginning_line, note_line, parse_line, place_before
+from kms.domain.trail_lines import (
+    ORDER_MIN,
+    Beginning,
+    End,
+    Leaf,
+    Note,
+    RowPlace,
+    beginning_line,
+    end_line,
+    note_line,
+    parse_line,
+    place_before,
+)
 
 _ROWS_READ_MAX: Final = 500
 _NOTES_READ_MAX: Final = 500
@@ -30,16 +42,18 @@ class VerifyTrail:
         start = await self.trail.at_most(from_size)
         check = TrailCheck(self.reader, None if start is None else Beginning(start.tree, start.note))
         place, size = place_before(0 if start is None else start.horizon), 0 if start is None else start.tree.size
+        await self._rows(check, place_before(ORDER_MIN), 0)
         async for horizon, note in _notes(self.trail, size):
             if check.finding is not None or (to_size is not None and check.size >= to_size):
                 return check.report()
             place = await self._rows(check, place, horizon)
             check.note(note)
         if to_size is None:
-            await self._rows(check, place, await self.trail.horizon())
+            await self._rows(check, place, None)
+            check.end(End(await self.trail.next_order()))
         return check.report()
 
-    async def _rows(self, check: TrailCheck, place: RowPlace, below: int) -> RowPlace:
+    async def _rows(self, check: TrailCheck, place: RowPlace, below: int | None) -> RowPlace:
         while check.finding is None and (leaves := await self.trail.leaves(place, below, _ROWS_READ_MAX)):
             for leaf in leaves:
                 check.row(leaf)
@@ -51,23 +65,29 @@ async def exported(trail: SealedTrail, after_size: int = 0) -> AsyncIterator[str
     """Yield the lines of the trail: rows in their order, each checkpoint behind its rows, and last what is not sealed.
 
     It begins behind the newest checkpoint with at most *after_size* rows, or later where earlier rows were archived; a line
-    at the beginning says so. Raises STORE_UNAVAILABLE.
+    at the beginning says so. Rows of an order that no transaction has, below 0, are never left out. Raises STORE_UNAVAILABLE.
     """
     start = await trail.at_most(after_size)
     place, size = place_before(0), 0
     if start is not None:
         place, size = place_before(start.horizon), start.tree.size
         yield beginning_line(Beginning(start.tree, start.note))
+    async for _, line in _lines(trail, place_before(ORDER_MIN), 0):
+        yield line
     async for horizon, note in _notes(trail, size):
-        while rows := await trail.lines(place, horizon, _ROWS_READ_MAX):
-            for _, line in rows:
-                yield line
-            place = rows[-1][0]
-        yield note_line(note)
-    horizon = await trail.horizon()
-    while rows := await trail.lines(place, horizon, _ROWS_READ_MAX):
-        for _, line in rows:
+        async for place, line in _lines(trail, place, horizon):  # noqa: B007, B020  # on from the last
             yield line
+        yield note_line(note)
+    async for _, line in _lines(trail, place, None):
+        yield line
+    yield end_line(End(await trail.next_order()))
+
+
+async def _lines(trail: SealedTrail, place: RowPlace, below: int | None) -> AsyncIterator[tuple[RowPlace, str]]:
+    """Yield the rows behind *place*, each with its own."""
+    while rows := await trail.lines(place, below, _ROWS_READ_MAX):
+        for row in rows:
+            yield row
         place = rows[-1][0]
 
 
@@ -105,11 +125,13 @@ def _take(check: TrailCheck, line: bytes) -> None:
         check.row(found)
     elif isinstance(found, Note):
         check.note(found.text)
+    elif isinstance(found, End):
+        check.end(found)
     else:
         check.unreadable("expected a row or a note" if found is None else "a beginning stands in the middle")
 
 
-def _parsed(line: bytes) -> Leaf | Note | Beginning | None:
+def _parsed(line: bytes) -> Leaf | Note | Beginning | End | None:
     try:
         return parse_line(line)
     except KmsError:

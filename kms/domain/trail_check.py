@@ -11,7 +11,7 @@ from typing import Final
 from kms.domain.checkpoint import Checkpoint, VerifierKey, parse_note
 from kms.domain.errors import KmsError, malformed
 from kms.domain.merkle import Frontier
-from kms.domain.trail_lines import Beginning, Leaf, RowPlace
+from kms.domain.trail_lines import ORDER_MIN, Beginning, End, Leaf, RowPlace
 
 _LEAVES_HELD_MAX: Final = 1000
 # SPKI PEM, what was signed, the signature.
@@ -144,6 +144,7 @@ class TrailCheck:
         self._begun_at = self._sealed_at = self._held_at = self._tree.size
         self._held: list[bytes] = []
         self._last: RowPlace | None = None
+        self._highest = ORDER_MIN
         self._is_reordered = False
         self._checkpoints = 0
         self._outside_at = 0
@@ -165,6 +166,7 @@ class TrailCheck:
             return
         self._is_reordered |= self._last is not None and leaf.place <= self._last
         self._last = leaf.place
+        self._highest = max(self._highest, leaf.place.order)
         self._held.append(leaf.hash)
         if self._awaited is not None and self.size == self._awaited.tree_size:
             self._check_outside(self._awaited)
@@ -187,6 +189,12 @@ class TrailCheck:
         if self.finding is None:
             self._checkpoints += 1
             self._sealed_at = self._held_at = found.tree_size
+
+    def end(self, end: End) -> None:
+        """Take the end, behind the last row."""
+        if self.finding is None and self._highest >= end.next_order:
+            told = f"a row has the order {self._highest}, and no transaction had reached {end.next_order}"
+            self._find(Difference.ROW_INSERTED, None, told)
 
     def unreadable(self, message: str) -> None:
         """Take a line that is none."""

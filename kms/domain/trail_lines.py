@@ -1,4 +1,4 @@
-"""The lines of an exported trail: rows in their order, notes between them, and at the very beginning perhaps a frontier.
+"""The lines of an exported trail: rows in their order, notes between them, at the very beginning perhaps a frontier, an end.
 
 A row is the JSON object that its leaf of the tree hashes, byte for byte. docs/formats.md has the columns.
 """
@@ -11,8 +11,8 @@ from typing import Final, NamedTuple
 from kms.domain.errors import malformed
 from kms.domain.merkle import Frontier, leaf_hash
 
-_LAST_TABLE: Final = "audit.security_events"
-_LAST_ID: Final = "ffffffff-ffff-ffff-ffff-ffffffffffff"
+ORDER_MIN: Final = -(2**63)
+_NO_ID: Final = "00000000-0000-0000-0000-000000000000"
 
 
 class RowPlace(NamedTuple):
@@ -46,9 +46,16 @@ class Beginning:
     note: str
 
 
+@dataclass(frozen=True, slots=True)
+class End:
+    """The end of an exported trail. No transaction had reached `next_order`, so that no row can have it or a later one."""
+
+    next_order: int
+
+
 def place_before(order: int) -> RowPlace:
     """Return the place behind which every row stands whose order is at least *order*."""
-    return RowPlace(order - 1, _LAST_TABLE, _LAST_ID)
+    return RowPlace(order, "", _NO_ID)
 
 
 def note_line(note: str) -> str:
@@ -63,16 +70,23 @@ def beginning_line(beginning: Beginning) -> str:
     return json.dumps(found, ensure_ascii=False, separators=(",", ":"))
 
 
-def parse_line(line: bytes) -> Leaf | Note | Beginning:
+def end_line(end: End) -> str:
+    """Return the line of an end."""
+    return json.dumps({"next_order": str(end.next_order)}, separators=(",", ":"))
+
+
+def parse_line(line: bytes) -> Leaf | Note | Beginning | End:
     """Return what a line (without its end) holds, or raise MALFORMED."""
     try:
         found = json.loads(line)
         if "frontier" in found:
             hashes = tuple(bytes.fromhex(each) for each in found["frontier"])
             return Beginning(Frontier(int(found["size"]), hashes), str(found["note"]))
+        if "next_order" in found:
+            return End(int(found["next_order"]))
         return Note(str(found["note"])) if "note" in found else Leaf(_place(found), leaf_hash(line))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        raise malformed("line", "expected a row, a note or a beginning as `kms audit export` writes them") from None
+        raise malformed("line", "expected a row, a note, a beginning or an end as `kms audit export` writes them") from None
 
 
 def _place(row: Mapping[str, str]) -> RowPlace:

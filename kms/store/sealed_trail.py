@@ -17,6 +17,8 @@ from kms.store.errors import unavailable
 from kms.store.pool import AS_AUDITOR, AS_JOB, Pool
 
 HORIZON: Final = "SELECT audit.order_horizon() AS horizon"
+# Asked when rows were read: what they saw committed is below it.
+NEXT_ORDER: Final = "SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint + audit.order_base() AS next_order"
 EPOCH: Final = "SELECT max(number) AS epoch FROM cryptography.epochs"
 LINES: Final = """
     SELECT commit_order, table_name, id, line
@@ -88,16 +90,20 @@ class StoredSealedTrail:
         """Return the order below which no row appears any more."""
         return int((await self.pool.fetch(AS_AUDITOR, HORIZON))[0]["horizon"])
 
+    async def next_order(self) -> int:
+        """Return an order that is above that of every row that was seen before."""
+        return int((await self.pool.fetch(AS_AUDITOR, NEXT_ORDER))[0]["next_order"])
+
     async def epoch(self) -> int:
         """Return the number of the epoch."""
         return int((await self.pool.fetch(AS_JOB, EPOCH))[0]["epoch"])
 
-    async def leaves(self, after: RowPlace, below: int, limit: int) -> Sequence[Leaf]:
-        """Return at most *limit* rows that stand behind *after*, of an order below *below*, hashed."""
+    async def leaves(self, after: RowPlace, below: int | None, limit: int) -> Sequence[Leaf]:
+        """Return about *limit* rows that stand behind *after*, of an order below *below* (None: to the end), hashed."""
         rows = await self.pool.fetch(AS_AUDITOR, LEAVES, _range(after, below, limit))
         return [Leaf(_place(row), row["hash"]) for row in rows]
 
-    async def lines(self, after: RowPlace, below: int, limit: int) -> Sequence[tuple[RowPlace, str]]:
+    async def lines(self, after: RowPlace, below: int | None, limit: int) -> Sequence[tuple[RowPlace, str]]:
         """Return the same rows, each as its canonical line."""
         rows = await self.pool.fetch(AS_AUDITOR, LINES, _range(after, below, limit))
         return [(_place(row), row["line"]) for row in rows]
@@ -142,7 +148,7 @@ class StoredSealedTrail:
         return SealStatus(**(await self.pool.fetch(AS_AUDITOR, STATUS))[0])
 
 
-def _range(after: RowPlace, below: int, limit: int) -> dict[str, object]:
+def _range(after: RowPlace, below: int | None, limit: int) -> dict[str, object]:
     return {"order": after.order, "table": after.table, "id": after.row_id, "below": below, "limit": limit}
 
 

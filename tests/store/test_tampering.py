@@ -11,6 +11,7 @@ from typing import Any, Final
 import psycopg
 import pytest
 
+from kms.app import verifying
 from kms.app.verifying import VerifyTrail
 from kms.dev.postgres import EmbeddedPostgres
 from kms.dev.softhsm import soft_token
@@ -130,6 +131,8 @@ def edited(postgres: EmbeddedPostgres, sealed: Sealed, statement: str) -> tuple[
     """Run a statement as the superuser in a copy; return the exported trail, and what verifying it there finds."""
     with copy_of(postgres, sealed.database) as copy:
         with psycopg.connect(copy.admin_dsn) as admin:
+            for table in TABLES:  # as whoever makes such an edit can
+                admin.execute(f"ALTER TABLE audit.{table} DROP CONSTRAINT commit_order_of_a_transaction".encode())
             assert admin.execute(statement.encode()).rowcount > 0
 
         async def look() -> tuple[list[bytes], Any]:
@@ -158,6 +161,38 @@ def test_an_edited_row_is_found(postgres: EmbeddedPostgres, sealed: Sealed, tabl
     assert finding is not None
     assert finding == online.finding
     assert (finding.difference, finding.after_size, finding.by_size) == (difference, *sealed.sizes[:2])
+
+
+# Where no transaction puts a row: the table, the order, how many checkpoints lie before it.
+OUT_OF_PLACE: Final = (("security_events", -5, 0), ("domain_events", -(2**63), 0), ("security_events", 2**62, 3),
+    ("domain_events", 2**63 - 1, 3))  # fmt: skip
+
+
+@pytest.mark.parametrize(("table", "order", "checkpoints"), OUT_OF_PLACE)
+def test_a_row_of_an_order_that_no_transaction_has_is_found(
+    postgres: EmbeddedPostgres, sealed: Sealed, table: str, order: int, checkpoints: int
+) -> None:
+    copied = COPY[table].format(row=ROW.format(table=table)).replace("commit_order FROM", f"{order} FROM").replace("{{}}", "{}")
+    lines, online = edited(postgres, sealed, copied)
+    finding = checked(sealed.reader, lines).finding
+    assert finding is not None
+    assert finding == online.finding
+    assert (finding.difference, finding.after_size) == (Difference.ROW_INSERTED, (0, *sealed.sizes)[checkpoints])
+
+
+def test_a_row_does_not_hide_behind_another_of_its_id_and_order_at_the_end_of_a_page(
+    postgres: EmbeddedPostgres, sealed: Sealed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verifying, "_ROWS_READ_MAX", 1)
+    lines, online = edited(postgres, sealed, f"""
+        INSERT INTO audit.security_events (id, event_type, severity, commit_order, created_at)
+        SELECT id, 'forged', 'low', commit_order, created_at + interval '1 second'
+        FROM audit.security_events WHERE id = {ROW.format(table="security_events")}
+    """)  # fmt: skip
+    finding = checked(sealed.reader, lines).finding
+    assert finding is not None
+    assert finding == online.finding
+    assert (finding.difference, finding.after_size) == (Difference.ROW_INSERTED, sealed.sizes[0])
 
 
 @pytest.mark.parametrize("edit", CHECKPOINT_EDITS)

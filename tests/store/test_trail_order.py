@@ -68,6 +68,13 @@ def test_partitions_made_later_have_the_order_and_its_index(admin: psycopg.Conne
     assert found == (len(made),)
 
 
+def test_a_forged_order_does_not_keep_the_order_from_being_raised(admin: psycopg.Connection[Any]) -> None:
+    number(admin, EVENT, NOW)
+    admin.execute("ALTER TABLE audit.security_events DROP CONSTRAINT commit_order_of_a_transaction")
+    admin.execute("UPDATE audit.security_events SET commit_order = 9223372036854775807")
+    assert number(admin, b"SELECT audit.raise_order()") == 0
+
+
 def test_the_lines_and_the_root_of_the_formats_page(admin: psycopg.Connection[Any]) -> None:
     # Whatever the session's settings are.
     admin.execute("SET timezone = 'Pacific/Auckland'")
