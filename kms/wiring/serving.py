@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import resource
 import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -55,6 +54,7 @@ from kms.telemetry import Telemetry
 from kms.wiring.audit import sealing, verifying
 from kms.wiring.condition import CHECK_SECONDS, Condition
 from kms.wiring.control import Report
+from kms.wiring.descriptors import raise_descriptor_limit
 from kms.wiring.jobs import UPKEEP_SECONDS, destroy_due, forget_answers, repeating
 from kms.wiring.log import configure_log
 from kms.wiring.parts import database_dsn, hsm_settings, ready_pool
@@ -84,9 +84,7 @@ def serve(config: Config, supervised: Supervised | None = None) -> None:
     SIGUSR1 logs the state of the HSM. As a worker it follows its supervisor, and shares the port with other workers.
     """
     configure_log(config.log_level, worker=supervised.number if supervised else None)
-    # A connection is a file descriptor, and the usual soft limit is lower than what one client can open.
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    raise_descriptor_limit()
     uvloop.run(_serve(config, supervised))
 
 

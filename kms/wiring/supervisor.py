@@ -23,6 +23,7 @@ import structlog
 from kms.config import Config, needed
 from kms.hsm.hardening import protect_memory
 from kms.wiring.control import Order, Refusal, Report, Task
+from kms.wiring.descriptors import raise_descriptor_limit
 from kms.wiring.gathered import gathered, worker_socket
 from kms.wiring.log import configure_log
 from kms.wiring.shared_port import reserved
@@ -43,6 +44,7 @@ def supervise(config: Config) -> int:
     """
     configure_log(config.log_level)
     protect_memory()
+    raise_descriptor_limit()
     server = needed(config.server)
     sections = {"hsm": needed(config.hsm).with_secret("hsm"), "database": needed(config.database).with_secret("database")}
     with reserved(server.listen) as address, gathered(config.metrics) as metrics:

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import resource
 import signal
 import socket
 import time
@@ -26,6 +27,7 @@ from tests.fixtures.server import Caller, Deployment, RunningServer, deployed
 WORKERS = 2
 TRIES = 60  # of connections: that all of them go to one worker of two happens once in 2⁵⁹
 STUCK_SECONDS = 3
+LOW_LIMIT = 1000  # of descriptors, as many hosts have it
 _numbers = itertools.count(1)
 
 
@@ -44,8 +46,14 @@ def crew(postgres: EmbeddedPostgres, token_template: Path, tmp_path_factory: pyt
 def supervised(deployment: Deployment) -> Iterator[RunningServer]:
     """Run the service with two workers, soon found stuck."""
     prepare(deployment)
-    with deployment.serving("--workers", str(WORKERS)) as server:
-        yield server
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (LOW_LIMIT, before[1]))  # what it inherits
+    try:
+        with deployment.serving("--workers", str(WORKERS)) as server:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+            yield server
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def prepare(deployment: Deployment) -> None:
@@ -246,6 +254,12 @@ def test_the_port_is_free_again_after_an_earlier_service(deployment: Deployment)
         listening.close()
     with reserved(address) as found:
         assert found == address
+
+
+def test_supervisor_and_workers_may_open_as_much_as_the_host_lets_them(crew: RunningServer) -> None:
+    for pid in (crew.process.pid, *workers(crew)):
+        soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        assert soft == hard > LOW_LIMIT
 
 
 def test_one_address_shows_every_worker_and_those_that_replace_them(crew: RunningServer) -> None:
