@@ -1,7 +1,7 @@
 """Sealing the trail: what can no longer change is hashed into the tree, and a signed checkpoint says so."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final
 
@@ -29,15 +29,27 @@ class SealingKey:
     reader: NoteReader
 
 
+@dataclass(slots=True)
+class LastSealed:
+    """The last checkpoint that this process made, for as long as it runs: it changes with each."""
+
+    checkpoint: Checkpoint | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Sealing:
-    """Makes checkpoints. One at a time is enough; of two that work at once, one is refused with STALE."""
+    """Makes checkpoints. One at a time is enough; of two that work at once, one is refused with STALE.
+
+    It makes none where the last that it knows of, by `made` or `outside`, is of this epoch and not in the trail any more: what
+    somebody rewrote is not signed.
+    """
 
     trail: SealedTrail
     hsm: Hsm
     key: SealingKey
     outside: OutsideCheckpoints | None
     clock: Callable[[], datetime]
+    made: LastSealed = field(default_factory=LastSealed)
 
     async def seal(self) -> int:
         """Seal the rows that can be sealed, and return how many rows the last checkpoint has then.
@@ -68,13 +80,27 @@ class Sealing:
         note = await self.outside.last()
         found = None if note is None else self.key.reader.open(note)
         epoch, size = (0, 0) if found is None else (found.epoch, found.tree_size)
+        if found is not None:
+            await self._check_is_there(found)
         while notes := await self.trail.notes_since(epoch, size, _NOTES_READ_MAX):
             await self.outside.append(notes)
             found = self.key.reader.open(notes[-1])
             epoch, size = found.epoch, found.tree_size
 
+    async def _check_is_there(self, known: Checkpoint) -> None:
+        """Raise STORE_UNAVAILABLE unless *known* is in the trail, or an epoch has begun since."""
+        found = await self.trail.notes(known.tree_size - 1, 1)
+        if not any(self.key.reader.open(note) == known for _, _, note in found) and known.epoch >= await self.trail.epoch():
+            raise KmsError(
+                Reason.STORE_UNAVAILABLE,
+                f"the checkpoint of {known.tree_size} rows in epoch {known.epoch} is not in the database any more: somebody has "
+                "changed it, or it was restored without a new epoch",
+            )
+
     async def _last(self) -> StoredCheckpoint:
-        last = await self.trail.last()
+        last, made = await self.trail.last(), self.made.checkpoint
+        if made is not None and (last is None or last.tree.size <= made.tree_size):
+            await self._check_is_there(made)
         if last is None:
             return _NONE
         said = self.key.reader.open(last.note)
@@ -88,6 +114,7 @@ class Sealing:
         signature = await self.hsm.sign(self.key.held, ALGORITHM, checkpoint.text().encode())
         made = StoredCheckpoint(tree, horizon, epoch, signed_note(checkpoint, key, signature))
         await self.trail.append(last.tree.size, made)
+        self.made.checkpoint = checkpoint
         if self.outside is not None:
             await self.outside.append([made.note])
         return made

@@ -60,14 +60,24 @@ def verify(
     checkpoints: Annotated[
         Path | None, typer.Option("--checkpoints", metavar="FILE", help="The checkpoints that the service wrote to a file.")
     ] = None,
+    begins_at: Annotated[
+        int, typer.Option("--begins-at", metavar="ROWS", min=0, help="How many rows are left out or archived, exactly.")
+    ] = 0,
+    restored: Annotated[
+        list[int] | None,
+        typer.Option("--restored", metavar="EPOCH", min=1, help="An epoch that an administrator began; again for each."),
+    ] = None,
 ) -> None:
     """Verify an exported trail, with its public key and nothing else: no database, no service, no token.
 
     Without FILE the service verifies the trail in its database, for an auditor who trusts the service.
 
     Finds a row that was changed, removed or inserted, and a checkpoint that was. Only --checkpoints, with a copy made before
-    the export, shows that the end was cut off.
+    the export, shows that the end was cut off. A trail that begins later than --begins-at says, an epoch that --restored does
+    not name, and rows without any checkpoint are differences too.
     """
+    from kms.domain.trail_check import judged
+
     if file is None:
         if key is not None or checkpoints is not None:
             raise typer.BadParameter("--key and --checkpoints: expected FILE with them")
@@ -78,6 +88,7 @@ def verify(
         from kms.wiring import audit as wiring
 
         report = wiring.verify_file(file, key, checkpoints)
+    report = judged(report, begins_at, restored or ())
     if invocation.as_json:
         print_json(asdict(report))
     else:
@@ -88,10 +99,11 @@ def verify(
 
 def _asked(invocation: Invocation) -> "TrailReport":
     """Return what the service says of its trail, asked a range at a time: each is answered within a call's time."""
-    from kms.domain.trail_check import Difference, Finding, TrailReport
+    from kms.domain.trail_check import Difference, EpochStart, Finding, TrailReport
     from kms.v1 import audit_pb2
 
     begun_at, size, checkpoints = None, 0, 0
+    epochs: list[EpochStart] = []
     with invocation.client() as client:
         while True:
             request = audit_pb2.VerifyTrailRequest(from_size=size, to_size=size + _RANGE_ROWS)
@@ -100,13 +112,14 @@ def _asked(invocation: Invocation) -> "TrailReport":
                 found = client.call(client.audit.VerifyTrail, audit_pb2.VerifyTrailRequest(from_size=found.verified_size))
             begun_at = found.begun_at if begun_at is None else begun_at
             checkpoints += found.checkpoints
+            epochs += [EpochStart(each.number, each.goes_on_from) for each in found.epochs]
             if found.HasField("finding") or found.verified_size < request.to_size:
                 break
             size = found.verified_size
     what = found.finding
     by_size = what.by_size if what.HasField("by_size") else None
     finding = Finding(Difference(what.difference), what.after_size, by_size, what.message) if found.HasField("finding") else None
-    return TrailReport(begun_at, found.verified_size, checkpoints, found.unsealed, (), finding)
+    return TrailReport(begun_at, found.verified_size, checkpoints, found.unsealed, tuple(epochs), (), finding)
 
 
 def told(report: "TrailReport") -> list[str]:
@@ -114,6 +127,7 @@ def told(report: "TrailReport") -> list[str]:
     lines = [f"{report.verified_size} rows are as {report.checkpoints} checkpoints say"]
     if report.begun_at:
         lines.append(f"not looked at: the first {report.begun_at} of them, which are not here")
+    lines += [f"epoch {each.epoch} goes on from {each.goes_on_from} rows" for each in report.epochs]
     lines += [
         f"rolled back: epoch {each.epoch} reached {each.reached} rows, and epoch {each.next_epoch} goes on from "
         f"{each.goes_on_from}"

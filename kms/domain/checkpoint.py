@@ -111,8 +111,8 @@ def signed_note(checkpoint: Checkpoint, key: VerifierKey, signature: bytes) -> s
 
 def parse_note(note: str, key: VerifierKey) -> SignedNote:
     """Take *note* apart. Raises MALFORMED for text that is no checkpoint, or has no signature by *key*; verifies nothing."""
+    checkpoint = parse_unsigned(note)
     text, _, signatures = note.partition("\n\n")
-    checkpoint = _parse_text(text + "\n")
     for line in signatures.splitlines():
         name, _, encoded = line.removeprefix(_DASH).rpartition(" ")
         content = _decoded(encoded)
@@ -121,8 +121,9 @@ def parse_note(note: str, key: VerifierKey) -> SignedNote:
     raise malformed("note", f"expected a checkpoint that is signed by {key.name}+{key.key_id.hex()}")
 
 
-def _parse_text(text: str) -> Checkpoint:
-    lines = text.split("\n")
+def parse_unsigned(note: str) -> Checkpoint:
+    """Return what *note* says, whoever signed it, or raise MALFORMED for text that is no checkpoint."""
+    lines = [*note.partition("\n\n")[0].split("\n"), ""]
     expected = malformed("note", "expected a checkpoint: origin, size, root hash, and epoch … previous … at …")
     if len(lines) != 5 or not lines[0] or not _SIZE.fullmatch(lines[1]):
         raise expected

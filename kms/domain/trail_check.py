@@ -3,8 +3,8 @@
 Nothing is kept of a row but the tree's frontier, so that a trail of any length is checked in the same memory.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
@@ -28,6 +28,9 @@ class Difference(StrEnum):
     TRAIL_TRUNCATED = "TRAIL_TRUNCATED"
     CHECKPOINT_CHANGED = "CHECKPOINT_CHANGED"
     CHECKPOINT_REMOVED = "CHECKPOINT_REMOVED"
+    ROLLED_BACK = "ROLLED_BACK"
+    ROWS_LEFT_OUT = "ROWS_LEFT_OUT"
+    NOT_SEALED = "NOT_SEALED"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,14 @@ class Rollback:
 
 
 @dataclass(frozen=True, slots=True)
+class EpochStart:
+    """An epoch that began within the trail, or with it: `epoch` goes on from `goes_on_from` rows. The first is none."""
+
+    epoch: int
+    goes_on_from: int
+
+
+@dataclass(frozen=True, slots=True)
 class TrailReport:
     """What came of a check. `verified_size` rows are what the checkpoints say, but for the first `begun_at`.
 
@@ -64,8 +75,45 @@ class TrailReport:
     verified_size: int
     checkpoints: int
     unsealed: int
+    epochs: tuple[EpochStart, ...]
     rollbacks: tuple[Rollback, ...]
     finding: Finding | None
+
+
+def judged(report: TrailReport, begins_at: int, restored: Collection[int]) -> TrailReport:
+    """Return *report* with a finding where it has none and something in it was not named by whoever asked.
+
+    That is a trail that does not begin at *begins_at* rows, an epoch that is not one of those that an administrator began
+    (*restored*), and rows without any checkpoint.
+    """
+    if report.finding is not None:
+        return report
+    return replace(report, finding=_left_out(report, begins_at) or _rolled_back(report, restored) or _not_sealed(report))
+
+
+def _left_out(report: TrailReport, begins_at: int) -> Finding | None:
+    if report.begun_at == begins_at:
+        return None
+    told = f"the trail begins at {report.begun_at} rows, and it was not said that it begins there"
+    return Finding(Difference.ROWS_LEFT_OUT, 0, max(begins_at, report.begun_at), told)
+
+
+def _rolled_back(report: TrailReport, restored: Collection[int]) -> Finding | None:
+    for each in report.rollbacks:
+        if each.next_epoch not in restored:
+            told = f"epoch {each.next_epoch} took back what epoch {each.epoch} had, and it was not said that there was a restore"
+            return Finding(Difference.ROLLED_BACK, each.goes_on_from, each.reached, told)
+    for start in report.epochs:
+        if start.epoch not in restored:
+            told = f"epoch {start.epoch} goes on from {start.goes_on_from} rows, and it was not said that there was a restore"
+            return Finding(Difference.ROLLED_BACK, start.goes_on_from, None, told)
+    return None
+
+
+def _not_sealed(report: TrailReport) -> Finding | None:
+    if report.checkpoints or not report.unsealed:
+        return None
+    return Finding(Difference.NOT_SEALED, report.begun_at, None, f"no checkpoint covers the {report.unsealed} rows that are here")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +160,10 @@ class OutsideNotes:
 
     def rollbacks(self) -> tuple[Rollback, ...]:
         """Return what was left out, now that all notes were looked at."""
-        found = []
+        found: list[Rollback] = []
         for epoch, reached in sorted(self.reached.items()):
-            goes_on_from, next_epoch = min((size, later) for later, size in self.starts.items() if later > epoch)
-            found.append(Rollback(epoch, reached, next_epoch, goes_on_from))
+            later = sorted((number, size) for number, size in self.starts.items() if number > epoch and size < reached)
+            found += [Rollback(epoch, reached, number, size) for number, size in later]
         return tuple(found)
 
     def _limit(self, epoch: int) -> float:
@@ -147,6 +195,8 @@ class TrailCheck:
         self._highest = ORDER_MIN
         self._is_reordered = False
         self._checkpoints = 0
+        self._epoch = 1
+        self._epochs: list[EpochStart] = []
         self._outside_at = 0
         self._outside = iter(outside)
         self._awaited: Checkpoint | None = None
@@ -188,6 +238,9 @@ class TrailCheck:
             self._find(Difference.CHECKPOINT_REMOVED, found.tree_size, told)
         if self.finding is None:
             self._checkpoints += 1
+            if found.epoch != self._epoch:
+                self._epoch = found.epoch
+                self._epochs.append(EpochStart(found.epoch, found.previous_size))
             self._sealed_at = self._held_at = found.tree_size
 
     def end(self, end: End) -> None:
@@ -210,7 +263,8 @@ class TrailCheck:
             told = f"a checkpoint of {self._outside_at} rows was kept outside, and is not in the trail"
             self._find(Difference.CHECKPOINT_REMOVED, self._outside_at, told)
         unsealed = 0 if self.finding is not None else self.size - self._sealed_at
-        return TrailReport(self._begun_at, self._held_at, self._checkpoints, unsealed, rollbacks(), self.finding)
+        epochs = tuple(self._epochs)
+        return TrailReport(self._begun_at, self._held_at, self._checkpoints, unsealed, epochs, rollbacks(), self.finding)
 
     def _begin(self, beginning: Beginning) -> None:
         try:
@@ -218,6 +272,7 @@ class TrailCheck:
         except KmsError as error:
             self._find(Difference.CHECKPOINT_CHANGED, None, error.message)
             return
+        self._epoch = found.epoch
         self._compare(found)
 
     def _compare(self, found: Checkpoint) -> None:

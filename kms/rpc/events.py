@@ -69,6 +69,7 @@ def wire_report(report: TrailReport) -> audit_pb2.VerifyTrailResponse:
         verified_size=report.verified_size,
         checkpoints=report.checkpoints,
         unsealed=report.unsealed,
+        epochs=[audit_pb2.TrailEpoch(number=each.epoch, goes_on_from=each.goes_on_from) for each in report.epochs],
         finding=None
         if found is None
         else audit_pb2.TrailFinding(

@@ -307,17 +307,24 @@ class VerifyTrailResponse(_message.Message):
     CHECKPOINTS_FIELD_NUMBER: _builtins.int
     UNSEALED_FIELD_NUMBER: _builtins.int
     FINDING_FIELD_NUMBER: _builtins.int
+    EPOCHS_FIELD_NUMBER: _builtins.int
     begun_at: _builtins.int
-    """Rows before this were not looked at: they were not asked for, or are archived."""
+    """Rows before this were not looked at: not asked for, or said to be archived. Is it what you expect?"""
     verified_size: _builtins.int
     """The rows before this, but for those, are as the checkpoints say."""
     checkpoints: _builtins.int
-    """How many were compared."""
+    """How many were compared. 0: nothing vouches for any row."""
     unsealed: _builtins.int
     """Rows behind the last checkpoint, which nothing vouches for yet. 0 where `to_size` was given."""
     @_builtins.property
     def finding(self) -> Global___TrailFinding:
         """Absent: no difference."""
+
+    @_builtins.property
+    def epochs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrailEpoch]:
+        """Epochs after the first that began in what was compared. An administrator's restore begins one, and whoever rewrote the whole
+        trail would have to: ask whether there was a restore. What was lost is told only by checkpoints that were kept outside.
+        """
 
     def __init__(
         self,
@@ -327,14 +334,41 @@ class VerifyTrailResponse(_message.Message):
         checkpoints: _builtins.int = ...,
         unsealed: _builtins.int = ...,
         finding: Global___TrailFinding | None = ...,
+        epochs: _abc.Iterable[Global___TrailEpoch] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["finding", b"finding"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begun_at", b"begun_at", "checkpoints", b"checkpoints", "finding", b"finding", "unsealed", b"unsealed", "verified_size", b"verified_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begun_at", b"begun_at", "checkpoints", b"checkpoints", "epochs", b"epochs", "finding", b"finding", "unsealed", b"unsealed", "verified_size", b"verified_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___VerifyTrailResponse: _TypeAlias = VerifyTrailResponse  # noqa: Y015
+
+@_typing.final
+class TrailEpoch(_message.Message):
+    """An epoch in the trail."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    GOES_ON_FROM_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """From 2."""
+    goes_on_from: _builtins.int
+    """So many rows of the epochs before it are still there."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        goes_on_from: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["goes_on_from", b"goes_on_from", "number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrailEpoch: _TypeAlias = TrailEpoch  # noqa: Y015
 
 @_typing.final
 class TrailFinding(_message.Message):

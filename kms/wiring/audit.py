@@ -10,7 +10,7 @@ import structlog
 
 from kms.app.keyring import Keyring
 from kms.app.ports import Hsm
-from kms.app.sealing import ALGORITHM, Sealing
+from kms.app.sealing import ALGORITHM, LastSealed, Sealing
 from kms.app.sealing_key import KEY_NAME, USER_NAME, SealingKeys, origin_of, reader_of
 from kms.app.verifying import VerifyTrail, exported, verify_lines
 from kms.config import AuditConfig, Config
@@ -56,12 +56,13 @@ def sealing(config: Config, pool: Pool, hsm: Hsm) -> Callable[[], Awaitable[Seal
     found = SealingKeys(
         keys, Keyring(keys, hsm), StoredUsers(pool).find_or_create_service, _is_valid, origin_of(config.deployment_id)
     )
+    made = LastSealed()
     outside = None if settings.checkpoints is None else CheckpointFile(settings.checkpoints)
 
     async def make() -> Sealing:
         key = await found.find_or_make()
         _LOG.info("checkpoints are signed", key=str(key.reader.key))
-        return Sealing(StoredSealedTrail(pool), hsm, key, outside, host_clock)
+        return Sealing(StoredSealedTrail(pool), hsm, key, outside, host_clock, made)
 
     return make
 

@@ -47,6 +47,8 @@ def test_what_was_done_is_sealed_and_verified_offline_with_the_public_key(deploy
     report = json.loads(done.stdout)
     assert (done.returncode, report["finding"], report["unsealed"]) == (0, None, 0)
     assert report["checkpoints"] == len(checkpoints.read_text().splitlines()) >= 2
+    done = deployment.run(*arguments, "--begins-at", "1")
+    assert (done.returncode, json.loads(done.stdout)["finding"]["difference"]) == (6, "ROWS_LEFT_OUT")
     exported.write_text(exported.read_text().replace('"event_type":"key.created"', '"event_type":"key.updated"', 1))
     done = deployment.run(*arguments)
     assert (done.returncode, json.loads(done.stdout)["finding"]["difference"]) == (6, "ROW_CHANGED")

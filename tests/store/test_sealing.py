@@ -1,6 +1,7 @@
 """Sealing: one at a time, in bounded batches, outside too, and on after a restore or an archive."""
 
 import asyncio
+import fcntl
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import date
@@ -16,7 +17,7 @@ from kms.app import sealing as app_sealing
 from kms.app.verifying import VerifyTrail
 from kms.dev.postgres import EmbeddedPostgres
 from kms.domain.errors import KmsError, Reason
-from kms.domain.trail_check import Difference, Rollback
+from kms.domain.trail_check import Difference, EpochStart, Rollback, judged
 from kms.hsm.token_hsm import TokenHsm
 from kms.store.backup import backup
 from kms.store.checkpoint_file import CheckpointFile, finished_lines
@@ -176,6 +177,58 @@ async def test_after_a_restore_the_trail_goes_on_and_what_was_lost_is_told(
     report = checked(sealing.key.reader, await lines_of(service), tuple(finished_lines(outside.path)))
     assert (report.finding, report.unsealed) == (None, 0)
     assert report.rollbacks == (Rollback(1, lost, 2, kept),)
+    assert report.epochs == (EpochStart(2, kept),)
+    unnamed = judged(report, 0, ()).finding
+    assert unnamed is not None
+    assert (unnamed.difference, unnamed.after_size, unnamed.by_size) == (Difference.ROLLED_BACK, kept, lost)
+    assert judged(report, 0, {2}) == report
+
+
+async def test_a_trail_that_was_rewritten_from_its_beginning_is_not_sealed(
+    database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], tmp_path: Path
+) -> None:
+    await check_epoch(store)
+    outside = CheckpointFile(tmp_path / "checkpoints")
+    sealing = await sealing_of(store, hsm, outside)
+    write(admin)
+    await sealing.seal()
+    admin.execute("UPDATE audit.security_events SET outcome = 'blocked'")
+    admin.execute("TRUNCATE audit.checkpoints")
+    another = replace(sealing, made=app_sealing.LastSealed())  # as of a process that begins, with the file
+    for refused in (another.export_missing, sealing.seal):
+        with pytest.raises(KmsError, match="is not in the database any more"):
+            await refused()
+    # Only by a new epoch does it go on, and that is told.
+    admin.execute("INSERT INTO cryptography.epochs SELECT 2, 'RESTORED', now(), NULL, l.* FROM cryptography.location() AS l")
+    await another.export_missing()
+    size = await sealing.seal()
+    online = await VerifyTrail(StoredSealedTrail(store), sealing.key.reader).verify()
+    offline = checked(sealing.key.reader, await lines_of(database.dsn), tuple(finished_lines(outside.path)))
+    for report in (online, offline):
+        assert (report.verified_size, report.finding, report.epochs) == (size, None, (EpochStart(2, 0),))
+        unnamed = judged(report, 0, {1}).finding
+        assert unnamed is not None
+        assert unnamed.difference is Difference.ROLLED_BACK
+
+
+async def test_two_workers_write_a_checkpoint_outside_once(
+    store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], tmp_path: Path
+) -> None:
+    await check_epoch(store)
+    outside = CheckpointFile(tmp_path / "checkpoints")
+    stopped = await sealing_of(store, hsm)  # between its commit and its file
+    write(admin, 1)
+    await stopped.seal()
+    last = await stopped.trail.last()
+    assert last is not None
+    await replace(stopped, outside=outside).export_missing()
+    await outside.append([last.note])
+    assert len(list(finished_lines(outside.path))) == 1
+    with outside.path.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        waiting = asyncio.create_task(outside.last())
+        assert await asyncio.wait({waiting}, timeout=0.2) == (set(), {waiting})
+    assert await waiting == last.note
 
 
 async def test_an_epoch_raises_the_order_above_everything_that_is_there(
@@ -218,6 +271,11 @@ async def test_where_a_partition_was_archived_verifying_begins_behind_it(
     await asyncio.to_thread(archive, database.admin_dsn, date(2024, 2, 1), tmp_path)
     report = checked(sealing.key.reader, await lines_of(database.dsn))
     assert (report.finding, report.begun_at, report.verified_size) == (None, first, last)
+    assert judged(report, first, ()) == report
+    for begins_at in (0, first - 1, first + 1):
+        finding = judged(report, begins_at, ()).finding
+        assert finding is not None
+        assert finding.difference is Difference.ROWS_LEFT_OUT
     online = await VerifyTrail(StoredSealedTrail(store), sealing.key.reader).verify()
     assert online == report
 

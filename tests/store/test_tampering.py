@@ -15,7 +15,7 @@ from kms.app import verifying
 from kms.app.verifying import VerifyTrail
 from kms.dev.postgres import EmbeddedPostgres
 from kms.dev.softhsm import soft_token
-from kms.domain.trail_check import Difference, NoteReader
+from kms.domain.trail_check import Difference, NoteReader, judged
 from kms.hsm.capabilities import Capabilities
 from kms.hsm.token_hsm import open_hsm
 from kms.store.checkpoint_file import CheckpointFile, finished_lines
@@ -146,7 +146,7 @@ def test_a_trail_that_nobody_edited_verifies(postgres: EmbeddedPostgres, sealed:
     lines, online = edited(postgres, sealed, "SELECT 1")
     report = checked(sealed.reader, lines, sealed.outside)
     assert (report.finding, report.verified_size, report.checkpoints, report.unsealed) == (None, sealed.sizes[-1], 3, 2)
-    assert online == report
+    assert online == report == judged(report, 0, ())
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -218,6 +218,20 @@ def test_a_trail_cut_off_with_its_checkpoints_is_found_by_those_kept_outside(pos
     finding = checked(sealed.reader, lines, sealed.outside).finding
     assert finding is not None
     assert (finding.difference, finding.by_size) == (Difference.TRAIL_TRUNCATED, sealed.sizes[1])
+
+
+def test_rows_that_are_said_to_be_archived_and_rows_without_a_checkpoint_are_found(
+    postgres: EmbeddedPostgres, sealed: Sealed
+) -> None:
+    archived = """INSERT INTO audit.archived_partitions
+        VALUES ('security_events_2020_01', (SELECT max(horizon) - 1 FROM audit.checkpoints))"""
+    for statement, difference in ((archived, Difference.ROWS_LEFT_OUT), ("DELETE FROM audit.checkpoints", Difference.NOT_SEALED)):
+        lines, online = edited(postgres, sealed, statement)
+        for report in (online, checked(sealed.reader, lines)):
+            assert report.finding is None
+            finding = judged(report, 0, ()).finding
+            assert finding is not None
+            assert finding.difference is difference
 
 
 FILE_EDITS: Final[dict[str, tuple[Callable[[list[bytes]], object], Difference]]] = {
