@@ -102,24 +102,23 @@ def _asked(invocation: Invocation) -> "TrailReport":
     from kms.domain.trail_check import Difference, EpochStart, Finding, TrailReport
     from kms.v1 import audit_pb2
 
-    begun_at, size, checkpoints = None, 0, 0
-    epochs: list[EpochStart] = []
+    size, answers = 0, list[audit_pb2.VerifyTrailResponse]()
     with invocation.client() as client:
-        while True:
+        is_last = False
+        while not is_last:
             request = audit_pb2.VerifyTrailRequest(from_size=size, to_size=size + _RANGE_ROWS)
-            found = client.call(client.audit.VerifyTrail, request)
-            if found.verified_size < request.to_size and not found.HasField("finding"):
-                found = client.call(client.audit.VerifyTrail, audit_pb2.VerifyTrailRequest(from_size=found.verified_size))
-            begun_at = found.begun_at if begun_at is None else begun_at
-            checkpoints += found.checkpoints
-            epochs += [EpochStart(each.number, each.goes_on_from) for each in found.epochs]
-            if found.HasField("finding") or found.verified_size < request.to_size:
-                break
-            size = found.verified_size
+            answers.append(client.call(client.audit.VerifyTrail, request))
+            size, is_last = answers[-1].verified_size, answers[-1].HasField("finding")
+            if size < request.to_size and not is_last:
+                answers.append(client.call(client.audit.VerifyTrail, audit_pb2.VerifyTrailRequest(from_size=size)))
+                is_last = True
+    found = answers[-1]
     what = found.finding
     by_size = what.by_size if what.HasField("by_size") else None
     finding = Finding(Difference(what.difference), what.after_size, by_size, what.message) if found.HasField("finding") else None
-    return TrailReport(begun_at, found.verified_size, checkpoints, found.unsealed, tuple(epochs), (), finding)
+    epochs = tuple(EpochStart(each.number, each.goes_on_from) for answer in answers for each in answer.epochs)
+    checkpoints = sum(answer.checkpoints for answer in answers)
+    return TrailReport(answers[0].begun_at, found.verified_size, checkpoints, found.unsealed, epochs, (), finding)
 
 
 def told(report: "TrailReport") -> list[str]:

@@ -3,7 +3,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Final
 
 from psycopg import errors as pg
@@ -56,7 +55,8 @@ APPEND: Final = """
 """
 # Counted to 10,000: what waits is next to nothing, or sealing has stopped.
 STATUS: Final = """
-    SELECT coalesce(last.tree_size, 0) AS tree_size, last.created_at AS last_sealed_at, (
+    SELECT coalesce(last.tree_size, 0) AS tree_size,
+        extract(epoch FROM clock_timestamp() - last.created_at)::double precision AS seconds_since, (
         SELECT count(*) FROM (
             (SELECT FROM audit.security_events WHERE commit_order >= coalesce(last.horizon, 0) LIMIT 10000)
             UNION ALL
@@ -70,13 +70,13 @@ STATUS: Final = """
 
 @dataclass(frozen=True, slots=True)
 class SealStatus:
-    """How far the trail is sealed: rows under the last checkpoint, when it was made, and rows behind it.
+    """How far the trail is sealed: rows under the last checkpoint, how long ago it was made, and rows behind it.
 
     `waiting` counts to 10,000 in each table, and what is not committed is not in it.
     """
 
     tree_size: int
-    last_sealed_at: datetime | None
+    seconds_since: float | None
     waiting: int
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
+from time import monotonic
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -15,8 +16,33 @@ from kms.store.cache import CacheStatus
 from kms.store.disk import Disk
 from kms.store.ledger import StoredLedger
 from kms.store.pool import Pool
+from kms.store.sealed_trail import SealStatus, StoredSealedTrail
 
 CHECK_SECONDS = 5.0
+_SEAL_LATE_SECONDS = 30.0
+
+
+@dataclass(slots=True, eq=False)
+class SealWatch:
+    """Whether rows of the trail wait too long for their checkpoint. It keeps what it saw, so it changes.
+
+    `interval_seconds` is how often the trail is sealed.
+    """
+
+    interval_seconds: float
+    status: SealStatus | None = None
+    waiting_since: float | None = None
+    is_late: bool = False
+
+    def see(self, status: SealStatus, now: float) -> None:
+        """Take how far the trail is sealed *now*, in seconds of a clock that only goes on."""
+        is_moving = self.status is None or status.tree_size != self.status.tree_size
+        if not status.waiting:
+            self.waiting_since = None
+        elif is_moving or self.waiting_since is None:
+            self.waiting_since = now
+        self.status = status
+        self.is_late = self.waiting_since is not None and now - self.waiting_since > _SEAL_LATE_SECONDS + self.interval_seconds
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +59,7 @@ class Condition:
     disk: Disk
     store_answers: Callable[[], bool]
     caches: Mapping[str, Callable[[], CacheStatus]]
+    seal_watch: SealWatch
     epoch_fault: str = ""
     schema_fault: str = ""
     is_stopping: bool = False
@@ -60,6 +87,8 @@ class Condition:
             told.append("refusals of callers who are not admitted are no longer recorded")
         if self.default_rows:
             told.append("rows of the trail are in a DEFAULT partition: run `kms partitions drain`")
+        if self.seal_watch.is_late:
+            told.append("rows of the trail are not sealed: the log of the worker that seals says why")
         if self.keys_unconfirmed:
             told.append(f"{self.keys_unconfirmed} restored keys wait for a confirmation: see `kms epoch show`")
         return told
@@ -85,6 +114,7 @@ class Condition:
         self.epoch_fault = await self._fault(epochs.check_epoch)
         self.schema_fault = await self._fault(migrate.check_schema)
         self.default_rows = sum(rows.row_count for rows in await partitions.default_rows(self.pool))
+        self.seal_watch.see(await StoredSealedTrail(self.pool).status(), monotonic())
         self.keys_unconfirmed = len(await epochs.unconfirmed_keys(self.pool))
 
     async def _fault(self, check: Callable[[Pool], Awaitable[None]]) -> str:
@@ -112,6 +142,7 @@ class ConditionCollector(Collector):
         yield gauge("warnings", "What does not keep the service from serving, and should be seen to.", len(condition.warnings))
         yield gauge("trail_default_rows", "Rows of the trail in a DEFAULT partition.", condition.default_rows)
         yield gauge("keys_unconfirmed", "Restored keys that wait for a confirmation.", condition.keys_unconfirmed)
+        yield from _sealing(condition.seal_watch.status)
         if condition.disk.free_share is not None:
             yield gauge("disk_free_ratio", "What is free of the database's disk, 0 to 1.", condition.disk.free_share)
         build = GaugeMetricFamily("kms_build_info", "The version that runs.", labels=("version",))
@@ -122,6 +153,13 @@ class ConditionCollector(Collector):
 def gauge(name: str, text: str, value: float) -> Metric:
     """Return a gauge without labels."""
     return GaugeMetricFamily(f"kms_{name}", text, value=float(value))
+
+
+def _sealing(status: SealStatus | None) -> Iterator[Metric]:
+    if status is not None:
+        yield gauge("trail_rows_waiting", "Rows of the trail without a checkpoint, to 10,000 a table.", status.waiting)
+        if status.seconds_since is not None:
+            yield gauge("trail_checkpoint_age_seconds", "How long ago the last checkpoint was made.", status.seconds_since)
 
 
 def _counter(name: str, text: str, value: float) -> Metric:

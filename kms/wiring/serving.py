@@ -52,7 +52,7 @@ from kms.store.watch import watched
 from kms.store.wrapping import StoredWrappingKeys
 from kms.telemetry import Telemetry
 from kms.wiring.audit import sealing, verifying
-from kms.wiring.condition import CHECK_SECONDS, Condition
+from kms.wiring.condition import CHECK_SECONDS, Condition, SealWatch
 from kms.wiring.control import Report
 from kms.wiring.descriptors import raise_descriptor_limit
 from kms.wiring.jobs import UPKEEP_SECONDS, destroy_due, forget_answers, repeating
@@ -163,7 +163,8 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         seal_seconds = (config.audit or AuditConfig()).seal_seconds
         await stack.enter_async_context(sealed(dsn, sealing(config, pool, hsm), interval_seconds=seal_seconds))
         store_answers = await stack.enter_async_context(watched(pool))
-        condition = Condition(hsm, ledger, pool, disk, store_answers, {"keys": keys.status, "users": users.status})
+        caches = {"keys": keys.status, "users": users.status}
+        condition = Condition(hsm, ledger, pool, disk, store_answers, caches, SealWatch(seal_seconds))
         await stack.enter_async_context(repeating("condition", CHECK_SECONDS, condition.check))
         await stack.enter_async_context(seen(seen_on, telemetry, condition))
         settled = telemetry.observed(ledger, "store", "settle", "earlier", of="ledger.")

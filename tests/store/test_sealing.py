@@ -25,8 +25,9 @@ from kms.store.epoch import check_epoch
 from kms.store.partitions import archive
 from kms.store.pool import Pool, open_pool
 from kms.store.restore import restore
-from kms.store.sealed_trail import StoredSealedTrail
+from kms.store.sealed_trail import SealStatus, StoredSealedTrail
 from kms.store.sealer import sealed
+from kms.wiring.condition import SealWatch
 from tests.conformance.test_outages import soon
 from tests.fixtures.postgres import Database
 from tests.store.sealing import checked, lines_of, sealing_of, write
@@ -296,9 +297,27 @@ async def test_a_trail_without_its_first_rows_is_not_taken_for_an_archived_one(
 async def test_the_status_tells_what_waits(store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any]) -> None:
     await check_epoch(store)
     trail = StoredSealedTrail(store)
-    assert (await trail.status()).last_sealed_at is None
+    assert (await trail.status()).seconds_since is None
     sealing = await sealing_of(store, hsm)
     size = await sealing.seal()
     write(admin, 2)
     status = await trail.status()
-    assert (status.tree_size, status.waiting, status.last_sealed_at is not None) == (size, 4, True)
+    assert (status.tree_size, status.waiting) == (size, 4)
+    assert status.seconds_since is not None
+    assert 0 <= status.seconds_since < 60
+
+
+def test_rows_that_wait_too_long_are_a_warning_until_they_are_sealed() -> None:
+    watch = SealWatch(5.0)
+    for now, size, waiting, is_late in (
+        (100, 10, 0, False),
+        (200, 10, 3, False),
+        (234, 10, 9, False),
+        (236, 10, 9, True),
+        (237, 19, 4, False),
+        (272, 23, 1, False),
+        (273, 23, 0, False),
+        (999, 23, 1, False),
+    ):
+        watch.see(SealStatus(size, 1.0, waiting), now)
+        assert watch.is_late == is_late, now
