@@ -61,7 +61,7 @@ class Uses:
         turn: Turn,
         *,
         keep: Callable[[T], bytes],
-        again: Callable[[bytes], Awaitable[T]],
+        again: Callable[[bytes], Awaitable[Draft[T]]],
     ) -> T:
         """Return the result of *draft* once it is settled, or, repeated, what `again` makes of what `keep` kept.
 
@@ -75,7 +75,7 @@ class Uses:
             # Looked at before every attempt: a twin may have been settled first.
             kept = await self._kept(call, asked, body_mac)
             if kept is not None:
-                return Draft(await again(kept), None)
+                return await again(kept)
             made = await draft()
             repeat = Repeat(asked.rpc, asked.request_id, body_mac, keep(made.result))
             return Draft(made.result, made.entry and replace(made.entry, repeat=repeat))

@@ -1,13 +1,13 @@
 """The servicer of CryptoService."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 from uuid import UUID
 
 from kms.app.encryption import DataKey, Encryption, ToDecrypt
 from kms.app.keyring import refused_key
-from kms.app.ports import Call
+from kms.app.ports import Call, Entry
 from kms.app.repeats import Uses
 from kms.app.signing import Signing
 from kms.app.uses import Alone, Draft, Turn, used
@@ -133,20 +133,24 @@ class CryptoServicer(crypto_pb2_grpc.CryptoServiceServicer):
     async def _once(
         self, request: Repeatable, draft: Callable[[], Awaitable[Draft[Response]]], kind: type[Response], turn: Turn
     ) -> Response:
-        async def again(kept: bytes) -> Response:
+        async def again(kept: bytes) -> Draft[Response]:
             response = kind.FromString(kept)
             await self.uses.check_repeatable(current(), KeyId(UUID(response.key_id)))
             if isinstance(response, pb.GenerateDataKeyResponse) and isinstance(request, pb.GenerateDataKeyRequest):
-                await self._unwrap_again(request, response)
-            return response
+                return Draft(response, await self._unwrap_again(request, response))
+            return Draft(response, None)
 
         return await self.uses.once(current(), convert.asked(request), draft, turn, keep=_kept, again=again)
 
-    async def _unwrap_again(self, request: pb.GenerateDataKeyRequest, response: pb.GenerateDataKeyResponse) -> None:
-        # The plaintext was never stored: it comes out of the token once more, under the state that the key has now.
-        if not request.without_plaintext:
-            what = ToDecrypt(response.ciphertext, request.aad, key=None, raw_oaep=False, oaep_hash=None)
-            response.plaintext = (await self.encryption.decrypt(current(), what)).result[0]
+    async def _unwrap_again(self, request: pb.GenerateDataKeyRequest, response: pb.GenerateDataKeyResponse) -> Entry | None:
+        # The plaintext was never stored: it comes out of the token once more, under the state that the key has now. That it
+        # does is recorded, and not charged.
+        if request.without_plaintext:
+            return None
+        what = ToDecrypt(response.ciphertext, request.aad, key=None, raw_oaep=False, oaep_hash=None)
+        opened = await self.encryption.decrypt(await self._call(), what)
+        response.plaintext = opened.result[0]
+        return opened.entry and replace(opened.entry, action="generate_data_key.repeat")
 
 
 def _kept(response: Response) -> bytes:

@@ -104,6 +104,26 @@ def test_what_a_key_made_is_repeated_after_its_end_and_not_after_its_revocation(
     assert counts(caller) == {"ec": 1, "aes": 2}
 
 
+def test_a_data_key_that_is_told_again_is_a_record_and_no_charge(caller: Caller, server: RunningServer) -> None:
+    with_keys(caller)
+    first = [call(request, timeout=20) for call, request in calls(caller, "r")]
+    for _ in range(2):
+        assert [call(request, timeout=20) for call, request in calls(caller, "r")] == first
+    kept_back = cpb.GenerateDataKeyRequest(key="aes", without_plaintext=True, request_id="kept-back")
+    assert caller.crypto.GenerateDataKey(kept_back, timeout=20) == caller.crypto.GenerateDataKey(kept_back, timeout=20)
+    query = """
+        SELECT action, count(*) FROM audit.security_events
+        WHERE user_id = %s AND event_type = 'key.used' AND outcome = 'success' GROUP BY action ORDER BY action
+    """
+    assert rows(server.deployment, query, caller.user_id) == [
+        ("encrypt", 1),
+        ("generate_data_key", 2),
+        ("generate_data_key.repeat", 2),
+        ("sign", 1),
+    ]
+    assert counts(caller) == {"ec": 1, "aes": 3}
+
+
 def test_a_result_is_repeated_for_24_hours_and_then_made_anew(caller: Caller, server: RunningServer) -> None:
     with_keys(caller)
     first = [call(request, timeout=20) for call, request in calls(caller, "r")]
