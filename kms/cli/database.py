@@ -31,7 +31,7 @@ def backup(
 ) -> None:
     """Write the whole database to one file of mode 0600.
 
-    Needs [migration] with a login that sees every row: a superuser, or one with BYPASSRLS. Name the journals: without them a
+    Needs [migration] with a login that sees every row: a superuser, or backup_user. Name the journals: without them a
     restored database has every key inactive. The file opens no key without the token; keep the two apart.
     """
     config = invocation.operator_config("migration")

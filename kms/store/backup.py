@@ -59,8 +59,8 @@ def check_login_sees_all(connection: psycopg.Connection[Any]) -> int:
     name, sees_all, _, version = row
     if not sees_all:
         raise unavailable(
-            f"the login {name} does not see every row, since row security is forced: use a superuser, or as a superuser "
-            f'ALTER ROLE "{name}" BYPASSRLS'
+            f"the login {name} does not see every row, since row security is forced: use backup_user, which kms migrate and "
+            "schema/bootstrap.sql make for this, or a superuser"
         )
     return int(version)
 
