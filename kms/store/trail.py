@@ -116,9 +116,11 @@ class StoredTrail:
         """Record that *call* follows the trail, and return where it begins: behind *after*, or where the trail ends now."""
         async with self.pool.transaction(_as_auditor(call)) as connection:
             row = await (await connection.execute(HORIZON)).fetchone()
-            await _record(connection, call, "tail", {})
-        assert row is not None  # noqa: S101  # a query without FROM gives a row
-        return after or Cursor(row["horizon"], _FIRST_ID)
+            assert row is not None  # noqa: S101  # a query without FROM gives a row
+            begin = after or Cursor(row["horizon"], _FIRST_ID)
+            details = {"from": "cursor" if after else "now", "after_order": begin.commit_order, "after_id": str(begin.event_id)}
+            await _record(connection, call, "tail", details)
+        return begin
 
     async def follow(self, call: Call, after: Cursor) -> AsyncIterator[Stretch]:
         """Yield what is behind *after*, each event once, as it becomes final; an empty stretch where all is quiet for 5 s.

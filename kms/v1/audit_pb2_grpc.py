@@ -27,7 +27,7 @@ if _version_not_supported:
 
 class AuditServiceStub:
     """Reads the trail: what was done with keys and what was refused, by whom. Open to members of the role `auditor` only, who in
-    turn can call nothing else; everybody else gets PERMISSION_DENIED naming the permission `audit:read`. Each call of this
+    turn can call nothing else but AdminService; everybody else gets PERMISSION_DENIED naming the permission `audit:read`. Each call of this
     service is itself an event (`audit.read`), durable before the answer leaves.
     """
 
@@ -56,7 +56,7 @@ class AuditServiceStub:
 
 class AuditServiceServicer:
     """Reads the trail: what was done with keys and what was refused, by whom. Open to members of the role `auditor` only, who in
-    turn can call nothing else; everybody else gets PERMISSION_DENIED naming the permission `audit:read`. Each call of this
+    turn can call nothing else but AdminService; everybody else gets PERMISSION_DENIED naming the permission `audit:read`. Each call of this
     service is itself an event (`audit.read`), durable before the answer leaves.
     """
 
@@ -116,7 +116,7 @@ def add_AuditServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class AuditService:
     """Reads the trail: what was done with keys and what was refused, by whom. Open to members of the role `auditor` only, who in
-    turn can call nothing else; everybody else gets PERMISSION_DENIED naming the permission `audit:read`. Each call of this
+    turn can call nothing else but AdminService; everybody else gets PERMISSION_DENIED naming the permission `audit:read`. Each call of this
     service is itself an event (`audit.read`), durable before the answer leaves.
     """
 

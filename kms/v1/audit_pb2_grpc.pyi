@@ -28,7 +28,7 @@ GRPC_VERSION: str
 
 class AuditServiceStub:
     """Reads the trail: what was done with keys and what was refused, by whom. Open to members of the role `auditor` only, who in
-    turn can call nothing else; everybody else gets PERMISSION_DENIED naming the permission `audit:read`. Each call of this
+    turn can call nothing else but AdminService; everybody else gets PERMISSION_DENIED naming the permission `audit:read`. Each call of this
     service is itself an event (`audit.read`), durable before the answer leaves.
     """
 
@@ -55,7 +55,7 @@ class AuditServiceStub:
 @_typing.type_check_only
 class AuditServiceAsyncStub(AuditServiceStub):
     """Reads the trail: what was done with keys and what was refused, by whom. Open to members of the role `auditor` only, who in
-    turn can call nothing else; everybody else gets PERMISSION_DENIED naming the permission `audit:read`. Each call of this
+    turn can call nothing else but AdminService; everybody else gets PERMISSION_DENIED naming the permission `audit:read`. Each call of this
     service is itself an event (`audit.read`), durable before the answer leaves.
     """
 
@@ -78,7 +78,7 @@ class AuditServiceAsyncStub(AuditServiceStub):
 
 class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
     """Reads the trail: what was done with keys and what was refused, by whom. Open to members of the role `auditor` only, who in
-    turn can call nothing else; everybody else gets PERMISSION_DENIED naming the permission `audit:read`. Each call of this
+    turn can call nothing else but AdminService; everybody else gets PERMISSION_DENIED naming the permission `audit:read`. Each call of this
     service is itself an event (`audit.read`), durable before the answer leaves.
     """
 

@@ -191,15 +191,23 @@ def test_every_reading_of_the_trail_is_itself_in_the_trail(server: RunningServer
     key = made(caller, "ed25519")
     search(auditor, resource_id=key.id, action="created", request_id="r-1")
     stream = tail(auditor)
-    next(stream)
+    began = next(stream)
     stream.cancel()
     tailed, searched = search(auditor, user_id=str(auditor.user_id), event_type="audit.read")
+    assert details(tailed)["from"] == "now"
+    stream = tail(auditor, began.cursor)
+    next(stream)
+    stream.cancel()
+    resumed = search(auditor, user_id=str(auditor.user_id), event_type="audit.read")[0]
+    assert details(resumed)["from"] == "cursor"
+    assert details(resumed)["after_order"] == details(tailed)["after_order"]
+    assert details(resumed)["after_id"] == details(tailed)["after_id"]
     assert (tailed.action, searched.action) == ("tail", "search")
     asked = details(searched)
     assert (asked["resource"], asked["action"], asked["searched_request_id"], asked["events"]) == (key.id, "created", "r-1", 0)
     assert asked["request_id"]
     assert searched.peer == "127.0.0.1"
-    assert len(search(auditor, user_id=str(auditor.user_id), event_type="audit.read")) == 3
+    assert len(search(auditor, user_id=str(auditor.user_id), event_type="audit.read")) == 5
 
 
 def test_what_is_refused_of_a_key_is_found_by_the_key(server: RunningServer, auditor: Caller) -> None:
