@@ -200,7 +200,8 @@ class Entry:
 class Ledger(Protocol):
     """Charges and records, together and durably. A result leaves only after `settle` has returned.
 
-    The key that `settle` refuses, and with CREDENTIALS_INVALID the caller, is read anew by who asks for it next, *recent* or not.
+    The key that `settle` refuses for what it is, and with CREDENTIALS_INVALID the caller, is read anew by who asks for it next,
+    *recent* or not.
     """
 
     async def settle(self, entry: Entry) -> None:

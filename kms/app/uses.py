@@ -13,7 +13,7 @@ from kms.domain.errors import KmsError, Reason
 
 _ATTEMPTS: Final = 4
 # Of these the draft cannot know: it may have been made of what was so a moment ago. The next one is made of what is.
-_LOOK_AGAIN: Final = frozenset(
+LOOK_AGAIN: Final = frozenset(
     {
         Reason.STALE,
         Reason.CREDENTIALS_INVALID,
@@ -84,7 +84,7 @@ async def used(ledger: Ledger, draft: Callable[[], Awaitable[Draft[T]]], turn: T
         try:
             await ledger.settle(made.entry)
         except KmsError as error:
-            if error.reason not in _LOOK_AGAIN or not attempts_left:
+            if error.reason not in LOOK_AGAIN or not attempts_left:
                 raise
         else:
             return made.result

@@ -24,6 +24,7 @@ from kms.app.ports import (
     User,
     Users,
 )
+from kms.app.uses import LOOK_AGAIN
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId, KeyRef, UserId
 from kms.domain.keys import KeyFilter, KeyRecord, UsableKey
@@ -108,7 +109,8 @@ class ForgettingLedger:
         try:
             await self.ledger.settle(entry)
         except KmsError as error:
-            self.keys.drop(entry.key_id)
+            if error.reason in LOOK_AGAIN:  # else it would be read anew of a database in trouble
+                self.keys.drop(entry.key_id)
             if error.reason is Reason.CREDENTIALS_INVALID:
                 self.users.drop(entry.call.user.user_id)
             raise

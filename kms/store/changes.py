@@ -54,6 +54,8 @@ async def _hear(settings: Mapping[str, Any], drops: Mapping[str, Drop]) -> None:
             if is_heard:
                 _LOG.warning("changes are not heard", error=type(error).__name__)
             is_heard = False
+        except Exception:  # noqa: BLE001 - a bug about one change must not make it deaf for all later ones
+            _LOG.exception("bug in the listener")
         await asyncio.sleep(_RETRY_SECONDS)
 
 

@@ -7,6 +7,8 @@ from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Final
 
+import structlog
+
 from kms.domain.errors import KmsError
 from kms.store.pool import BEFORE_LOGIN, Pool
 
@@ -14,6 +16,7 @@ ASK: Final = "SELECT 1 AS alive"
 CLOCK: Final = "SELECT clock_timestamp() AS now"
 _INTERVAL_SECONDS: Final = 1.0
 _ANSWER_SECONDS: Final = 3.0
+_LOG = structlog.get_logger("kms.store.watch")
 
 
 async def database_time(pool: Pool) -> datetime:
@@ -36,6 +39,9 @@ async def watched(pool: Pool) -> AsyncIterator[Callable[[], bool]]:
                     await pool.fetch(BEFORE_LOGIN, ASK)
                 answered = True
             except (KmsError, TimeoutError):
+                answered = False
+            except Exception:  # noqa: BLE001 - a bug in one look must not end all later ones
+                _LOG.exception("bug in the watch")
                 answered = False
 
     task = asyncio.create_task(watch())

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from time import CLOCK_BOOTTIME, clock_gettime, monotonic
-from typing import Any
+from typing import Any, cast
 from uuid import UUID, uuid4
 
 import psycopg
@@ -28,6 +28,7 @@ from kms.store.ledger import open_ledger
 from kms.store.lifecycle import StoredLifecycle
 from kms.store.pool import Pool, open_pool
 from kms.store.users import StoredUsers
+from kms.store.watch import watched
 from tests.fixtures.postgres import Database
 from tests.store.uses import a_call, counter, make_key, make_user, rows, sign
 
@@ -491,6 +492,46 @@ async def test_a_stale_draft_is_made_anew_from_the_database(database: Database, 
     await deaf.sign(alice, key.name)
     events = rows(database, "SELECT event_details ->> 'key_version' AS v FROM audit.security_events WHERE action = 'sign'")
     assert sorted(row["v"] for row in events) == ["1", "2"]
+
+
+async def test_a_key_that_could_not_be_charged_is_not_read_again_for_it(
+    database: Database, store: Pool, deaf: Worker, alice: User
+) -> None:
+    key = await make_key(store, alice)
+    async with open_ledger(database.dsn, store, queue_max=0) as full:
+        overfull = ForgettingLedger(full, deaf.keys, deaf.users)
+        await deaf.keys.find_usable(alice.user_id, key.name, recent=True)
+        dropped = deaf.keys.status().dropped
+        assert await refusal_of(overfull.settle(sign(alice, key))) is Reason.STORE_UNAVAILABLE
+    assert deaf.keys.status().dropped == dropped
+
+
+async def test_a_listener_goes_on_behind_a_bug(database: Database) -> None:
+    told: list[object] = []
+
+    def drop(changed: object) -> None:
+        told.append(changed)
+        if len(told) == 1:
+            raise LookupError
+
+    async with heard(database.dsn, {"key": drop}):
+        await until(lambda: len(told) == 2)
+
+
+async def test_a_watch_goes_on_behind_a_bug() -> None:
+    class Answers:
+        """A database that answers, the first time with what nobody expects."""
+
+        asked = 0
+
+        async def fetch(self, *_: object) -> None:
+            self.asked += 1
+            if self.asked == 1:
+                raise LookupError
+
+    async with watched(cast(Pool, Answers())) as answered:
+        await until(lambda: not answered())
+        await until(answered)
 
 
 async def test_a_refusal_that_stays_is_given_after_four_drafts(deaf: Worker, alice: User) -> None:

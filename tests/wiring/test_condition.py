@@ -1,0 +1,29 @@
+"""What is said to be at fault."""
+
+from typing import Any, cast
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from kms.domain.errors import KmsError, Reason
+from kms.store.disk import Disk
+from kms.store.pool import open_pool
+from kms.wiring.condition import Condition
+from tests.fixtures.postgres import Database
+
+
+async def test_a_database_that_ends_between_two_looks_is_no_fault_of_the_epoch(database: Database) -> None:
+    absent = cast(Any, None)
+    async with open_pool(database.dsn, 1, wait_seconds=0.3) as pool:
+        condition = Condition(absent, absent, pool, Disk(None), lambda: True, {}, absent)
+        name = sql.Identifier(database.name)
+        with psycopg.connect(make_conninfo(database.admin_dsn, dbname="postgres"), autocommit=True) as admin:
+            admin.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS false").format(name))
+            admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", (database.name,))
+            with pytest.raises(KmsError) as caught:
+                await condition.check()
+            admin.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS true").format(name))
+    assert caught.value.reason is Reason.STORE_UNAVAILABLE
+    assert condition.epoch_fault == ""
