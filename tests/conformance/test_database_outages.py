@@ -71,7 +71,9 @@ def check(load: Load, database: Database) -> None:
     with psycopg.connect(database.admin_dsn) as connection:
         query = "SELECT event_details ->> 'input_sha256' FROM audit.security_events WHERE action = 'sign' AND outcome = 'success'"
         charged = Counter(digest for (digest,) in connection.execute(query).fetchall())
-        counted = connection.execute("SELECT usage_counter FROM cryptography.keys").fetchone()
+        counted = connection.execute(
+            "SELECT usage_counter FROM cryptography.keys WHERE user_id = %s", (load.caller.user_id,)
+        ).fetchone()
     assert counted == (charged.total(),)
     assert set(charged.values()) == {1}
     assert {digest for outcome, digest, _ in load.told if outcome == "OK"} <= set(charged)
