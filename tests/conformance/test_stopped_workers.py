@@ -136,7 +136,7 @@ def uses_in_the_trail(pair: Pair, message: bytes) -> int:
     return int(pair.execute(query, sha256(message).hexdigest())[0][0])
 
 
-@pytest.mark.parametrize("held", ["the answer to the check", "the charge"])
+@pytest.mark.parametrize("held", ["the charge", pytest.param("the answer to the check", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("change", "expected"), CHANGES)
 def test_a_process_stopped_between_check_and_charge_gives_nothing_out_after_a_change(
     pair: Pair, used: Used, held: str, change: Callable[[Pair, Used], None], expected: str

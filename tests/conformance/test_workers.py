@@ -116,7 +116,7 @@ def test_calls_are_spread_over_the_workers_and_each_has_the_keys_that_another_ma
     by_every_worker(crew, caller, use)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_worker_that_ends_or_is_stuck_is_replaced_while_the_others_serve(crew: RunningServer, how: signal.Signals) -> None:
     caller = crew.caller()
     eventually(lambda: len(workers(crew)) == WORKERS)
@@ -174,6 +174,7 @@ def test_stopping_ends_calls_in_flight_and_then_every_worker_whoever_gets_the_si
         assert sorted(line.get("worker", 0) for line in ends) == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_a_second_signal_does_not_wait_for_the_calls_in_flight(deployment: Deployment) -> None:
     with supervised(deployment) as server:
         caller = server.caller()
@@ -219,6 +220,7 @@ def test_what_the_workers_refuse_to_start_with_is_told_once_and_as_one_process_t
     assert (together.returncode, together.stderr) == (alone.returncode, alone.stderr)
 
 
+@pytest.mark.slow
 def test_a_pin_that_is_wrong_is_tried_once(deployment: Deployment, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong-pin"
     wrong.write_text("not-the-pin-1234")

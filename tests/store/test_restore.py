@@ -289,7 +289,14 @@ def test_with_its_journal_keys_whose_uses_are_counted_come_back_inactive(
     assert pending != (None,), "it could be spared its destruction, and would be active again"
 
 
-@pytest.mark.parametrize(("written", "recorded", "given"), [(True, True, False), (True, False, True), (False, True, True)])
+_LOSSES = [
+    (True, True, False),
+    pytest.param(True, False, True, marks=pytest.mark.slow),
+    pytest.param(False, True, True, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("written", "recorded", "given"), _LOSSES)
 def test_without_its_journal_every_key_comes_back_inactive(
     database: Database, admin: psycopg.Connection[Any], other: str, tmp_path: Path, *, written: bool, recorded: bool, given: bool
 ) -> None:
