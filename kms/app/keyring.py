@@ -1,6 +1,7 @@
 """Making keys and looking at them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,6 +18,7 @@ from kms.domain.lifecycle import State, Use, check_use, is_open_to
 METADATA_ENTRIES_MAX: Final = 32
 METADATA_NAME_BYTES_MAX: Final = 63
 METADATA_VALUE_BYTES_MAX: Final = 255
+_AS_THEY_ARE: ContextVar[bool] = ContextVar("as_they_are", default=False)
 _FOUND: ContextVar[KeyId | None] = ContextVar("found", default=None)
 
 
@@ -83,7 +85,7 @@ async def existing(keys: Keys, caller: UserId, ref: KeyRef, *, recent: bool = Fa
 
 async def usable(keys: Keys, caller: UserId, ref: KeyRef, use: Use) -> UsableKey:
     """Return the caller's key, or raise KEY_NOT_FOUND or the reason why its state forbids *use*."""
-    key = await keys.find_usable(caller, ref, recent=True)
+    key = await keys.find_usable(caller, ref, recent=not _AS_THEY_ARE.get())
     if key is not None and not is_open_to(key.record.state, use):
         key = await keys.find_usable(caller, ref)
     if key is None:
@@ -96,6 +98,16 @@ async def usable(keys: Keys, caller: UserId, ref: KeyRef, use: Use) -> UsableKey
     if key.record.identity.bound_to:
         raise KmsError(Reason.WRONG_PURPOSE, "this key belongs to the service itself", bound_to=key.record.identity.bound_to)
     return key
+
+
+@contextmanager
+def keys_as_they_are() -> Iterator[None]:
+    """Have `usable` take no key, within the block, as it was a moment ago."""
+    before = _AS_THEY_ARE.set(True)
+    try:
+        yield
+    finally:
+        _AS_THEY_ARE.reset(before)
 
 
 def refused_key(reason: str) -> KeyId | None:

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final, Generic, Protocol, TypeVar
 
+from kms.app.keyring import keys_as_they_are
 from kms.app.ports import Entry, Ledger
 from kms.domain.errors import KmsError, Reason
 
@@ -28,6 +29,8 @@ LOOK_AGAIN: Final = frozenset(
         Reason.USAGE_LIMIT_REACHED,
     }
 )
+# So the token speaks of an envelope, which may be the one that was there a moment ago.
+_OF_THE_ENVELOPE: Final = frozenset({Reason.ENVELOPE_INVALID, Reason.HSM_KEK_MISSING})
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -77,7 +80,7 @@ async def used(ledger: Ledger, draft: Callable[[], Awaitable[Draft[T]]], turn: T
     Raises what a draft of what is there now raises, or what the ledger says; STALE where the key changes every time.
     """
     for attempts_left in reversed(range(_ATTEMPTS)):
-        made = await turn.draft(draft)
+        made = await _drafted(draft, turn)
         if made.entry is None:
             return made.result
         await turn.settle()
@@ -89,3 +92,14 @@ async def used(ledger: Ledger, draft: Callable[[], Awaitable[Draft[T]]], turn: T
         else:
             return made.result
     raise AssertionError("the last attempt returns or raises")
+
+
+async def _drafted(draft: Callable[[], Awaitable[Draft[T]]], turn: Turn) -> Draft[T]:
+    """Return a draft. Nobody is refused for an envelope that is not there any more."""
+    try:
+        return await turn.draft(draft)
+    except KmsError as error:
+        if error.reason not in _OF_THE_ENVELOPE:
+            raise
+    with keys_as_they_are():
+        return await turn.draft(draft)

@@ -25,7 +25,6 @@ from kms.cli.failures import CallError
 from kms.cli.words import key_fields, number, word
 from kms.dev import second_opinion
 from kms.dev.embedded_stack import dev_stack
-from kms.dev.stack import Stack
 from kms.domain.algorithms import Hash, KeyType, Purpose, Scheme, SignatureForm
 from kms.domain.errors import KmsError
 from kms.rpc import enums
@@ -55,7 +54,9 @@ _SIGNATURES: Final = (
 )
 _STORED: Final = """
     SELECT key_name, custody, version::text, encrypted_private_key
-    FROM cryptography.keys ORDER BY created_at, key_name
+    FROM cryptography.keys
+    WHERE bound_to = '' -- the service has one of its own, which signs the checkpoints of the trail
+    ORDER BY created_at, key_name
 """
 _SWAP: Final = """
     UPDATE cryptography.keys AS one SET encrypted_private_key = other.encrypted_private_key
@@ -111,8 +112,7 @@ def run(*, as_json: bool = False) -> int:
             with stack.serving(), connect(stack.client) as client:
                 report.line("  healthy; the client is known by its certificate")
                 demonstrate(client, report)
-                _show_stored(stack, report)
-                _swap_envelopes(stack, client, report)
+                look_inside(stack.superuser_dsn, client, report)
         report.heading("Stopped; nothing is left running.")
     return conclude(report, as_json=as_json)
 
@@ -125,6 +125,12 @@ def demonstrate(client: Client, report: Report) -> None:
     _encrypt(client, report)
     _encrypt_elsewhere(client, report)
     _use_data_key(client, report)
+
+
+def look_inside(superuser_dsn: str, client: Client, report: Report) -> None:
+    """Show what the database has of the keys that `demonstrate` made, and what becomes of an edit."""
+    _show_stored(superuser_dsn, report)
+    _swap_envelopes(superuser_dsn, client, report)
 
 
 def _make_keys(client: Client, report: Report) -> None:
@@ -208,9 +214,9 @@ def _use_data_key(client: Client, report: Report) -> None:
     report.check(len(set(drawn)) > 1, "32 random bytes from the token (GenerateRandom)")
 
 
-def _show_stored(stack: Stack, report: Report) -> None:
+def _show_stored(superuser_dsn: str, report: Report) -> None:
     report.heading("What PostgreSQL has of it: an envelope a row, which only this token opens")
-    with psycopg.connect(stack.superuser_dsn) as connection:
+    with psycopg.connect(superuser_dsn) as connection:
         rows = connection.execute(_STORED).fetchall()
     for name, custody, version, envelope in rows:
         shown = f"{envelope[:_ENVELOPE_CHARACTERS]}…{envelope[-_ENVELOPE_CHARACTERS:]}"
@@ -219,10 +225,10 @@ def _show_stored(stack: Stack, report: Report) -> None:
     report.check(all(row[3] for row in rows), "every private key is in an envelope")
 
 
-def _swap_envelopes(stack: Stack, client: Client, report: Report) -> None:
+def _swap_envelopes(superuser_dsn: str, client: Client, report: Report) -> None:
     report.heading("What if somebody edits the database? The envelopes of web and ethereum change places, and back")
     request = crypto_pb2.SignRequest(key="web", message=MESSAGE)
-    with psycopg.connect(stack.superuser_dsn, autocommit=True) as connection:
+    with psycopg.connect(superuser_dsn, autocommit=True) as connection:
         connection.execute(_SWAP)
         report.check(_reason(client, request) == "ENVELOPE_INVALID", "swapped: ENVELOPE_INVALID, no signature by a wrong key")
         connection.execute(_SWAP)

@@ -16,8 +16,7 @@ import pytest
 
 from kms.cli.client import connect
 from kms.config import load
-from kms.dev.demo import Report, conclude, demonstrate
-from tests.cli.conftest import NewConfig
+from kms.dev.demo import Report, conclude, demonstrate, look_inside
 from tests.fixtures.server import Deployment
 
 
@@ -112,13 +111,15 @@ def test_a_token_that_is_not_there_ends_with_5(deployment: Deployment) -> None:
         assert (done.returncode, done.stderr.splitlines()[-1].split(":")[:2]) == (5, ["kms", " HSM_UNAVAILABLE"]), command
 
 
-def test_the_demonstration_holds_against_a_running_server(new_config: NewConfig) -> None:
-    section = load(new_config()).client
-    assert section is not None
+def test_every_check_of_the_demonstration_holds(deployment: Deployment) -> None:
     report = Report(quiet=True)
-    with connect(section) as client:
-        demonstrate(client, report)
-    assert len(report.checks) > 20
+    with deployment.serving() as server:
+        section = load(server.client_config("demo")).client
+        assert section is not None
+        with connect(section) as client:
+            demonstrate(client, report)
+            look_inside(deployment.database.admin_dsn, client, report)
+    assert len(report.checks) > 24
     assert report.failed == []
 
 
