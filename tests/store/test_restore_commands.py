@@ -1,6 +1,7 @@
 """The commands on real parts: a served database is saved, tried, restored and served again, in a new epoch."""
 
 import json
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,6 +57,15 @@ def move(deployment: Deployment) -> None:
         (deployment.directory / "elsewhere" / name).replace(deployment.directory / name)
 
 
+def await_signing_key(deployment: Deployment) -> None:
+    """Return when the service has made the key that signs the checkpoints of the trail: it serves before."""
+    with psycopg.connect(deployment.database.admin_dsn, autocommit=True) as connection:
+        deadline = time.monotonic() + 20
+        while not connection.execute("SELECT FROM cryptography.keys WHERE bound_to <> ''").fetchall():
+            assert time.monotonic() < deadline, "no key for checkpoints"
+            time.sleep(0.02)
+
+
 @pytest.mark.slow
 def test_a_restored_service_signs_on_and_counted_keys_wait(elsewhere: Deployment, tmp_path: Path) -> None:
     deployment, journal = elsewhere, str(tmp_path / "journal")
@@ -64,6 +74,7 @@ def test_a_restored_service_signs_on_and_counted_keys_wait(elsewhere: Deployment
         caller = server.caller()
         made(caller, "secp256r1", name="signer")
         aes = made(caller, "aes", name="aes")
+        await_signing_key(deployment)
     saved = run(deployment, "backup", "--out", str(tmp_path / "one"), "--journal", journal)
     assert (saved["file"], saved["journals"]) == (str(tmp_path / "one"), 1)
     assert run(deployment, "restore", "--drill", saved["file"]) == {"opened": 3, "kek_missing": [], "invalid": []}
@@ -105,6 +116,7 @@ def test_a_drill_tells_what_does_not_open_and_leaves_nothing(deployment: Deploym
     with deployment.serving() as server:
         caller = server.caller()
         keys = {kind: made(caller, kind, name=kind).id for kind in ("secp256k1", "ed25519", "aes")}
+        await_signing_key(deployment)
     with psycopg.connect(deployment.database.admin_dsn, autocommit=True) as connection:
         # The sealing key's id is in bytes 18 to 34 of the envelope.
         connection.execute(
