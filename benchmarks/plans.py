@@ -75,7 +75,9 @@ def sent(connection: psycopg.Connection[Any], case: Case, size: Size) -> Iterato
     with connection.transaction(force_rollback=True):
         if case.role is not None:
             user = "" if sending.user is None else str(sending.user)
-            connection.execute("SELECT set_config('role', %s, true), set_config('app.user_id', %s, true)", (case.role, user))
+            connection.execute(
+                "SELECT set_config('role', %s, true), set_config('app.user_id', %s, true)", (sending.role or case.role, user)
+            )
         if case.make:
             yield connection.cursor(), case.statement.encode(), sending.parameters
         else:

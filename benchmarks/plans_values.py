@@ -15,6 +15,7 @@ from psycopg.types.json import Jsonb
 
 from benchmarks.plans_rows import DUE, UNCONFIRMED, Size, certificate_id, key_id, key_name, user_id
 from kms.store.keys import WALKED_MAX
+from kms.store.trail import SCANNED_MAX
 
 _USABLE_FROM: Final = 1 + max(DUE, UNCONFIRMED)
 _PEM: Final = "-----BEGIN PUBLIC KEY-----\n" + "A" * 124
@@ -22,10 +23,11 @@ _PEM: Final = "-----BEGIN PUBLIC KEY-----\n" + "A" * 124
 
 @dataclass(frozen=True, slots=True)
 class Sending:
-    """The user for whom a statement is sent, and its parameters."""
+    """The user for whom a statement is sent, and its parameters; and the role, if not the first that has the right."""
 
     user: UUID | None
     parameters: Mapping[str, Any] | Sequence[Any]
+    role: str | None = None
 
 
 Make = Callable[[Size], Sending]
@@ -116,6 +118,43 @@ def _refusals(size: Size) -> Sending:
     return Sending(None, {"refusals": json.dumps(rows)})
 
 
+def _keep_answer(size: Size) -> Sending:
+    number = a_key(size)
+    answer = {"rpc": "CreateKey", "request_id": str(uuid4()), "body_mac": bytes(32), "result": key_id(number).bytes}
+    return Sending(size.owner(number), answer)
+
+
+def _search(**wanted: str) -> Make:
+    def make(size: Size) -> Sending:
+        number = a_key(size)
+        parameters: dict[str, Any] = {"since": datetime.min.replace(tzinfo=UTC), "before_at": datetime.max.replace(tzinfo=UTC)}
+        parameters |= {"before_id": UUID(int=0), "severities": ["low", "medium", "high", "critical"]}
+        parameters |= dict.fromkeys(("event_type", "action", "outcome", "request_id"))
+        parameters |= {"user": size.owner(number), "resource": key_id(number), "limit": 101, "scanned_max": SCANNED_MAX}
+        return Sending(None, parameters | wanted, role="auditor_users")
+
+    return make
+
+
+def _search_all(**wanted: str) -> Make:
+    narrow = _search(**wanted)
+
+    def make(size: Size) -> Sending:
+        found = narrow(size)
+        return Sending(None, {**dict(found.parameters), "user": None, "resource": None}, role=found.role)
+
+    return make
+
+
+def _append(_: Size) -> Sending:
+    checkpoint = {"previous": 0, "size": 1, "root": bytes(32), "horizon": 1, "frontier": [bytes(32)], "epoch": 1}
+    return Sending(None, checkpoint | {"note": "note"})
+
+
+def _assign(size: Size) -> Sending:
+    return Sending(user_id(0), {"user": user_id(random.randint(1, size.users - 1)), "role": "auditor"})  # noqa: S311  # no secret
+
+
 def _fixed(**parameters: object) -> Make:
     return lambda _: Sending(None, parameters)
 
@@ -140,6 +179,12 @@ CASES: Final[Mapping[str, Mapping[str, Make]]] = {
     "keys.FIND_USABLE_BY_ID": {"": _by_id},
     "keys.FIND_USABLE_BY_NAME": {"": _by_name},
     "keys.INSERT": {"": _insert},
+    "keys.KEEP_ANSWER": {"": _keep_answer},
+    "sealed_trail.APPEND": {"": _append},
+    "trail.SEARCH_ALL": {"newest": _search_all(), "an action that nobody took": _search_all(action="none")},
+    "trail.SEARCH_RESOURCE": {"": _search()},
+    "trail.SEARCH_USER": {"": _search(), "an action that he never took": _search(action="none")},
+    "users.ASSIGN_ROLE": {"": _assign},
     "keys.PAGE": {
         "a user": _page(of_the_many=False),
         "the user of a tenth": _page(of_the_many=True),
