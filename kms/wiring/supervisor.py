@@ -52,9 +52,10 @@ def supervise(config: Config) -> int:
         return asyncio.run(_Supervisor(own, metrics).run())
 
 
-def pause_seconds(crashes: int) -> float:
-    """Return how long to wait after so many crashes in a row: 0, 1, 2, 4, … at most 30 seconds."""
-    return 0.0 if crashes <= 1 else min(2.0 ** min(crashes - 2, 10), _PAUSE_SECONDS_MAX)
+def pause_seconds(crashes: int, *, is_served: bool) -> float:
+    """Return how long to wait after so many crashes in a row: 0, 1, 2, 4, … at most 30 seconds, at most 1 if nobody serves."""
+    longest = _PAUSE_SECONDS_MAX if is_served else _RETRY_SECONDS
+    return 0.0 if crashes <= 1 else min(2.0 ** min(crashes - 2, 10), longest)
 
 
 class _Phase(Enum):
@@ -186,10 +187,9 @@ class _Supervisor:
             is_steady = asyncio.get_running_loop().time() - worker.began_at > _STEADY_SECONDS
             crashes = 1 if is_steady else crashes + 1
             if not self._is_final(worker, code):
-                _LOG.warning(
-                    "worker replaced", number=number, pid=worker.process.pid, code=code, pause_seconds=pause_seconds(crashes)
-                )
-                await _either(self._stopping, seconds=pause_seconds(crashes))
+                pause = pause_seconds(crashes, is_served=self._is_served())
+                _LOG.warning("worker replaced", number=number, pid=worker.process.pid, code=code, pause_seconds=pause)
+                await _either(self._stopping, seconds=pause)
 
     async def _not_started(self, number: int, error: OSError) -> None:
         """Wait for another try: the host has no process or descriptor to spare. Where nobody serves yet, it ends everything."""

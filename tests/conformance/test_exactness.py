@@ -1,6 +1,8 @@
-"""Limits are exact while processes are killed: at most N results are had, all N can be, and each has its record."""
+"""Limits are exact while workers are killed: at most N results are had, all N can be, and each has its record."""
 
+import os
 import random
+import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -8,21 +10,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 
-import grpc
 import psycopg
 import pytest
 
 from kms.domain.ids import UserId, identity_uri
-from kms.v1.keys_pb2_grpc import KeyServiceStub
-from tests.conformance.crew import Member, crew
 from tests.conformance.driver import LIMIT_REACHED, Job, Use, started, told
 from tests.conformance.requests import create
-from tests.fixtures.server import DEPLOYMENT, Deployment
+from tests.fixtures.server import DEPLOYMENT, Deployment, RunningServer
+
+WORKERS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How many clients there are in how many processes, and how often a server is killed beside them."""
+    """How many clients there are in how many processes, and how often a worker is killed beside them."""
 
     processes: int
     clients: int
@@ -73,49 +74,43 @@ def check(limit: int, repeats: bool, facts: Facts, uses: Sequence[Use]) -> None:
 
 
 def run(deployment: Deployment, limits: Sequence[int], load: Load) -> None:
-    with crew(deployment, 3) as members:
-        user = deployment.new_user()
-        asked = [(limit, repeats, f"k-{limit}-{repeats}") for limit in limits for repeats in (False, True)]
-        jobs = [prepared(deployment, members, user, name, limit, load, repeats=repeats) for limit, repeats, name in asked]
-        for (limit, repeats, name), job in zip(asked, jobs, strict=True):
-            began = time.monotonic()
-            uses, kills = driven(job, members, load)
-            found = facts(deployment, name)
-            outcomes = dict(Counter(use.outcome for use in uses))
-            seconds = time.monotonic() - began
-            print(f"N = {limit}, request_id {repeats}: {outcomes}, charged {found.counter}, {kills} kills, {seconds:.0f} s")
-            assert LIMIT_REACHED in outcomes
-            check(limit, repeats, found, uses)
-            # What the killed processes had in flight, and no more, is charged without a result.
-            assert found.counter - outcomes["OK"] <= kills * load.processes * load.clients
+    deployment.write_config(sessions_max=64)
+    with deployment.serving("--workers", str(WORKERS)) as server:
+        caller = server.caller()
+        for limit in limits:
+            for repeats in (False, True):
+                request = create("secp256k1", name=f"k-{limit}-{repeats}")
+                request.max_usage_count = limit
+                caller.keys.CreateKey(request, timeout=60, wait_for_ready=True)
+                job = job_of(server, caller.user_id, request.name, load, repeats=repeats)
+                began = time.monotonic()
+                uses, kills = driven(job, server, load)
+                found = facts(deployment, request.name)
+                outcomes = dict(Counter(use.outcome for use in uses))
+                seconds = time.monotonic() - began
+                print(f"N = {limit}, request_id {repeats}: {outcomes}, charged {found.counter}, {kills} kills, {seconds:.0f} s")
+                assert LIMIT_REACHED in outcomes
+                check(limit, repeats, found, uses)
+                # What the killed workers had in flight, and no more, is charged without a result.
+                assert found.counter - outcomes["OK"] <= kills * load.processes * load.clients
 
 
-def prepared(
-    deployment: Deployment, members: Sequence[Member], user: UserId, name: str, limit: int, load: Load, *, repeats: bool
-) -> Job:
-    """Make the key, and return the job of one process."""
-    issued = deployment.certificate(identity_uri(DEPLOYMENT, user))
-    ca = (deployment.directory / "authority.crt").read_text()
-    request = create("secp256k1", name=name)
-    request.max_usage_count = limit
-    credentials = grpc.ssl_channel_credentials(ca.encode(), issued.key, issued.certificate)
-    with grpc.secure_channel(members[0].address, credentials) as channel:
-        KeyServiceStub(channel).CreateKey(request, timeout=60, wait_for_ready=True)
-    addresses = [member.address for member in members]
+def job_of(server: RunningServer, user: UserId, key: str, load: Load, *, repeats: bool) -> Job:
+    """Return the job of one process."""
+    issued = server.deployment.certificate(identity_uri(DEPLOYMENT, user))
+    ca = (server.deployment.directory / "authority.crt").read_text()
     certificate, private_key = issued.certificate.decode(), issued.key.decode()
-    return Job(addresses, ca, certificate, private_key, name, load.clients, repeats, load.seconds_max)
+    return Job([server.address], ca, certificate, private_key, key, load.clients, repeats, load.seconds_max)
 
 
-def driven(job: Job, members: Sequence[Member], load: Load) -> tuple[list[Use], int]:
-    """Run the clients and kill servers beside them; return the uses and how many were killed."""
+def driven(job: Job, server: RunningServer, load: Load) -> tuple[list[Use], int]:
+    """Run the clients and kill workers beside them; return the uses and how many were killed."""
     kills = 0
     with ThreadPoolExecutor(load.processes) as pool:
         working = [pool.submit(told, started(job)) for _ in range(load.processes)]
         while not done_within(working, random.uniform(*load.seconds_between_kills)):
-            victim = random.choice(members)
-            if victim.is_serving:
-                victim.kill()
-                victim.begin_again()
+            if serving := list(server.workers()):
+                os.kill(random.choice(serving), signal.SIGKILL)
                 kills += 1
         return [use for each in working for use in each.result()], kills
 
@@ -128,11 +123,11 @@ def done_within(working: "Sequence[Future[list[Use]]]", seconds: float) -> bool:
 
 
 @pytest.mark.timeout(180)
-def test_limits_are_exact_while_servers_are_killed(deployment: Deployment) -> None:
+def test_limits_are_exact_while_workers_are_killed(deployment: Deployment) -> None:
     run(deployment, [7, 400], SHORT)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_limits_of_up_to_20000_are_exact_while_servers_are_killed(deployment: Deployment) -> None:
+def test_limits_of_up_to_20000_are_exact_while_workers_are_killed(deployment: Deployment) -> None:
     run(deployment, [1, 7, 1000, 20_000], LONG)

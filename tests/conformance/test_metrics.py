@@ -77,7 +77,8 @@ def test_uses_commits_and_operations_of_the_token_are_counted(caller: Caller, se
     assert found[1] <= since.added("kms_store_seconds_count", operation="users.find") <= 2
     assert since.added("kms_store_seconds_count", operation="ledger.settle") == 26
     hits, misses = (since.added("kms_cache_lookups_total", cache="handles", outcome=outcome) for outcome in ("hit", "miss"))
-    assert hits + misses == 26
+    signed = since.added("kms_hsm_seconds_count", operation="sign")  # by the sealer; one may be under way when it is read
+    assert abs(hits + misses - 26 - signed) <= 1
     assert 1 <= misses <= 4
 
 

@@ -22,7 +22,7 @@ from kms.wiring.supervisor import pause_seconds
 from tests.conformance.refusals import refusal
 from tests.conformance.requests import create, made
 from tests.fixtures.postgres import cloned
-from tests.fixtures.server import Caller, Deployment, RunningServer, deployed
+from tests.fixtures.server import Caller, Deployment, RunningServer, children, deployed
 
 WORKERS = 2
 TRIES = 60  # of connections: that all of them go to one worker of two happens once in 2⁵⁹
@@ -60,17 +60,6 @@ def prepare(deployment: Deployment) -> None:
     deployment.write_config(sessions_max=64)
     text = deployment.config_file.read_text()
     deployment.config_file.write_text(text.replace("[server]\n", f"[server]\nstuck_seconds = {STUCK_SECONDS}\n"))
-
-
-def children(pid: int) -> list[int]:
-    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def workers(server: RunningServer) -> dict[int, int]:
-    """Return the pids of the workers and their numbers, in the order in which they began to serve, of those that live."""
-    living = set(children(server.process.pid))
-    lines = [line for line in server.log() if line.get("event") == "serving" and "worker" in line]
-    return {line["pid"]: line["worker"] for line in lines if line["pid"] in living}
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 40) -> None:
@@ -119,12 +108,12 @@ def test_calls_are_spread_over_the_workers_and_each_has_the_keys_that_another_ma
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_worker_that_ends_or_is_stuck_is_replaced_while_the_others_serve(crew: RunningServer, how: signal.Signals) -> None:
     caller = crew.caller()
-    eventually(lambda: len(workers(crew)) == WORKERS)
-    victim, number = next(iter(workers(crew).items()))
+    eventually(lambda: len(crew.workers()) == WORKERS)
+    victim, number = next(iter(crew.workers().items()))
     os.kill(victim, how)
 
     def is_replaced() -> bool:
-        found = workers(crew)
+        found = crew.workers()
         return victim not in found and number in found.values()
 
     eventually(is_replaced)
@@ -132,6 +121,19 @@ def test_a_worker_that_ends_or_is_stuck_is_replaced_while_the_others_serve(crew:
     by_every_worker(
         crew, caller, lambda again, metadata: again.keys.ListKeys(kpb.ListKeysRequest(), timeout=20, metadata=metadata)
     )
+
+
+@pytest.mark.slow
+def test_a_service_without_any_worker_soon_has_one(deployment: Deployment) -> None:
+    prepare(deployment)
+    with deployment.serving("--workers", str(WORKERS)) as server:
+        for _ in range(4):
+            victims = server.workers()
+            for victim in victims:
+                os.kill(victim, signal.SIGKILL)
+            eventually(lambda: bool(server.workers().keys() - victims.keys()))  # noqa: B023  # it is called at once
+        pauses = [line["pause_seconds"] for line in server.log() if line["event"] == "worker replaced"]
+        assert pauses[-1] == 1
 
 
 def test_secrets_are_in_no_command_line_or_environment_and_the_supervisor_has_neither_token_nor_grpc(crew: RunningServer) -> None:
@@ -238,7 +240,9 @@ def test_more_workers_than_the_token_has_sessions_for_are_refused(deployment: De
 
 
 def test_crashes_in_a_row_are_met_with_longer_and_longer_pauses() -> None:
-    assert [pause_seconds(crashes) for crashes in (1, 2, 3, 4, 6, 7, 10_000)] == [0, 1, 2, 4, 16, 30, 30]
+    crashes = (1, 2, 3, 4, 6, 7, 10_000)
+    assert [pause_seconds(number, is_served=True) for number in crashes] == [0, 1, 2, 4, 16, 30, 30]
+    assert [pause_seconds(number, is_served=False) for number in crashes] == [0, 1, 1, 1, 1, 1, 1]
 
 
 def test_the_port_is_free_again_after_an_earlier_service(deployment: Deployment) -> None:
@@ -259,7 +263,7 @@ def test_the_port_is_free_again_after_an_earlier_service(deployment: Deployment)
 
 
 def test_supervisor_and_workers_may_open_as_much_as_the_host_lets_them(crew: RunningServer) -> None:
-    for pid in (crew.process.pid, *workers(crew)):
+    for pid in (crew.process.pid, *crew.workers()):
         soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         assert soft == hard > LOW_LIMIT
 
@@ -286,6 +290,6 @@ def test_one_address_shows_every_worker_and_those_that_replace_them(crew: Runnin
     assert seen("kms_workers") == {"": 2.0}
     assert crew.seen("/readyz") == (200, "worker 1: ready\nworker 2: ready\n")
     assert crew.seen("/livez") == (200, "alive\n")
-    killed, number = next(iter(workers(crew).items()))
+    killed, number = next(iter(crew.workers().items()))
     os.kill(killed, signal.SIGKILL)
-    eventually(lambda: killed not in workers(crew) and number in workers(crew).values() and len(seen("kms_ready")) == 2)
+    eventually(lambda: killed not in crew.workers() and number in crew.workers().values() and len(seen("kms_ready")) == 2)
