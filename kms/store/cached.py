@@ -4,9 +4,9 @@ What is remembered saves reads and decides nothing: the charge looks at the data
 database has it, ciphertext.
 """
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeVar
 from uuid import UUID
 
 from kms.app.ports import (
@@ -30,6 +30,9 @@ from kms.domain.ids import KeyId, KeyRef, UserId
 from kms.domain.keys import KeyFilter, KeyRecord, UsableKey
 from kms.domain.lifecycle import Move
 from kms.store.cache import Cache, CacheStatus
+from kms.store.misses import Misses
+
+T = TypeVar("T")
 
 _KEY_BYTES: Final = 2048  # of objects, beside the texts in them
 _USER_BYTES: Final = 1024
@@ -45,10 +48,11 @@ def _user_cache() -> Cache[UserId, User]:
 
 @dataclass(frozen=True, slots=True)
 class CachedKeys:
-    """`Keys` that remembers what was fetched to be used."""
+    """`Keys` that remembers what was fetched to be used, and looks only so often for what is not there: RATE_LIMITED."""
 
     stored: Keys
     cache: Cache[tuple[UserId, KeyRef], UsableKey] = field(default_factory=_key_cache, repr=False)
+    misses: Misses = field(default_factory=Misses, repr=False)
 
     async def insert(self, caller: UserId, key: NewKey, *, call: Call | None = None, repeat: Repeat | None = None) -> KeyRecord:
         """Store a key: see `Keys.insert`."""
@@ -57,11 +61,11 @@ class CachedKeys:
     async def find(self, caller: UserId, ref: KeyRef, *, recent: bool = False) -> KeyRecord | None:
         """Return the key as it is, or where *recent* will do as it was at most a second ago; or None."""
         key = await self.find_usable(caller, ref, recent=True) if recent else None
-        return key.record if key is not None else await self.stored.find(caller, ref)
+        return key.record if key is not None else await self._sought(caller, ref, self.stored.find)
 
     async def find_usable(self, caller: UserId, ref: KeyRef, *, recent: bool = False) -> UsableKey | None:
         """Return the key with its envelope as it is, or where *recent* will do as it was at most a second ago; or None."""
-        return await self.cache.find((caller, ref), lambda: self.stored.find_usable(caller, ref), recent=recent)
+        return await self.cache.find((caller, ref), lambda: self._sought(caller, ref, self.stored.find_usable), recent=recent)
 
     async def page(self, caller: UserId, which: KeyFilter, *, after: str, limit: int) -> KeyPage:
         """Return keys in the order of their names: see `Keys.page`."""
@@ -74,6 +78,12 @@ class CachedKeys:
     def status(self) -> CacheStatus:
         """Return what the cache has done so far."""
         return self.cache.status()
+
+    async def _sought(self, caller: UserId, ref: KeyRef, read: Callable[[UserId, KeyRef], Awaitable[T | None]]) -> T | None:
+        self.misses.check(caller, ref)
+        key = await read(caller, ref)
+        self.misses.note(caller, ref, is_there=key is not None)
+        return key
 
 
 @dataclass(frozen=True, slots=True)

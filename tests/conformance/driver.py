@@ -28,7 +28,8 @@ _PAUSE_SECONDS: Final = 0.05
 class Job:
     """Who calls whom. `repeats`: each request has a `request_id` and is sent again until there is an answer.
 
-    With `bad_calls_a_second` the clients decrypt under a key that is not there instead, so often.
+    With `calls_a_second` all clients together sign so often, if they can; else as often as they can. With
+    `bad_calls_a_second` they decrypt under a key that is not there instead, so often.
     """
 
     addresses: Sequence[str]
@@ -39,6 +40,7 @@ class Job:
     clients: int
     repeats: bool
     seconds_max: float
+    calls_a_second: int = 0
     bad_calls_a_second: int = 0
 
 
@@ -105,9 +107,13 @@ async def _flood(job: Job, number: int, until: float, uses: list[Use]) -> None:
 
 
 async def _client(job: Job, number: int, until: float, uses: list[Use]) -> None:
+    pause = job.clients / job.calls_a_second if job.calls_a_second else 0.0
+    due = time.monotonic()
     async with _Stubs(job, number) as stubs:
         while time.monotonic() < until:
             use = await _use(job, stubs, until)
+            due += pause
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
             uses.append(use)
             if use.outcome == LIMIT_REACHED:
                 return

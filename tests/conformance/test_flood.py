@@ -3,19 +3,28 @@
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from uuid import uuid4
 
 import psycopg
 import pytest
 
 from kms.domain.ids import UserId, identity_uri
+from kms.store.misses import MISSES_MAX
+from kms.v1 import crypto_pb2 as cpb
+from kms.v1 import keys_pb2 as kpb
 from tests.conformance.crew import crew
-from tests.conformance.driver import Job, started, told
+from tests.conformance.driver import Job, Use, started, told
+from tests.conformance.refusals import refusal
+from tests.conformance.refuser import refusal_seconds
 from tests.conformance.requests import made
-from tests.fixtures.server import DEPLOYMENT, Deployment
+from tests.fixtures.server import DEPLOYMENT, Caller, Deployment, RunningServer
 
 ROUNDS = 5
 ROUND_SECONDS = 6.0
+SIGNATURES_A_SECOND = 50
 BAD_CALLS_A_SECOND = 1000
+BARE_SECONDS = 204e-6  # of a core, for a bare call of gRPC, on the machine for which these rates are meant
+REFUSED = ("KEY_NOT_FOUND", "RATE_LIMITED")
 
 
 def job_of(deployment: Deployment, addresses: list[str], user: UserId) -> Job:
@@ -24,31 +33,45 @@ def job_of(deployment: Deployment, addresses: list[str], user: UserId) -> Job:
     return Job(addresses, ca, issued.certificate.decode(), issued.key.decode(), "k", 8, False, ROUND_SECONDS)
 
 
-def rates(signing: Job, flood: Job | None) -> tuple[float, float]:
-    """Return signatures and refused bad calls a second."""
+def driven(signing: Job, flood: Job | None = None) -> tuple[list[Use], int]:
+    """Return the signings and the number of refused bad calls."""
     with ThreadPoolExecutor(2) as pool:
         flooding = pool.submit(told, started(flood)) if flood is not None else None
         uses = pool.submit(told, started(signing)).result()
-        refused = flooding.result() if flooding is not None else []
+        bad = flooding.result() if flooding is not None else []
     assert {use.outcome for use in uses} == {"OK"}
-    return len(uses) / ROUND_SECONDS, sum(use.outcome == "KEY_NOT_FOUND" for use in refused) / ROUND_SECONDS
+    return uses, sum(use.outcome in REFUSED for use in bad)
+
+
+def p99(uses: list[Use]) -> float:
+    return sorted(use.seconds for use in uses)[len(uses) * 99 // 100]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_signing_goes_on_beside_a_flood_of_bad_calls(deployment: Deployment) -> None:
+def test_signing_keeps_its_rate_beside_a_flood_of_bad_calls(deployment: Deployment) -> None:
+    """On a slower machine there is less of both, so that a bare server would have as much to do with the flood."""
     with deployment.serving() as server, crew(deployment, 2) as members:
         caller, flooder = server.caller(), deployment.new_user()
         made(caller, "secp256k1")
         addresses = [server.address, *(member.address for member in members)]
-        signing = job_of(deployment, addresses, caller.user_id)
-        flood = replace(job_of(deployment, addresses, flooder), bad_calls_a_second=BAD_CALLS_A_SECOND)
-        rates(signing, None)
-        measured = [(rates(signing, None), rates(signing, flood)) for _ in range(ROUNDS)]
-        for (alone, _), (beside, refused) in measured:
-            print(f"{alone:.0f} signatures/s alone, {beside:.0f}/s beside {refused:.0f} refusals/s: {beside / alone:.2f}")
-    ratio = statistics.median(beside / alone for (alone, _), (beside, _) in measured)
-    assert ratio >= 0.5
+        whole_flood = replace(job_of(deployment, addresses, flooder), bad_calls_a_second=BAD_CALLS_A_SECOND)
+        bare_seconds = refusal_seconds(deployment, lambda address: told(started(replace(whole_flood, addresses=[address]))))
+        share = min(1.0, BARE_SECONDS / bare_seconds)
+        print(f"a bare refusal takes {bare_seconds * 1e6:.0f} us here: {share:.2f} of the rates")
+        flood = replace(whole_flood, bad_calls_a_second=round(BAD_CALLS_A_SECOND * share))
+        signing = replace(
+            job_of(deployment, addresses, caller.user_id), calls_a_second=max(1, round(SIGNATURES_A_SECOND * share))
+        )
+        driven(signing)
+        measured = [(driven(signing)[0], *driven(signing, flood)) for _ in range(ROUNDS)]
+    for alone, beside, refused in measured:
+        print(
+            f"{len(alone) / ROUND_SECONDS:.0f} signatures/s alone, p99 {p99(alone):.2f} s; {len(beside) / ROUND_SECONDS:.0f}/s "
+            f"beside {refused / ROUND_SECONDS:.0f} refusals/s, p99 {p99(beside):.2f} s: {len(beside) / len(alone):.2f}"
+        )
+    assert statistics.median(len(beside) / len(alone) for alone, beside, _ in measured) >= 0.9
+    assert max(p99(beside) for _, beside, _ in measured) < 2
     query = """
         SELECT sum(coalesce((event_details ->> 'count')::int, 1)) FROM audit.security_events
         WHERE event_type = 'request.refused' AND user_id = %s
@@ -56,4 +79,22 @@ def test_signing_goes_on_beside_a_flood_of_bad_calls(deployment: Deployment) -> 
     with psycopg.connect(deployment.database.admin_dsn) as connection:
         row = connection.execute(query, (flooder,)).fetchone()
     assert row is not None
-    assert row[0] >= sum(refused for _, (_, refused) in measured) * ROUND_SECONDS * 0.99
+    assert row[0] >= sum(refused for _, _, refused in measured)
+
+
+def test_keys_that_are_not_there_are_looked_for_so_often_and_those_that_are_there_always(
+    server: RunningServer, caller: Caller
+) -> None:
+    made(caller, "ed25519", name="mine")
+    caller.crypto.Sign(cpb.SignRequest(key="mine", message=b"m"))
+    reasons = [
+        refusal(caller.crypto.Sign, cpb.SignRequest(key=f"none-{n}", message=b"m")).reason for n in range(MISSES_MAX + 100)
+    ]
+    assert reasons[:100] == ["KEY_NOT_FOUND"] * 100
+    assert "RATE_LIMITED" in reasons
+    assert set(reasons) == set(REFUSED)
+    assert refusal(caller.keys.GetKey, kpb.GetKeyRequest(key=str(uuid4()))).reason == "RATE_LIMITED"
+    for _ in range(3):
+        caller.crypto.Sign(cpb.SignRequest(key="mine", message=b"m"))
+        caller.keys.GetKey(kpb.GetKeyRequest(key="mine"))
+    assert refusal(server.caller().keys.GetKey, kpb.GetKeyRequest(key="none")).reason == "KEY_NOT_FOUND"
