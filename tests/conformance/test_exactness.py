@@ -5,10 +5,11 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import chain
 
 import psycopg
 import pytest
@@ -23,7 +24,10 @@ WORKERS = 3
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How many clients there are in how many processes, and how often a worker is killed beside them."""
+    """How many clients each of how many processes has, and how often a worker is killed beside them.
+
+    Half of the processes use a key without `request_id`, the others another key with it.
+    """
 
     processes: int
     clients: int
@@ -78,21 +82,23 @@ def run(deployment: Deployment, limits: Sequence[int], load: Load) -> None:
     with deployment.serving("--workers", str(WORKERS)) as server:
         caller = server.caller()
         for limit in limits:
-            for repeats in (False, True):
-                request = create("secp256k1", name=f"k-{limit}-{repeats}")
+            names = {repeats: f"k-{limit}-{repeats}" for repeats in (False, True)}
+            for name in names.values():
+                request = create("secp256k1", name=name)
                 request.max_usage_count = limit
                 caller.keys.CreateKey(request, timeout=60, wait_for_ready=True)
-                job = job_of(server, caller.user_id, request.name, load, repeats=repeats)
-                began = time.monotonic()
-                uses, kills = driven(job, server, load)
-                found = facts(deployment, request.name)
+            began = time.monotonic()
+            jobs = {repeats: job_of(server, caller.user_id, name, load, repeats=repeats) for repeats, name in names.items()}
+            used, kills = driven(jobs, server, load)
+            seconds = time.monotonic() - began
+            for repeats, uses in used.items():
+                found = facts(deployment, names[repeats])
                 outcomes = dict(Counter(use.outcome for use in uses))
-                seconds = time.monotonic() - began
                 print(f"N = {limit}, request_id {repeats}: {outcomes}, charged {found.counter}, {kills} kills, {seconds:.0f} s")
                 assert LIMIT_REACHED in outcomes
                 check(limit, repeats, found, uses)
                 # What the killed workers had in flight, and no more, is charged without a result.
-                assert found.counter - outcomes["OK"] <= kills * load.processes * load.clients
+                assert found.counter - outcomes["OK"] <= kills * load.clients * load.processes // 2
 
 
 def job_of(server: RunningServer, user: UserId, key: str, load: Load, *, repeats: bool) -> Job:
@@ -103,16 +109,16 @@ def job_of(server: RunningServer, user: UserId, key: str, load: Load, *, repeats
     return Job([server.address], ca, certificate, private_key, key, load.clients, repeats, load.seconds_max)
 
 
-def driven(job: Job, server: RunningServer, load: Load) -> tuple[list[Use], int]:
-    """Run the clients and kill workers beside them; return the uses and how many were killed."""
+def driven(jobs: Mapping[bool, Job], server: RunningServer, load: Load) -> tuple[dict[bool, list[Use]], int]:
+    """Run the clients and kill workers beside them; return the uses of each job and how many workers were killed."""
     kills = 0
     with ThreadPoolExecutor(load.processes) as pool:
-        working = [pool.submit(told, started(job)) for _ in range(load.processes)]
-        while not done_within(working, random.uniform(*load.seconds_between_kills)):
+        working = {name: [pool.submit(told, started(job)) for _ in range(load.processes // 2)] for name, job in jobs.items()}
+        while not done_within([*chain(*working.values())], random.uniform(*load.seconds_between_kills)):
             if serving := list(server.workers()):
                 os.kill(random.choice(serving), signal.SIGKILL)
                 kills += 1
-        return [use for each in working for use in each.result()], kills
+        return {name: [use for each in processes for use in each.result()] for name, processes in working.items()}, kills
 
 
 def done_within(working: "Sequence[Future[list[Use]]]", seconds: float) -> bool:

@@ -82,10 +82,11 @@ def test_signing_keeps_its_rate_beside_a_flood_of_bad_calls(deployment: Deployme
     assert row[0] >= sum(refused for _, _, refused in measured)
 
 
-def test_keys_that_are_not_there_are_looked_for_so_often_and_those_that_are_there_always(
+def test_keys_that_are_not_there_are_looked_for_so_often_and_revoking_and_keys_in_use_go_on(
     server: RunningServer, caller: Caller
 ) -> None:
     made(caller, "ed25519", name="mine")
+    made(caller, "ed25519", name="unused")
     caller.crypto.Sign(cpb.SignRequest(key="mine", message=b"m"))
     reasons = [
         refusal(caller.crypto.Sign, cpb.SignRequest(key=f"none-{n}", message=b"m")).reason for n in range(MISSES_MAX + 100)
@@ -97,4 +98,7 @@ def test_keys_that_are_not_there_are_looked_for_so_often_and_those_that_are_ther
     for _ in range(3):
         caller.crypto.Sign(cpb.SignRequest(key="mine", message=b"m"))
         caller.keys.GetKey(kpb.GetKeyRequest(key="mine"))
+    while refusal(caller.keys.GetKey, kpb.GetKeyRequest(key="none")).reason != "RATE_LIMITED":
+        pass
+    caller.keys.RevokeKey(kpb.RevokeKeyRequest(key="unused", reason="lost"))  # at once
     assert refusal(server.caller().keys.GetKey, kpb.GetKeyRequest(key="none")).reason == "KEY_NOT_FOUND"

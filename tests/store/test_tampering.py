@@ -4,7 +4,7 @@ import asyncio
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -176,7 +176,9 @@ def test_a_row_of_an_order_that_no_transaction_has_is_found(
     lines, online = edited(postgres, sealed, copied)
     finding = checked(sealed.reader, lines).finding
     assert finding is not None
-    assert finding == online.finding
+    assert online.finding is not None
+    # The messages name how far transactions were when each looked, and PostgreSQL's own processes have some, too.
+    assert replace(finding, message="") == replace(online.finding, message="")
     assert (finding.difference, finding.after_size) == (Difference.ROW_INSERTED, (0, *sealed.sizes)[checkpoints])
 
 
@@ -191,7 +193,9 @@ def test_a_row_does_not_hide_behind_another_of_its_id_and_order_at_the_end_of_a_
     """)  # fmt: skip
     finding = checked(sealed.reader, lines).finding
     assert finding is not None
-    assert finding == online.finding
+    assert online.finding is not None
+    # The messages name how far transactions were when each looked, and PostgreSQL's own processes have some, too.
+    assert replace(finding, message="") == replace(online.finding, message="")
     assert (finding.difference, finding.after_size) == (Difference.ROW_INSERTED, sealed.sizes[0])
 
 
