@@ -113,9 +113,10 @@ def keys_as_they_are() -> Iterator[None]:
 def refused_key(reason: str) -> KeyId | None:
     """Return the caller's key that this call found last, for the line of the trail that says it was refused for *reason*.
 
-    None where it found none, and with KEY_NOT_FOUND: then it is not, or no longer, the caller's.
+    None where it found none, and with KEY_NOT_FOUND and RATE_LIMITED: then it is another that is not, or no longer, the
+    caller's, or was not looked for.
     """
-    return None if reason == Reason.KEY_NOT_FOUND else _FOUND.get()
+    return None if reason in (Reason.KEY_NOT_FOUND, Reason.RATE_LIMITED) else _FOUND.get()
 
 
 def _check_limit(key: KeyRecord, use: Use) -> None:

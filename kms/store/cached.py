@@ -4,9 +4,9 @@ What is remembered saves reads and decides nothing: the charge looks at the data
 database has it, ciphertext.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from typing import Final
 from uuid import UUID
 
 from kms.app.ports import (
@@ -32,8 +32,6 @@ from kms.domain.lifecycle import Move
 from kms.store.cache import Cache, CacheStatus
 from kms.store.misses import Misses
 
-T = TypeVar("T")
-
 _KEY_BYTES: Final = 2048  # of objects, beside the texts in them
 _USER_BYTES: Final = 1024
 
@@ -48,7 +46,10 @@ def _user_cache() -> Cache[UserId, User]:
 
 @dataclass(frozen=True, slots=True)
 class CachedKeys:
-    """`Keys` that remembers what was fetched to be used, and looks only so often for what is not there: RATE_LIMITED."""
+    """`Keys` that remembers what was fetched to be used.
+
+    It looks for keys to be used only so often where there are none, and raises RATE_LIMITED beyond that.
+    """
 
     stored: Keys
     cache: Cache[tuple[UserId, KeyRef], UsableKey] = field(default_factory=_key_cache, repr=False)
@@ -56,16 +57,21 @@ class CachedKeys:
 
     async def insert(self, caller: UserId, key: NewKey, *, call: Call | None = None, repeat: Repeat | None = None) -> KeyRecord:
         """Store a key: see `Keys.insert`."""
-        return await self.stored.insert(caller, key, call=call, repeat=repeat)
+        record = await self.stored.insert(caller, key, call=call, repeat=repeat)
+        self.misses.see(record)
+        return record
 
     async def find(self, caller: UserId, ref: KeyRef, *, recent: bool = False) -> KeyRecord | None:
         """Return the key as it is, or where *recent* will do as it was at most a second ago; or None."""
         key = await self.find_usable(caller, ref, recent=True) if recent else None
-        return key.record if key is not None else await self._sought(caller, ref, self.stored.find)
+        record = key.record if key is not None else await self.stored.find(caller, ref)
+        if record is not None:
+            self.misses.see(record)
+        return record
 
     async def find_usable(self, caller: UserId, ref: KeyRef, *, recent: bool = False) -> UsableKey | None:
         """Return the key with its envelope as it is, or where *recent* will do as it was at most a second ago; or None."""
-        return await self.cache.find((caller, ref), lambda: self._sought(caller, ref, self.stored.find_usable), recent=recent)
+        return await self.cache.find((caller, ref), lambda: self._sought(caller, ref), recent=recent)
 
     async def page(self, caller: UserId, which: KeyFilter, *, after: str, limit: int) -> KeyPage:
         """Return keys in the order of their names: see `Keys.page`."""
@@ -79,10 +85,16 @@ class CachedKeys:
         """Return what the cache has done so far."""
         return self.cache.status()
 
-    async def _sought(self, caller: UserId, ref: KeyRef, read: Callable[[UserId, KeyRef], Awaitable[T | None]]) -> T | None:
-        self.misses.check(caller, ref)
-        key = await read(caller, ref)
-        self.misses.note(caller, ref, is_there=key is not None)
+    async def _sought(self, caller: UserId, ref: KeyRef) -> UsableKey | None:
+        self.misses.pay(caller, ref)
+        try:
+            key = await self.stored.find_usable(caller, ref)
+        except KmsError:
+            self.misses.give_back(caller, ref)
+            raise
+        if key is not None:
+            self.misses.give_back(caller, ref)
+            self.misses.see(key.record)
         return key
 
 

@@ -18,7 +18,7 @@ from kms.app.auditing import Auditing
 from kms.app.encryption import Encryption
 from kms.app.keyring import Keyring
 from kms.app.moving import Destruction, Moving
-from kms.app.ports import Ledger, Lifecycle, Users
+from kms.app.ports import Keys, Ledger, Lifecycle, Users
 from kms.app.repeats import Uses
 from kms.app.signing import Signing
 from kms.app.status import Administration
@@ -188,7 +188,7 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
 
 def _server(
     auditing: Auditing,
-    keys: CachedKeys,
+    keys: Keys,
     users: Users,
     hsm: TokenHsm,
     ledger: Ledger,
@@ -213,8 +213,7 @@ def _server(
     )
     return Server(
         edge,
-        # A move reads what is: and no flood of wrong names keeps anybody from revoking a key.
-        KeyServicer(Keyring(keys, hsm), Moving(keys.stored, lifecycle), uses),
+        KeyServicer(Keyring(keys, hsm), Moving(keys, lifecycle), uses),
         CryptoServicer(Signing(keys, hsm, public_keys), Encryption(keys, hsm, public_keys), uses),
         AuditServicer(auditing),
         AdminServicer(Administration(reports)),

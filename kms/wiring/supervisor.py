@@ -135,11 +135,11 @@ class _Supervisor:
     async def run(self) -> int:
         """Return the exit code, or raise what a worker refused to start with."""
         self._follow_signals()
-        places = [asyncio.create_task(self._keep(1))]
+        places = [self._place(1)]
         await _either(self._serves, self._stopping)
         if self._metrics is not None and self._serves.is_set():
             _LOG.info("seen from outside", address=needed(self._config.metrics).listen, port=self._metrics[1])
-        places += [asyncio.create_task(self._keep(number)) for number in range(2, self._server.workers + 1)]
+        places += [self._place(number) for number in range(2, self._server.workers + 1)]
         await self._stopping.wait()
         if self._workers:
             _LOG.info("draining", workers=len(self._workers), seconds=self._server.call_seconds_max)
@@ -168,13 +168,18 @@ class _Supervisor:
         for worker in self._workers.values():
             worker.tell(order)
 
+    def _place(self, number: int) -> asyncio.Task[None]:
+        place = asyncio.create_task(self._keep(number))
+        place.add_done_callback(lambda _: self._stopping.set())  # it ends with all, or by a bug, which `run` raises
+        return place
+
     async def _keep(self, number: int) -> None:
         """Have a worker in this place until it is time to stop."""
         crashes = 0
         while not self._stopping.is_set():
             try:
                 worker = self._workers[number] = await self._started(number)
-            except OSError as error:
+            except (OSError, RuntimeError) as error:  # the latter where there is no thread left to wait for it
                 await self._not_started(number, error)
                 continue
             if self._stopping.is_set():  # meanwhile: it has not heard the order
@@ -191,13 +196,13 @@ class _Supervisor:
                 _LOG.warning("worker replaced", number=number, pid=worker.process.pid, code=code, pause_seconds=pause)
                 await _either(self._stopping, seconds=pause)
 
-    async def _not_started(self, number: int, error: OSError) -> None:
+    async def _not_started(self, number: int, error: OSError | RuntimeError) -> None:
         """Wait for another try: the host has no process or descriptor to spare. Where nobody serves yet, it ends everything."""
         if not self._serves.is_set():
             self._failure = error
             self._stopping.set()
             return
-        _LOG.error("worker not started", number=number, error=error.strerror, pause_seconds=_RETRY_SECONDS)
+        _LOG.error("worker not started", number=number, error=str(error), pause_seconds=_RETRY_SECONDS)
         await _either(self._stopping, seconds=_RETRY_SECONDS)
 
     async def _started(self, number: int) -> _Worker:
@@ -210,8 +215,8 @@ class _Supervisor:
                 pass_fds=(theirs.fileno(),),
                 stdin=DEVNULL,
             )
-        except OSError:
-            ours.close()
+        except BaseException:
+            ours.close()  # a process that was started all the same ends with it
             raise
         finally:
             theirs.close()
@@ -261,7 +266,7 @@ class _Supervisor:
 
     def _is_final(self, worker: _Worker, code: int) -> bool:
         """Whether the end of *worker* ends everything: it did not start, and trying again would not help."""
-        if worker.refusal is not None and not (worker.refusal.may_pass and self._is_served()):
+        if worker.refusal is not None and not (worker.refusal.may_pass and self._serves.is_set()):
             self._failure = worker.refusal.error
         elif not self._serves.is_set():
             self._exit_code = _as_exit_code(code) or 1

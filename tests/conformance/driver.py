@@ -29,7 +29,7 @@ class Job:
     """Who calls whom. `repeats`: each request has a `request_id` and is sent again until there is an answer.
 
     With `calls_a_second` all clients together sign so often, if they can; else as often as they can. With
-    `bad_calls_a_second` they decrypt under a key that is not there instead, so often.
+    `bad_calls_a_second` they decrypt under keys that are not there instead, so often.
     """
 
     addresses: Sequence[str]
@@ -88,7 +88,6 @@ async def main(job: Job) -> list[Use]:
 
 async def _flood(job: Job, number: int, until: float, uses: list[Use]) -> None:
     """Send bad calls at a steady pace, whether or not they are answered."""
-    request = cpb.DecryptRequest(ciphertext=b"\x01" + bytes(60))
     pause = job.clients / job.bad_calls_a_second
     due = time.monotonic()
     async with _Stubs(job, number) as stubs, asyncio.TaskGroup() as group:
@@ -96,7 +95,7 @@ async def _flood(job: Job, number: int, until: float, uses: list[Use]) -> None:
         async def call() -> None:
             began = time.monotonic()
             try:
-                await stubs.current.Decrypt(request, timeout=2)
+                await stubs.current.Decrypt(cpb.DecryptRequest(ciphertext=b"\x01" + uuid4().bytes + bytes(44)), timeout=2)
             except grpc.RpcError as error:
                 uses.append(Use("", reason_of(error), "", time.monotonic() - began))
 

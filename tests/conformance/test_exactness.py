@@ -35,7 +35,7 @@ class Load:
     seconds_max: float
 
 
-SHORT = Load(processes=2, clients=8, seconds_between_kills=(0.5, 2.0), seconds_max=60)
+SHORT = Load(processes=2, clients=8, seconds_between_kills=(1.0, 2.5), seconds_max=60)
 LONG = Load(processes=4, clients=16, seconds_between_kills=(2.0, 5.0), seconds_max=900)
 
 
@@ -80,7 +80,7 @@ def check(limit: int, repeats: bool, facts: Facts, uses: Sequence[Use]) -> None:
 def run(deployment: Deployment, limits: Sequence[int], load: Load) -> None:
     deployment.write_config(sessions_max=64)
     with deployment.serving("--workers", str(WORKERS)) as server:
-        caller = server.caller()
+        caller, killed = server.caller(), 0
         for limit in limits:
             names = {repeats: f"k-{limit}-{repeats}" for repeats in (False, True)}
             for name in names.values():
@@ -90,6 +90,7 @@ def run(deployment: Deployment, limits: Sequence[int], load: Load) -> None:
             began = time.monotonic()
             jobs = {repeats: job_of(server, caller.user_id, name, load, repeats=repeats) for repeats, name in names.items()}
             used, kills = driven(jobs, server, load)
+            killed += kills
             seconds = time.monotonic() - began
             for repeats, uses in used.items():
                 found = facts(deployment, names[repeats])
@@ -99,6 +100,7 @@ def run(deployment: Deployment, limits: Sequence[int], load: Load) -> None:
                 check(limit, repeats, found, uses)
                 # What the killed workers had in flight, and no more, is charged without a result.
                 assert found.counter - outcomes["OK"] <= kills * load.clients * load.processes // 2
+        assert killed > 0
 
 
 def job_of(server: RunningServer, user: UserId, key: str, load: Load, *, repeats: bool) -> Job:
@@ -130,7 +132,7 @@ def done_within(working: "Sequence[Future[list[Use]]]", seconds: float) -> bool:
 
 @pytest.mark.timeout(180)
 def test_limits_are_exact_while_workers_are_killed(deployment: Deployment) -> None:
-    run(deployment, [7, 400], SHORT)
+    run(deployment, [7, 300], SHORT)
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def records(server: RunningServer, key_id: str, action: str) -> int:
     return int(row[0])
 
 
-@pytest.mark.parametrize("limit", [1, 7, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("limit", [1, pytest.param(7, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)])
 def test_at_most_n_results_are_had_and_all_n_can_be(deployment: Deployment, limit: int) -> None:
     with deployment.serving() as one, deployment.serving() as other:
         first = one.caller()

@@ -1,6 +1,7 @@
 """`kms serve --workers N`: several processes on one port, under a supervisor."""
 
 import itertools
+import json
 import os
 import resource
 import signal
@@ -132,8 +133,9 @@ def test_a_service_without_any_worker_soon_has_one(deployment: Deployment) -> No
             for victim in victims:
                 os.kill(victim, signal.SIGKILL)
             eventually(lambda: bool(server.workers().keys() - victims.keys()))  # noqa: B023  # it is called at once
-        pauses = [line["pause_seconds"] for line in server.log() if line["event"] == "worker replaced"]
-        assert pauses[-1] == 1
+        told = (line[line.rindex("{") :] for line in server.log_file.read_text().splitlines() if "worker replaced" in line)
+        pauses = [json.loads(line)["pause_seconds"] for line in told]
+        assert min(pauses[-WORKERS:]) == 1  # of the last to end: the others may have seen him serve
 
 
 def test_secrets_are_in_no_command_line_or_environment_and_the_supervisor_has_neither_token_nor_grpc(crew: RunningServer) -> None:

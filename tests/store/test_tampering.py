@@ -127,23 +127,42 @@ CHECKPOINT_EDITS: Final = {
 }  # fmt: skip
 
 
-def edited(postgres: EmbeddedPostgres, sealed: Sealed, statement: str) -> tuple[list[bytes], Any]:
-    """Run a statement as the superuser in a copy; return the exported trail, and what verifying it there finds."""
+EDITED: Final = ("audit.security_events", "audit.domain_events", "audit.checkpoints", "audit.archived_partitions")
+
+
+@pytest.fixture(scope="module")
+def copy(postgres: EmbeddedPostgres, sealed: Sealed) -> Iterator[Database]:
+    """A copy of the sealed database to be edited, with what `edited` puts it back from."""
     with copy_of(postgres, sealed.database) as copy:
         with psycopg.connect(copy.admin_dsn) as admin:
             for table in TABLES:  # as whoever makes such an edit can
                 admin.execute(f"ALTER TABLE audit.{table} DROP CONSTRAINT commit_order_of_a_transaction".encode())
+            for table in EDITED:
+                admin.execute(f"CREATE TABLE saved_{table.replace('.', '_')} AS TABLE {table}".encode())
+        yield copy
+
+
+def edited(copy: Database, sealed: Sealed, statement: str) -> tuple[list[bytes], Any]:
+    """Run a statement as the superuser and undo it; return the trail as it was exported, and what verifying it found."""
+
+    async def look() -> tuple[list[bytes], Any]:
+        async with open_pool(copy.dsn, 2) as pool:
+            return await lines_of(copy.dsn), await VerifyTrail(StoredSealedTrail(pool), sealed.reader).verify()
+
+    with psycopg.connect(copy.admin_dsn, autocommit=True) as admin:
+        try:
             assert admin.execute(statement.encode()).rowcount > 0
+            return asyncio.run(look())
+        finally:
+            with admin.transaction():
+                admin.execute("SET LOCAL session_replication_role = replica")
+                for table in EDITED:
+                    admin.execute(f"DELETE FROM {table}".encode())
+                    admin.execute(f"INSERT INTO {table} SELECT * FROM saved_{table.replace('.', '_')}".encode())
 
-        async def look() -> tuple[list[bytes], Any]:
-            async with open_pool(copy.dsn, 2) as pool:
-                return await lines_of(copy.dsn), await VerifyTrail(StoredSealedTrail(pool), sealed.reader).verify()
 
-        return asyncio.run(look())
-
-
-def test_a_trail_that_nobody_edited_verifies(postgres: EmbeddedPostgres, sealed: Sealed) -> None:
-    lines, online = edited(postgres, sealed, "SELECT 1")
+def test_a_trail_that_nobody_edited_verifies(copy: Database, sealed: Sealed) -> None:
+    lines, online = edited(copy, sealed, "SELECT 1")
     report = checked(sealed.reader, lines, sealed.outside)
     assert (report.finding, report.verified_size, report.checkpoints, report.unsealed) == (None, sealed.sizes[-1], 3, 2)
     assert online == report == judged(report, 0, ())
@@ -151,12 +170,12 @@ def test_a_trail_that_nobody_edited_verifies(postgres: EmbeddedPostgres, sealed:
 
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("edit", ROW_EDITS)
-def test_an_edited_row_is_found(postgres: EmbeddedPostgres, sealed: Sealed, table: str, edit: str) -> None:
+def test_an_edited_row_is_found(copy: Database, sealed: Sealed, table: str, edit: str) -> None:
     statement, difference = ROW_EDITS[edit]
     row, (column, value) = ROW.format(table=table), COLUMN[table]
     moment = "created_at" if table == "security_events" else "occurred_at"
     filled = statement.format(table=table, row=row, column=column, value=value, copy=COPY[table].format(row=row), moment=moment)
-    lines, online = edited(postgres, sealed, filled)
+    lines, online = edited(copy, sealed, filled)
     finding = checked(sealed.reader, lines).finding
     assert finding is not None
     assert finding == online.finding
@@ -170,10 +189,10 @@ OUT_OF_PLACE: Final = (("security_events", -5, 0), ("domain_events", -(2**63), 0
 
 @pytest.mark.parametrize(("table", "order", "checkpoints"), OUT_OF_PLACE)
 def test_a_row_of_an_order_that_no_transaction_has_is_found(
-    postgres: EmbeddedPostgres, sealed: Sealed, table: str, order: int, checkpoints: int
+    copy: Database, sealed: Sealed, table: str, order: int, checkpoints: int
 ) -> None:
     copied = COPY[table].format(row=ROW.format(table=table)).replace("commit_order FROM", f"{order} FROM").replace("{{}}", "{}")
-    lines, online = edited(postgres, sealed, copied)
+    lines, online = edited(copy, sealed, copied)
     finding = checked(sealed.reader, lines).finding
     assert finding is not None
     assert online.finding is not None
@@ -183,10 +202,10 @@ def test_a_row_of_an_order_that_no_transaction_has_is_found(
 
 
 def test_a_row_does_not_hide_behind_another_of_its_id_and_order_at_the_end_of_a_page(
-    postgres: EmbeddedPostgres, sealed: Sealed, monkeypatch: pytest.MonkeyPatch
+    copy: Database, sealed: Sealed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verifying, "_ROWS_READ_MAX", 1)
-    lines, online = edited(postgres, sealed, f"""
+    lines, online = edited(copy, sealed, f"""
         INSERT INTO audit.security_events (id, event_type, severity, commit_order, created_at)
         SELECT id, 'forged', 'low', commit_order, created_at + interval '1 second'
         FROM audit.security_events WHERE id = {ROW.format(table="security_events")}
@@ -200,16 +219,16 @@ def test_a_row_does_not_hide_behind_another_of_its_id_and_order_at_the_end_of_a_
 
 
 @pytest.mark.parametrize("edit", CHECKPOINT_EDITS)
-def test_an_edited_checkpoint_is_found(postgres: EmbeddedPostgres, sealed: Sealed, edit: str) -> None:
+def test_an_edited_checkpoint_is_found(copy: Database, sealed: Sealed, edit: str) -> None:
     statement, difference = CHECKPOINT_EDITS[edit]
     first, middle, last = sealed.sizes
-    lines, _ = edited(postgres, sealed, statement.format(first=first, middle=middle, last=last))
+    lines, _ = edited(copy, sealed, statement.format(first=first, middle=middle, last=last))
     finding = checked(sealed.reader, lines, sealed.outside).finding
     assert finding is not None
     assert finding.difference is difference
 
 
-def test_a_trail_cut_off_with_its_checkpoints_is_found_by_those_kept_outside(postgres: EmbeddedPostgres, sealed: Sealed) -> None:
+def test_a_trail_cut_off_with_its_checkpoints_is_found_by_those_kept_outside(copy: Database, sealed: Sealed) -> None:
     # One statement, as a superuser would who knows the tables: everything behind the first checkpoint goes.
     cut = """
         WITH last AS (SELECT min(horizon) AS horizon FROM audit.checkpoints),
@@ -217,20 +236,18 @@ def test_a_trail_cut_off_with_its_checkpoints_is_found_by_those_kept_outside(pos
             b AS (DELETE FROM audit.domain_events WHERE commit_order >= (SELECT horizon FROM last))
         DELETE FROM audit.checkpoints WHERE horizon > (SELECT horizon FROM last)
     """
-    lines, _ = edited(postgres, sealed, cut)
+    lines, _ = edited(copy, sealed, cut)
     assert checked(sealed.reader, lines).finding is None
     finding = checked(sealed.reader, lines, sealed.outside).finding
     assert finding is not None
     assert (finding.difference, finding.by_size) == (Difference.TRAIL_TRUNCATED, sealed.sizes[1])
 
 
-def test_rows_that_are_said_to_be_archived_and_rows_without_a_checkpoint_are_found(
-    postgres: EmbeddedPostgres, sealed: Sealed
-) -> None:
+def test_rows_that_are_said_to_be_archived_and_rows_without_a_checkpoint_are_found(copy: Database, sealed: Sealed) -> None:
     archived = """INSERT INTO audit.archived_partitions
         VALUES ('security_events_2020_01', (SELECT max(horizon) - 1 FROM audit.checkpoints))"""
     for statement, difference in ((archived, Difference.ROWS_LEFT_OUT), ("DELETE FROM audit.checkpoints", Difference.NOT_SEALED)):
-        lines, online = edited(postgres, sealed, statement)
+        lines, online = edited(copy, sealed, statement)
         for report in (online, checked(sealed.reader, lines)):
             assert report.finding is None
             finding = judged(report, 0, ()).finding
@@ -249,7 +266,7 @@ FILE_EDITS: Final[dict[str, tuple[Callable[[list[bytes]], object], Difference]]]
 
 
 @pytest.mark.parametrize("edit", FILE_EDITS)
-def test_an_edited_file_is_found(postgres: EmbeddedPostgres, sealed: Sealed, edit: str) -> None:
+def test_an_edited_file_is_found(sealed: Sealed, edit: str) -> None:
     lines = asyncio.run(lines_of(sealed.database.dsn))
     change, difference = FILE_EDITS[edit]
     change(lines)
