@@ -138,6 +138,22 @@ def test_a_service_without_any_worker_soon_has_one(deployment: Deployment) -> No
         assert min(pauses[-WORKERS:]) == 1  # of the last to end: the others may have seen him serve
 
 
+@pytest.mark.slow
+def test_a_service_without_any_worker_waits_for_a_token_that_is_away(deployment: Deployment) -> None:
+    prepare(deployment)
+    away = deployment.token.directory.with_name("away")
+    with deployment.serving("--workers", str(WORKERS)) as server:
+        deployment.token.directory.rename(away)
+        victims = server.workers()
+        for victim in victims:
+            os.kill(victim, signal.SIGKILL)
+        eventually(lambda: server.log_file.read_text().count("worker replaced") > 2 * WORKERS)
+        assert not server.workers().keys() - victims.keys()
+        away.rename(deployment.token.directory)
+        eventually(lambda: len(server.workers().keys() - victims.keys()) == WORKERS)
+        made(server.caller(), "ed25519")
+
+
 def test_secrets_are_in_no_command_line_or_environment_and_the_supervisor_has_neither_token_nor_grpc(crew: RunningServer) -> None:
     deployment, supervisor = crew.deployment, crew.process.pid
     secrets = [deployment.token.pin_file.read_bytes(), (deployment.directory / "dsn").read_bytes()]
