@@ -64,7 +64,9 @@ class CachedKeys:
     async def find(self, caller: UserId, ref: KeyRef, *, recent: bool = False) -> KeyRecord | None:
         """Return the key as it is, or where *recent* will do as it was at most a second ago; or None."""
         key = await self.find_usable(caller, ref, recent=True) if recent else None
-        record = key.record if key is not None else await self.stored.find(caller, ref)
+        if key is not None:
+            return key.record
+        record = await self.stored.find(caller, ref)
         if record is not None:
             self.misses.see(record)
         return record
