@@ -31,6 +31,9 @@ async def sent(
     async def drain() -> None:
         await draining.wait()
 
+    # grpc.aio notes that the headers are out only when its first write returns. If that write is cancelled, it sends them again
+    # with the status, which fails, and the client is never told that the stream has ended.
+    await context.send_initial_metadata(())
     await _first(send(), recheck(), drain())
 
 
