@@ -144,7 +144,7 @@ class Edge(Interceptor):
                 user_id = self._identify(context.auth_context())
                 with room.taken(user_id):
                     user = await self._access.admit(user_id, recent=method.name.startswith(_RECENT_WILL_DO))
-                    _CALL.set(Call(user, request_id, _peer(context)))
+                    _CALL.set(Call(user, request_id, peer_address(context.peer())))
                     check_permitted(user.permissions, method.name)
                     response = await act()
         except TimeoutError:
@@ -179,7 +179,7 @@ class Edge(Interceptor):
         self._ledger.note_refusal(self._stranger(context, _request_id(context)), method.rpartition("/")[2], None, error.reason)
 
     def _stranger(self, context: Context, request_id: str) -> Stranger:
-        return Stranger(request_id, _peer(context), self._identify.claimed(context.auth_context()))
+        return Stranger(request_id, peer_address(context.peer()), self._identify.claimed(context.auth_context()))
 
     def _end(self, method: str, request_id: str, began: float, outcome: str) -> None:
         call, seconds = _CALL.get(None), time.monotonic() - began
@@ -211,7 +211,10 @@ def _request_id(context: Context) -> str:
     return str(uuid4())
 
 
-def _peer(context: Context) -> str:
-    """Return the address of the peer without its port: grpc says `ipv4:192.0.2.1:5000` or `ipv6:%5B2001:db8::1%5D:5000`."""
-    kind, _, rest = unquote(context.peer()).partition(":")
-    return rest.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else ""
+def peer_address(peer: str) -> str:
+    """Return the address in what grpc says of a peer, `ipv4:192.0.2.1:5000` or `ipv6:%5Bfe80::1%252%5D:5000`; else nothing.
+
+    Without port and zone (RFC 6874): PostgreSQL's inet, in which it is recorded, knows neither.
+    """
+    kind, _, rest = unquote(peer).partition(":")
+    return rest.rpartition(":")[0].strip("[]").partition("%")[0] if kind in ("ipv4", "ipv6") else ""

@@ -157,7 +157,7 @@ async def _rows(connection: AsyncConnection[DictRow], query: LiteralString, para
 
 
 async def _record(connection: AsyncConnection[DictRow], call: Call, action: str, details: Mapping[str, object]) -> None:
-    parameters = {"action": action, "request_id": call.request_id, "peer": call.peer, "details": Jsonb(dict(details))}
+    parameters = {"action": action, "request_id": call.request_id, "peer": call.peer or None, "details": Jsonb(dict(details))}
     row = await (await connection.execute(RECORD, parameters)).fetchone()
     assert row is not None  # noqa: S101  # a function that returns no set gives a row or raises
     if row["verdict"] == "PERMISSION_DENIED":

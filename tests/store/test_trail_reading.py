@@ -44,3 +44,11 @@ async def test_a_cached_auditor_who_is_none_any_more_reads_nothing_and_leaves_no
             await reading
         assert caught.value.reason == reason
     assert [row["action"] for row in rows(database, RECORDED)] == ["search", "tail"]
+
+
+async def test_a_reading_by_a_peer_without_an_address_is_recorded_without_one(database: Database, store: Pool) -> None:
+    user_id = await StoredUsers(store).create_service("inspector", "auditor")
+    call = Call(User(user_id, "inspector", 1, frozenset({Permission.AUDIT_READ})), "r-1", "")
+    await StoredTrail(store).record(call, "verify", {})
+    query = "SELECT source_ip FROM audit.security_events WHERE event_type = 'audit.read'"
+    assert [row["source_ip"] for row in rows(database, query)] == [None]
