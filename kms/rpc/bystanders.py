@@ -13,6 +13,7 @@ import grpc
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import UserId
 from kms.rpc.status import abort, status_of
+from kms.rpc.streams import begin, first
 
 Context = grpc.aio.ServicerContext[Any, Any]
 if TYPE_CHECKING:  # generic in the stubs only
@@ -39,11 +40,15 @@ class Identify(Protocol):
 
 
 class Bystanders:
-    """Guards methods that are not ours. *note* is told of each refusal, with the method's name."""
+    """Guards methods that are not ours. *note* is told of each refusal, with the method's name.
 
-    def __init__(self, identify: Identify, note: Note) -> None:
+    Their streams end when *draining* is set.
+    """
+
+    def __init__(self, identify: Identify, note: Note, draining: asyncio.Event) -> None:
         self._identify = identify
         self._note = note
+        self._draining = draining
         self._present = 0
 
     def guarded(self, name: str, handler: MethodHandler) -> MethodHandler:
@@ -63,7 +68,8 @@ class Bystanders:
             try:
                 with self._admitted(context):
                     async with asyncio.timeout(_STREAM_SECONDS_MAX):
-                        await _written(inner(request, context), context)
+                        await begin(context)
+                        await first(_written(inner(request, context), context), self._drained())
             except TimeoutError:
                 late = KmsError(Reason.DEADLINE_EXCEEDED, "the stream has lasted long enough; open another")
                 await abort(context, status_of(late))
@@ -78,6 +84,9 @@ class Bystanders:
         if handler.stream_stream is not None:
             return grpc.stream_stream_rpc_method_handler(stream, **forms)
         raise TypeError("a method that takes a stream and gives one answer is not expected here")
+
+    async def _drained(self) -> None:
+        await self._draining.wait()
 
     @contextmanager
     def _admitted(self, context: Context) -> Iterator[None]:

@@ -94,7 +94,7 @@ class Edge(Interceptor):
         self._room = Room("calls", calls_per_user_max)
         self._streams_room = Room("streams", STREAMS_PER_USER_MAX, STREAMS_MAX)
         self._draining = asyncio.Event()
-        self._bystanders = Bystanders(identify, self._note_bystander)
+        self._bystanders = Bystanders(identify, self._note_bystander, self._draining)
 
     def end_streams(self) -> None:
         """End the streams, which would go on, as if they had said all: the server is about to stop."""

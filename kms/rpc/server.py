@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from kms.domain.errors import malformed
@@ -18,6 +18,7 @@ from kms.rpc.audit import AuditServicer
 from kms.rpc.bystanders import BYSTANDERS_MAX
 from kms.rpc.crypto import CryptoServicer
 from kms.rpc.edge import Edge
+from kms.rpc.health import Health
 from kms.rpc.keys import KeyServicer
 from kms.v1 import admin_pb2, admin_pb2_grpc, audit_pb2, audit_pb2_grpc, crypto_pb2, crypto_pb2_grpc, keys_pb2, keys_pb2_grpc
 
@@ -34,8 +35,6 @@ LIVENESS: Final = "liveness"
 READINESS: Final = "readiness"
 _HEALTH_SECONDS: Final = 0.25
 _HANDSHAKE_MILLISECONDS: Final = 10_000
-_SERVING: Final = health_pb2.HealthCheckResponse.SERVING
-_NOT_SERVING: Final = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,7 @@ class Server:
         crypto_pb2_grpc.add_CryptoServiceServicer_to_server(crypto, self._server)
         audit_pb2_grpc.add_AuditServiceServicer_to_server(audit, self._server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, self._server)
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs leave it out
+        self._health = Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*DOES_WITHOUT, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         self._edge = edge
@@ -94,8 +93,8 @@ class Server:
             port = self._server.add_secure_port(address, _credentials(tls))
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: {error}") from None
+        self._report()
         await self._server.start()
-        await self._report()
         self._watch = asyncio.create_task(self._keep_reporting())
         return port
 
@@ -107,21 +106,20 @@ class Server:
         self._is_stopping = True
         if self._watch is not None:
             self._watch.cancel()
-        await self._report()
+        self._report()
         self._edge.end_streams()
         await self._server.stop(grace_seconds)
 
     async def _keep_reporting(self) -> None:
         while True:
             await asyncio.sleep(_HEALTH_SECONDS)
-            await self._report()
+            self._report()
 
-    async def _report(self) -> None:
+    def _report(self) -> None:
         faults = frozenset(self._faults())
-        for service, spared in {"": _NO_PART, READINESS: _NO_PART, **DOES_WITHOUT}.items():
-            is_well = faults <= spared and not self._is_stopping
-            await self._health.set(service, _SERVING if is_well else _NOT_SERVING)
-        await self._health.set(LIVENESS, _SERVING)
+        spared = {"": _NO_PART, READINESS: _NO_PART, **DOES_WITHOUT}
+        well = {service: faults <= parts and not self._is_stopping for service, parts in spared.items()}
+        self._health.report({**well, LIVENESS: True})
 
 
 def check_pair(tls: TlsFiles) -> None:

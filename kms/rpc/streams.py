@@ -31,13 +31,20 @@ async def sent(
     async def drain() -> None:
         await draining.wait()
 
-    # grpc.aio notes that the headers are out only when its first write returns. If that write is cancelled, it sends them again
-    # with the status, which fails, and the client is never told that the stream has ended.
+    await begin(context)
+    await first(send(), recheck(), drain())
+
+
+async def begin(context: Context) -> None:
+    """Send the headers of a stream, which must come before a write that may be cancelled.
+
+    grpc.aio notes that they are out only when its first write returns. If that is cancelled, it sends them again with the status,
+    which fails, and the client is never told that the stream has ended.
+    """
     await context.send_initial_metadata(())
-    await _first(send(), recheck(), drain())
 
 
-async def _first(*works: Coroutine[Any, Any, None]) -> None:
+async def first(*works: Coroutine[Any, Any, None]) -> None:
     """Return when the first of *works* has ended, or raise what it raises; the others are cancelled."""
     tasks = [asyncio.create_task(work) for work in works]
     try:

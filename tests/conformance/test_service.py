@@ -2,21 +2,25 @@
 
 import shutil
 import signal
+import threading
 import time
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import psycopg
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from kms.domain.ids import identity_uri
 from kms.v1 import crypto_pb2 as cpb
 from kms.v1 import keys_pb2 as kpb
 from tests.conformance.refusals import refusal
 from tests.conformance.requests import create, made
-from tests.fixtures.server import Caller, Deployment, RunningServer
+from tests.conformance.unread import unread
+from tests.fixtures.server import DEPLOYMENT, Caller, Deployment, RunningServer
 
 
 def test_health_is_told_for_the_server_and_each_service(caller: Caller) -> None:
@@ -27,6 +31,50 @@ def test_health_is_told_for_the_server_and_each_service(caller: Caller) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         health.Check(health_pb2.HealthCheckRequest(service="kms.v1.Other"))
     assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+    listed = health.List(health_pb2.HealthListRequest()).statuses  # type: ignore[attr-defined]  # newer than the stubs
+    assert {name: one.status for name, one in listed.items()} == dict.fromkeys(listed, health_pb2.HealthCheckResponse.SERVING)
+    assert {"", "liveness", "readiness", "kms.v1.KeyService"} <= set(listed)
+
+
+def test_streams_of_health_and_reflection_end_when_the_server_stops_and_do_not_hold_it_up(deployment: Deployment) -> None:
+    with deployment.serving() as server:
+        channel = server.caller().channel
+        watch = cast(Any, health_pb2_grpc.HealthStub(channel)).Watch(health_pb2.HealthCheckRequest(), timeout=30)
+        unknown = cast(Any, health_pb2_grpc.HealthStub(channel)).Watch(health_pb2.HealthCheckRequest(service="x"), timeout=30)
+        left = threading.Event()
+        asked = (reflection_pb2.ServerReflectionRequest(list_services="") for _ in iter(lambda: left.wait(30), True))
+        reflecting = cast(Any, reflection_pb2_grpc.ServerReflectionStub(channel)).ServerReflectionInfo(asked, timeout=30)
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        assert next(unknown).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        began = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        assert [answer.status for answer in watch] == [health_pb2.HealthCheckResponse.NOT_SERVING]
+        assert [*unknown, *reflecting] == []
+        assert {watch.code(), unknown.code(), reflecting.code()} == {grpc.StatusCode.OK}
+        assert server.process.wait(20) == 0
+        assert time.monotonic() - began < 10
+        left.set()
+
+
+def test_a_watcher_that_reads_nothing_keeps_nobody_from_the_truth(deployment: Deployment) -> None:
+    with deployment.serving() as server:
+        caller = server.caller()
+        ca, certificate, key = (deployment.directory / name for name in ("authority.crt", "watcher.crt", "watcher.key"))
+        deployment.certificate(identity_uri(DEPLOYMENT, caller.user_id)).write(certificate, key)
+        health: Any = health_pb2_grpc.HealthStub(caller.channel)
+        with unread(server.address, "grpc.health.v1.Health/Watch", ca=ca, certificate=certificate, key=key):
+            time.sleep(1)
+            moved = deployment.token.directory.with_name("away")
+            deployment.token.directory.rename(moved)
+            deadline = time.monotonic() + 10
+            while health.Check(health_pb2.HealthCheckRequest()).status != health_pb2.HealthCheckResponse.NOT_SERVING:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            moved.rename(deployment.token.directory)
+            began = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(40) == 0
+            assert time.monotonic() - began < 35
 
 
 def test_reflection_lists_the_services(caller: Caller) -> None:
