@@ -1,10 +1,14 @@
 """The port `Lifecycle`: moves of keys between states, each with its event and its line of the trail in one transaction."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
+import structlog
+from psycopg import AsyncConnection
 from psycopg import errors as pg
+from psycopg.rows import DictRow
 from psycopg.types.json import Jsonb
 
 from kms.app.access import credentials_invalid
@@ -30,6 +34,7 @@ _EXPECTED: Final = {
     "max_usage_count": "expected no more than the limit now, no fewer than the uses so far, and at least 1",
     "expires_at": "expected a moment ahead, and not behind the expiry now",
 }
+_LOG = structlog.get_logger("kms")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +76,26 @@ class StoredLifecycle:
         return key_record(after[0])
 
     async def destroy_due(self) -> Sequence[DestroyedKey]:
-        """Destroy at most 100 keys whose time has come and return them: their envelopes are gone, the rows stay."""
+        """Destroy at most 100 keys whose time has come and return them: their envelopes are gone, the rows stay.
+
+        One that cannot be destroyed is logged with the reason, and is tried again by the next call.
+        """
         async with self.pool.transaction(AS_JOB) as connection:
-            rows = await (await connection.execute(DESTROY_DUE)).fetchall()
+            with _warnings_logged(connection):
+                rows = await (await connection.execute(DESTROY_DUE)).fetchall()
         return [DestroyedKey(KeyId(row["id"]), row["token_object"], row["at"]) for row in rows]
+
+
+@contextmanager
+def _warnings_logged(connection: AsyncConnection[DictRow]) -> Iterator[None]:
+    def log(notice: pg.Diagnostic) -> None:
+        _LOG.warning("key not destroyed", reason=notice.message_primary)
+
+    connection.add_notice_handler(log)
+    try:
+        yield
+    finally:
+        connection.remove_notice_handler(log)
 
 
 def _told(change: Change) -> dict[str, Any]:

@@ -43,6 +43,25 @@ NOBODYS: Final = {
 # Of a row that names no user, the table whose row does.
 SEEN_THROUGH: Final = {"blockchain.contract_invocations": "blockchain.transactions"}
 UNSEEN_BY_THEIR_USER: Final = {"audit.aggregate_heads", "cryptography.request_records"}
+# Who may call what runs as a role that can append to the trail: nothing that takes the lines themselves from its caller.
+TRAIL_TABLES: Final = ["aggregate_heads", "checkpoints", "data_access_log", "domain_events", "security_events"]
+ENTRANCES: Final = {
+    "audit.append_checkpoint": {"job_runner"},
+    "audit.drain_default": {"job_runner"},
+    "audit.ensure_partitions": {"job_runner"},
+    "audit.record_reading": {"auditor_users"},
+    "audit.record_refusals": {"kms_service"},
+    "authentication.assign_role": {"admin_users"},
+    "authentication.create_service_user": {"admin_users"},
+    "cryptography.begin_first_epoch": {"job_runner"},
+    "cryptography.confirm_restored_key": {"admin_users"},
+    "cryptography.destroy_due_keys": {"job_runner"},
+    "cryptography.forget_answers": {"job_runner"},
+    "cryptography.keep_answer": {"authenticated_users"},
+    "cryptography.move_key": {"authenticated_users"},
+    "cryptography.settle": {"kms_service"},
+    "cryptography.settled": {"kms_service"},
+}
 HIDDEN: Final = {
     "authentication.users": {"password_hash", "salt", "mfa_secret"},
     "authentication.user_profiles": {"two_factor_backup_codes"},
@@ -398,6 +417,41 @@ def test_no_function_may_be_called_by_everybody(admin: psycopg.Connection[Any]) 
             AND NOT EXISTS (SELECT FROM pg_depend WHERE objid = p.oid AND deptype = 'e')
     """
     assert admin.execute(query).fetchall() == []
+
+
+def entrances(admin: psycopg.Connection[Any]) -> dict[str, set[str]]:
+    """Return the functions that run as a role that can append to the trail, by itself or by another, and who may call each."""
+    query = b"""
+        WITH RECURSIVE appending (role) AS (
+            SELECT r.oid FROM pg_roles AS r
+            WHERE NOT r.rolsuper AND NOT r.rolname = ANY (%(service)s) AND EXISTS (
+                SELECT FROM pg_class AS c
+                WHERE c.relnamespace = 'audit'::regnamespace AND c.relname = ANY (%(tables)s)
+                    AND has_any_column_privilege(r.oid, c.oid, 'INSERT')
+            )
+            UNION
+            SELECT r.oid
+            FROM appending AS a
+                JOIN pg_proc AS p ON p.prosecdef AND p.proowner = a.role
+                JOIN pg_roles AS r ON has_function_privilege(r.oid, p.oid, 'EXECUTE')
+            WHERE NOT r.rolsuper AND NOT r.rolname = ANY (%(service)s)
+        )
+        SELECT p.oid::regproc::text, r.rolname::text
+        FROM appending AS a
+            JOIN pg_proc AS p ON p.prosecdef AND p.proowner = a.role
+            JOIN pg_roles AS r ON has_function_privilege(r.oid, p.oid, 'EXECUTE')
+        WHERE r.rolname = ANY (%(service)s) AND p.provolatile = 'v'
+    """
+    found: dict[str, set[str]] = {}
+    for function, role in admin.execute(query, {"service": ["kms_service", *ROLES], "tables": TRAIL_TABLES}):
+        found.setdefault(function, set()).add(role)
+    return found
+
+
+def test_the_service_appends_to_the_trail_by_the_listed_functions_alone(admin: psycopg.Connection[Any]) -> None:
+    assert entrances(admin) == ENTRANCES, "say in ENTRANCES who may call it"
+    admin.execute(b"GRANT EXECUTE ON FUNCTION audit.append_event TO job_runner")
+    assert entrances(admin).keys() - ENTRANCES.keys() == {"audit.append_event"}
 
 
 def test_the_matrix_in_the_readme_is_that_of_the_catalog(admin: psycopg.Connection[Any]) -> None:

@@ -1,12 +1,14 @@
 """Moves of keys: the table in SQL, what each changes, the event and the line that each leaves."""
 
 import asyncio
+from collections.abc import MutableMapping
 from datetime import UTC, datetime, timedelta
 from itertools import product
 from typing import Any
 from uuid import uuid4
 
 import pytest
+import structlog
 from psycopg import errors, sql
 
 from kms.app.ports import Change, User
@@ -15,6 +17,7 @@ from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId
 from kms.domain.keys import Custody, KeyRecord
 from kms.domain.lifecycle import Move, State, check_move
+from kms.store import lifecycle as lifecycle_module
 from kms.store.keys import StoredKeys
 from kms.store.lifecycle import StoredLifecycle
 from kms.store.pool import Pool
@@ -360,6 +363,54 @@ async def test_what_is_due_is_destroyed_and_the_row_stays(
     assert events(database, wrapped)[-1] == (found.version, "key.destroyed")
     envelopes = rows(database, "SELECT encrypted_private_key AS e FROM cryptography.keys WHERE id = ANY (%s)", due)
     assert envelopes == [{"e": ""}, {"e": ""}]
+
+
+async def test_a_key_that_cannot_be_destroyed_keeps_no_other_from_it_and_is_told(
+    database: Database, store: Pool, lifecycle: StoredLifecycle, alice: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck, due = await make_key(store, alice), await make_key(store, alice)
+    for key in (stuck, due):
+        await moved(lifecycle, alice, key, Move.DEACTIVATE)
+        await moved(lifecycle, alice, key, Move.SCHEDULE_DESTRUCTION)
+    rows(database, "UPDATE cryptography.keys SET destruction_scheduled_at = now() - interval '1 s'")
+    # Its next event would not follow the last.
+    rows(database, "UPDATE audit.aggregate_heads SET aggregate_version = 99 WHERE aggregate_id = %s", stuck.identity.key_id)
+    told: list[MutableMapping[str, Any]] = []
+
+    def keep(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        told.append(event)
+        raise structlog.DropEvent
+
+    monkeypatch.setattr(lifecycle_module, "_LOG", structlog.wrap_logger(None, processors=[keep]))
+    assert [key.key_id for key in await lifecycle.destroy_due()] == [due.identity.key_id]
+    assert [line["event"] for line in told] == ["key not destroyed"]
+    assert f"key {stuck.identity.key_id} cannot be destroyed: aggregate" in told[0]["reason"]
+    assert await lifecycle.destroy_due() == []
+    assert len(told) == 2
+    left = rows(
+        database, "SELECT encrypted_private_key AS e, destroyed_at AS at FROM cryptography.keys WHERE destroyed_at IS NULL"
+    )
+    assert left == [{"e": "ZW52ZWxvcGU=", "at": None}]
+
+
+async def test_a_hundred_keys_that_cannot_be_destroyed_keep_no_other_from_it(
+    database: Database, store: Pool, lifecycle: StoredLifecycle, alice: User
+) -> None:
+    due = await make_key(store, alice)
+    copies = """
+        INSERT INTO cryptography.keys (
+            user_id, key_name, key_type, key_purpose, public_key, encrypted_private_key, key_strength, custody, origin
+        )
+        SELECT %s, 'stuck' || n, 'aes', 'encryption', 'kcv:000000', 'x', 256, 'SEALED', 'GENERATED'
+        FROM generate_series(1, 150) AS n
+    """
+    rows(database, copies, alice.user_id)
+    rows(
+        database,
+        "UPDATE cryptography.keys SET destruction_scheduled_at = now() - interval '1 hour' * (1 + (key_name ^@ 'stuck')::int)",
+    )
+    rows(database, "UPDATE audit.aggregate_heads SET aggregate_version = 99 WHERE aggregate_id <> %s", due.identity.key_id)
+    assert [key.key_id for key in await lifecycle.destroy_due()] == [due.identity.key_id]
 
 
 _COLUMNS = (

@@ -13,16 +13,42 @@ from tests.store.acting import acting_for, add_user, run
 
 ALICE: Final = UUID("aaaaaaaa-0000-4000-8000-000000000001")
 BOB: Final = UUID("bbbbbbbb-0000-4000-8000-000000000002")
-APPEND: Final = "SELECT audit.append_event(%s, %s, 'changed', '{}', %s)"
-RECORD: Final = (
-    "SELECT audit.record_security_event('sign', 'low', NULL, '192.0.2.1', NULL, 'key', NULL, 'sign', 'success', 0, NULL)"
+# Roles of the service append through functions of definer roles: here through one for each way, as kms_lifecycle.
+ENTRANCES: Final = b"""
+    CREATE FUNCTION public.append(aggregate UUID, kind TEXT, expected BIGINT) RETURNS BIGINT
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+    AS $$ BEGIN RETURN audit.append_event(aggregate, kind, 'changed', '{}', expected); END $$;
+    CREATE FUNCTION public.record() RETURNS VOID
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+    AS $$ BEGIN
+        PERFORM audit.record_security_event(
+            'sign', 'low', NULL, '192.0.2.1', NULL, 'key', NULL, 'sign', 'success', 0, NULL
+        );
+    END $$;
+    CREATE FUNCTION public.record_access() RETURNS VOID
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+    AS $$ BEGIN PERFORM audit.record_data_access('keys', 'SELECT', NULL); END $$;
+    ALTER FUNCTION public.append OWNER TO kms_lifecycle;
+    ALTER FUNCTION public.record OWNER TO kms_lifecycle;
+    ALTER FUNCTION public.record_access OWNER TO kms_lifecycle;
+    GRANT EXECUTE ON FUNCTION public.append, public.record, public.record_access TO authenticated_users, job_runner;
+"""
+APPEND: Final = "SELECT public.append(%s, %s, %s)"
+RECORD: Final = "SELECT public.record()"
+BY_HIMSELF: Final = (
+    b"SELECT audit.append_event(gen_random_uuid(), 'key', 'key.revoked', '{}', 0)",
+    b"SELECT audit.record_security_event('key.used', 'low', NULL, NULL, NULL, 'key', NULL, 'Sign', 'success', 0, '{}')",
+    b"SELECT audit.record_data_access('keys', 'DELETE', gen_random_uuid())",
 )
+ROLES: Final = ("authenticated_users", "admin_users", "auditor_users", "job_runner")
 
 
 @pytest.fixture(autouse=True)
-def _users(database: Database) -> None:
+def _users_and_entrances(database: Database) -> None:
     add_user(database.admin_dsn, ALICE, "alice")
     add_user(database.admin_dsn, BOB, "bob")
+    with psycopg.connect(database.admin_dsn) as connection:
+        connection.execute(ENTRANCES)
 
 
 def append(database: Database, user: object, aggregate: UUID, expected: int | None, kind: str = "key") -> int:
@@ -99,12 +125,19 @@ def test_of_two_who_append_at_once_one_wins(database: Database) -> None:
     assert stored(database, b"SELECT max(aggregate_version), count(*) FROM audit.domain_events") == [(2, 2)]
 
 
+@pytest.mark.parametrize("role", ["none", *ROLES])
+def test_nobody_writes_lines_of_his_own_into_the_trail(database: Database, role: str) -> None:
+    for statement in BY_HIMSELF:
+        with acting_for(database.dsn, role, ALICE) as connection, pytest.raises(errors.InsufficientPrivilege):
+            connection.execute(statement)
+
+
 def test_nobody_inserts_events_past_the_function(database: Database) -> None:
     insert = (
         "INSERT INTO audit.domain_events (aggregate_id, aggregate_type, aggregate_version, event_type, event_data)"
         " VALUES (gen_random_uuid(), 'key', 1, 'forged', '{}')"
     )
-    for role in ("authenticated_users", "admin_users", "auditor_users", "job_runner"):
+    for role in ROLES:
         with pytest.raises(errors.InsufficientPrivilege):
             run(database.dsn, role, ALICE, insert)
 
@@ -112,7 +145,7 @@ def test_nobody_inserts_events_past_the_function(database: Database) -> None:
 def test_what_is_recorded_is_recorded_for_him_who_acts(database: Database) -> None:
     run(database.dsn, "authenticated_users", ALICE, RECORD)
     run(database.dsn, "job_runner", "", RECORD)
-    run(database.dsn, "authenticated_users", ALICE, "SELECT audit.record_data_access('keys', 'SELECT', NULL)")
+    run(database.dsn, "authenticated_users", ALICE, "SELECT public.record_access()")
     assert stored(database, b"SELECT user_id, event_details FROM audit.security_events ORDER BY user_id NULLS LAST") == [
         (ALICE, {}),
         (None, {}),
@@ -130,7 +163,7 @@ def test_nobody_takes_a_row_of_the_trail_back(database: Database, table: str) ->
     statements = [f"DELETE FROM audit.{table}", f"TRUNCATE audit.{table}"]
     if table != "aggregate_snapshots":
         statements.append(f"UPDATE audit.{table} SET {'event_type' if 'events' in table else 'user_id'} = NULL")
-    for role in ("authenticated_users", "admin_users", "auditor_users", "job_runner"):
+    for role in ROLES:
         for statement in statements:
             with acting_for(database.dsn, role, ALICE) as connection, pytest.raises(errors.InsufficientPrivilege):
                 connection.execute(statement.encode())
