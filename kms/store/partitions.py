@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import AsyncIterator, Sequence
@@ -20,7 +21,6 @@ from kms.domain.errors import KmsError, malformed
 from kms.store.backup import check_login_sees_all, connected
 from kms.store.backup_file import new_private_file
 from kms.store.backup_tools import find_tool, run
-from kms.store.errors import unavailable
 from kms.store.pool import AS_JOB, Pool, connection_settings
 
 ENSURE: Final = "SELECT made::text AS name FROM audit.ensure_partitions(make_interval(days => %(days)s)) AS made"
@@ -111,8 +111,9 @@ async def kept_up(pool: Pool) -> AsyncIterator[None]:
 def archive(dsn: str, before: date, directory: Path) -> list[Archived]:
     """Put every partition of the trail that ends by *before* (UTC, not in the future) into a file in *directory*, and drop it.
 
-    A partition is detached, dumped, its manifest `<file>.json` is on disk, and only then is it dropped; a run that was
-    interrupted is completed by the next. Raises OSError, MALFORMED and STORE_UNAVAILABLE.
+    A partition is detached, dumped into a file of its own, the manifest `<file>.json` is on disk, and only then is it dropped; a
+    run that was interrupted is completed by the next, which trusts no file of before. Raises OSError, MALFORMED and
+    STORE_UNAVAILABLE.
     """
     with connected(connection_settings(dsn)) as connection:
         version = check_login_sees_all(connection)
@@ -123,9 +124,7 @@ def archive(dsn: str, before: date, directory: Path) -> list[Archived]:
             span = _span(name, parent)
             if span is not None and span[1] <= before:
                 if is_attached:
-                    # Before: afterwards nobody could tell rows that were put away from rows that somebody removed.
-                    _note_archived(connection, name)
-                    connection.execute(DETACH, {"parent": parent, "name": name})
+                    _detach(connection, parent, name)
                 done.append(_put_away(connection, version, name, span, directory))
         return done
 
@@ -141,34 +140,44 @@ async def _look_after(pool: Pool) -> None:
         _LOG.warning("partitions not looked after", error=str(error))
 
 
-def _note_archived(connection: psycopg.Connection[Any], name: str) -> None:
-    query = sql.SQL(
-        "INSERT INTO audit.archived_partitions (name, last_order) SELECT {}, coalesce(max(commit_order), 0) FROM {} "
-        "ON CONFLICT DO NOTHING"
+def _detach(connection: psycopg.Connection[Any], parent: str, name: str) -> None:
+    # At once: afterwards nobody could tell rows that were put away from rows that somebody removed.
+    note = sql.SQL(
+        "INSERT INTO audit.archived_partitions AS known (name, last_order) SELECT {}, coalesce(max(commit_order), 0) FROM {} "
+        "ON CONFLICT (name) DO UPDATE SET last_order = greatest(known.last_order, excluded.last_order), "
+        "archived_at = excluded.archived_at"
     )
-    connection.execute(query.format(sql.Literal(name), sql.Identifier("audit", name)))
+    with connection.transaction():
+        connection.execute(DETACH, {"parent": parent, "name": name})
+        connection.execute(note.format(sql.Literal(name), sql.Identifier("audit", name)))
 
 
 def _put_away(connection: psycopg.Connection[Any], version: int, name: str, span: tuple[date, date], directory: Path) -> Archived:
-    table, path = sql.Identifier("audit", name), directory / f"{name}.dump"
-    counted = connection.execute(sql.SQL("SELECT count(*) FROM {}").format(table)).fetchone()
-    assert counted is not None  # noqa: S101  # count(*) gives a row
-    manifest = path.with_suffix(".dump.json")
-    if not manifest.exists():
-        path.unlink(missing_ok=True)  # of a run that was interrupted: the table is still there
+    table, path = sql.Identifier("audit", name), _new_path(directory, name)
+    with connection.transaction():
+        # Nobody writes to it any more: what is counted, dumped and dropped are the same rows.
+        connection.execute(sql.SQL("LOCK TABLE {} IN SHARE MODE").format(table))
+        counted = connection.execute(sql.SQL("SELECT count(*) FROM {}").format(table)).fetchone()
+        assert counted is not None  # noqa: S101  # count(*) gives a row
         settings = {**connection.info.get_parameters(), "password": connection.info.password or None}
         with new_private_file(path) as temporary:
             arguments = ["--format=custom", f"--file={temporary}", f'--table=audit."{name}"']
             run(find_tool("pg_dump", version), settings, arguments)
-    archived = Archived(f"audit.{name}", str(span[0]), str(span[1]), int(counted[0]), path.name, *_measured(path))
-    text = json.dumps(asdict(archived), indent=2) + "\n"
-    if not manifest.exists():
-        with new_private_file(manifest) as temporary:
-            temporary.write_text(text)
-    elif manifest.read_text() != text:
-        raise unavailable(f"{path} is there, but is not what {table.as_string()} holds: it is neither dropped nor written over")
-    connection.execute(sql.SQL("DROP TABLE {}").format(table))
+        archived = Archived(f"audit.{name}", str(span[0]), str(span[1]), int(counted[0]), path.name, *_measured(path))
+        with new_private_file(_manifest(path)) as temporary:
+            temporary.write_text(json.dumps(asdict(archived), indent=2) + "\n")
+        connection.execute(sql.SQL("DROP TABLE {}").format(table))
     return archived
+
+
+def _new_path(directory: Path, name: str) -> Path:
+    """Return where no dump is: a range that comes again, as rows of its time do, has `<name>.2.dump` and so on."""
+    paths = (directory / f"{name}{ending}" for ending in itertools.chain([".dump"], map(".{}.dump".format, itertools.count(2))))
+    return next(path for path in paths if not path.exists() and not _manifest(path).exists())
+
+
+def _manifest(path: Path) -> Path:
+    return path.with_suffix(".dump.json")
 
 
 def _measured(path: Path) -> tuple[int, str]:

@@ -29,15 +29,19 @@ LEAVES: Final = r"""
 """
 _CHECKPOINT: Final = "SELECT tree_size, root_hash, horizon, frontier, epoch, note FROM audit.checkpoints"
 LAST: Final = f"{_CHECKPOINT} ORDER BY tree_size DESC LIMIT 1"
-# Where partitions were archived, the rows behind the first checkpoint that reaches beyond them are all there.
+# Where partitions were archived, the rows behind the first checkpoint that reaches beyond them are all there; where none does,
+# those behind the last that were not archived too.
 AT_MOST: Final = f"""
     {_CHECKPOINT}
     WHERE tree_size = greatest(
         (SELECT max(tree_size) FROM audit.checkpoints WHERE tree_size <= %(size)s),
-        (
-            SELECT tree_size FROM audit.checkpoints
-            WHERE horizon > (SELECT max(last_order) FROM audit.archived_partitions)
-            ORDER BY horizon LIMIT 1
+        coalesce(
+            (
+                SELECT tree_size FROM audit.checkpoints
+                WHERE horizon > (SELECT max(last_order) FROM audit.archived_partitions)
+                ORDER BY horizon LIMIT 1
+            ),
+            (SELECT max(tree_size) FROM audit.checkpoints WHERE EXISTS (SELECT FROM audit.archived_partitions))
         )
     )
 """

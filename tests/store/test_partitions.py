@@ -18,14 +18,14 @@ import structlog
 
 from kms.domain.errors import KmsError, Reason
 from kms.store import partitions
-from kms.store.backup_tools import find_tool
+from kms.store.backup_tools import find_tool, run
 from kms.store.pool import Pool
 from tests.fixtures.postgres import Database
 
 FAR = datetime(2055, 3, 4, tzinfo=UTC)
 ADD = """
     INSERT INTO audit.security_events (event_type, severity, action, outcome, created_at)
-    VALUES ('t', 'low', 'a', 'success', %s)
+    VALUES ('t', 'low', %s, 'success', %s)
 """
 
 
@@ -35,9 +35,15 @@ def admin(database: Database) -> Iterator[psycopg.Connection[Any]]:
         yield connection
 
 
-def add(admin: psycopg.Connection[Any], moment: datetime, count: int = 1) -> None:
+def add(admin: psycopg.Connection[Any], moment: datetime, count: int = 1, action: str = "a") -> None:
     for _ in range(count):
-        admin.execute(ADD, (moment,))
+        admin.execute(ADD, (action, moment))
+
+
+def dumped(path: Path) -> str:
+    """Return the rows in a dump."""
+    options = ["--data-only", "--file=-", str(path)]
+    return subprocess.run([find_tool("pg_restore", 17).path, *options], capture_output=True, text=True, check=True).stdout
 
 
 def where(admin: psycopg.Connection[Any]) -> dict[str, int]:
@@ -71,7 +77,7 @@ async def test_attaching_does_not_hold_up_writers(database: Database, store: Poo
         with psycopg.connect(database.admin_dsn, autocommit=True) as writer:
             while not done.is_set():
                 begun = time.monotonic()
-                writer.execute(ADD, (datetime.now(UTC),))
+                writer.execute(ADD, ("a", datetime.now(UTC)))
                 longest, written = max(longest, time.monotonic() - begun), written + 1
 
     thread = threading.Thread(target=write)
@@ -97,7 +103,7 @@ async def test_a_long_transaction_of_a_writer_is_not_waited_for_by_the_others(da
         longest = 0.0
         while thread.is_alive():
             begun = time.monotonic()
-            writer.execute(ADD, (datetime.now(UTC),))
+            writer.execute(ADD, ("a", datetime.now(UTC)))
             longest = max(longest, time.monotonic() - begun)
         thread.join()
     assert longest < 1.0
@@ -166,9 +172,7 @@ def test_an_old_partition_is_put_away_whole(database: Database, admin: psycopg.C
         manifest.name: 0o600,
     }
     assert json.loads(manifest.read_text())["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    options = ["--data-only", "--file=-", str(file)]
-    script = subprocess.run([find_tool("pg_restore", 17).path, *options], capture_output=True, text=True, check=True)
-    assert script.stdout.count("2024-01-31 23:59:00+00") == 3
+    assert dumped(file).count("2024-01-31 23:59:00+00") == 3
     assert partitions.archive(database.admin_dsn, date(2024, 2, 1), tmp_path) == []
 
 
@@ -209,12 +213,58 @@ def test_an_interrupted_run_is_completed(
     assert [each.rows for each in partitions.archive(database.admin_dsn, cutoff, tmp_path)] == [2]
 
 
-def test_an_archive_that_is_not_what_the_table_holds_is_kept_and_so_is_the_table(
+@pytest.mark.parametrize("there", ["security_events_2024_01.dump", "security_events_2024_01.dump.json"])
+def test_a_file_that_is_there_is_neither_trusted_nor_written_over(
+    database: Database, admin: psycopg.Connection[Any], tmp_path: Path, there: str
+) -> None:
+    add(admin, datetime(2024, 1, 15, tzinfo=UTC), 2)
+    (tmp_path / there).write_text("{}")
+    done = partitions.archive(database.admin_dsn, date(2024, 2, 1), tmp_path)
+    assert [(each.rows, each.file) for each in done] == [(2, "security_events_2024_01.2.dump")]
+    assert (tmp_path / there).read_text() == "{}"
+    assert dumped(tmp_path / "security_events_2024_01.2.dump").count("2024-01-15") == 2
+
+
+def test_rows_of_a_range_that_was_put_away_are_put_away_too(
     database: Database, admin: psycopg.Connection[Any], tmp_path: Path
 ) -> None:
-    for name in ("security_events_2024_01.dump", "security_events_2024_01.dump.json"):
-        (tmp_path / name).write_text("{}")
-    with pytest.raises(KmsError, match="neither dropped nor written over"):
-        partitions.archive(database.admin_dsn, date(2024, 2, 1), tmp_path)
-    assert (tmp_path / "security_events_2024_01.dump").read_text() == "{}"
-    assert admin.execute(b"SELECT count(*) FROM audit.security_events_2024_01").fetchone() == (0,)
+    orders = []
+    for action in ("first", "second", "third"):
+        add(admin, datetime(2024, 1, 15, tzinfo=UTC), action=action)
+        orders += admin.execute(b"SELECT max(commit_order) FROM audit.security_events").fetchall()
+        admin.execute(b"SELECT audit.drain_default()")
+        assert [each.rows for each in partitions.archive(database.admin_dsn, date(2024, 2, 1), tmp_path)] == [1]
+    assert where(admin) == {}
+    found = {path.name: dumped(path) for path in tmp_path.glob("*.dump")}
+    assert sorted(found) == [f"security_events_2024_01{number}.dump" for number in (".2", ".3", "")]
+    for number, action in (("", "first"), (".2", "second"), (".3", "third")):
+        assert action in found[f"security_events_2024_01{number}.dump"]
+        manifest = json.loads((tmp_path / f"security_events_2024_01{number}.dump.json").read_text())
+        content = (tmp_path / f"security_events_2024_01{number}.dump").read_bytes()
+        assert (manifest["rows"], manifest["sha256"]) == (1, hashlib.sha256(content).hexdigest())
+    assert admin.execute(b"SELECT last_order FROM audit.archived_partitions").fetchall() == [max(orders)]
+
+
+def test_the_order_up_to_which_a_range_was_put_away_never_falls(
+    database: Database, admin: psycopg.Connection[Any], tmp_path: Path
+) -> None:
+    add(admin, datetime(2024, 1, 15, tzinfo=UTC))
+    admin.execute(b"INSERT INTO audit.archived_partitions VALUES ('security_events_2024_01', 4000000000)")
+    partitions.archive(database.admin_dsn, date(2024, 2, 1), tmp_path)
+    assert admin.execute(b"SELECT last_order FROM audit.archived_partitions").fetchall() == [(4000000000,)]
+
+
+def test_what_is_put_away_is_not_written_to_meanwhile(
+    database: Database, admin: psycopg.Connection[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(admin, datetime(2024, 1, 15, tzinfo=UTC))
+
+    def run_and_write(*arguments: Any) -> None:  # noqa: ANN401
+        run(*arguments)
+        admin.execute(b"SET lock_timeout = '100ms'")
+        insert = b"INSERT INTO audit.security_events_2024_01 (event_type, severity, created_at) VALUES ('t', 'low', '2024-01-16')"
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            admin.execute(insert)
+
+    monkeypatch.setattr(partitions, "run", run_and_write)
+    assert [each.rows for each in partitions.archive(database.admin_dsn, date(2024, 2, 1), tmp_path)] == [1]

@@ -281,6 +281,43 @@ async def test_where_a_partition_was_archived_verifying_begins_behind_it(
     assert online == report
 
 
+async def test_where_a_partition_was_archived_twice_verifying_begins_behind_both(
+    database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], tmp_path: Path
+) -> None:
+    await check_epoch(store)
+    sealing = await sealing_of(store, hsm)
+    sizes = []
+    for _ in range(2):
+        admin.execute(OLD)
+        sizes.append(await sealing.seal())
+        admin.execute(b"SELECT audit.drain_default()")
+        await asyncio.to_thread(archive, database.admin_dsn, date(2024, 2, 1), tmp_path)
+        write(admin)
+        sizes.append(await sealing.seal())
+        report = checked(sealing.key.reader, await lines_of(database.dsn))
+        assert (report.finding, report.begun_at, report.verified_size) == (None, sizes[-2], sizes[-1])
+        assert await VerifyTrail(StoredSealedTrail(store), sealing.key.reader).verify() == report
+
+
+async def test_where_rows_were_archived_before_they_were_sealed_the_others_still_verify(
+    database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], tmp_path: Path
+) -> None:
+    await check_epoch(store)
+    sealing = await sealing_of(store, hsm)
+    write(admin)
+    admin.execute(OLD)
+    first = await sealing.seal()
+    admin.execute(OLD)
+    await asyncio.to_thread(archive, database.admin_dsn, date(2024, 2, 1), tmp_path)
+    report = checked(sealing.key.reader, await lines_of(database.dsn))
+    assert (report.finding, report.begun_at, report.unsealed) == (None, first, 0)
+    write(admin)
+    last = await sealing.seal()
+    assert last is not None
+    again = await VerifyTrail(StoredSealedTrail(store), sealing.key.reader).verify()
+    assert (again.finding, again.verified_size) == (None, last)
+
+
 async def test_a_trail_without_its_first_rows_is_not_taken_for_an_archived_one(
     database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any]
 ) -> None:
