@@ -17,6 +17,7 @@ T = TypeVar("T")
 
 # Enough to keep every lane busy, few enough that one batch does not take all database connections.
 _AT_ONCE: Final = 8
+_IN_DOUBT: Final = "items may have been charged; repeat the call with the same request_id in each item"
 
 
 class _Place:
@@ -32,9 +33,12 @@ class _Place:
             return await make()
 
     async def settle(self) -> None:
-        await self._before.wait()
-        # Whoever waits for us is woken after we have gone on, into the ledger's queue.
-        self._here.set()
+        try:
+            await self._before.wait()
+        finally:
+            # Whoever waits for us is woken after we have gone on, into the ledger's queue. A call that is given up is cancelled
+            # but once: whoever did not open its gate then would keep the next, and so the call, for ever.
+            self._here.set()
 
 
 def check_items(items: Sequence[Request], size_bytes: Callable[[Request], int]) -> None:
@@ -47,22 +51,39 @@ async def answer_each(
     answer: Callable[[Request, Turn], Awaitable[Response]],
     make: Callable[..., Item],
     note: Callable[[Reason], None],
+    *,
+    is_charged: bool,
 ) -> list[Item]:
-    """Answer each of *items*, a few at a time; *note* is told of each that is refused. A bug in one fails the whole call."""
+    """Answer each of *items*, a few at a time; *note* is told of each that is refused. A bug in one fails the whole call.
+
+    A call whose time is up when uses may be charged (those answered too, where what is answered *is_charged*) ends with
+    OUTCOME_UNKNOWN.
+    """
     room = asyncio.Semaphore(_AT_ONCE)
     gates = [asyncio.Event() for _ in range(len(items) + 1)]
     gates[0].set()
+    is_in_doubt = False
 
     async def one(item: Request, place: _Place) -> Item:
+        nonlocal is_in_doubt
         try:
-            return make(result=await answer(item, place))
+            result = await answer(item, place)
+            is_in_doubt = is_in_doubt or is_charged
+            return make(result=result)
         except KmsError as error:
+            is_in_doubt = is_in_doubt or error.reason is Reason.OUTCOME_UNKNOWN
             note(error.reason)
             return make(error=status_of(error))
         finally:
             await place.settle()
 
-    async with asyncio.TaskGroup() as group:
-        places = [_Place(room, before, here) for before, here in pairwise(gates)]
-        tasks = [group.create_task(one(item, place)) for item, place in zip(items, places, strict=True)]
+    tasks: list[asyncio.Task[Item]] = []
+    try:
+        async with asyncio.TaskGroup() as group:
+            places = [_Place(room, before, here) for before, here in pairwise(gates)]
+            tasks += [group.create_task(one(item, place)) for item, place in zip(items, places, strict=True)]
+    except asyncio.CancelledError:
+        if is_in_doubt:
+            raise KmsError(Reason.OUTCOME_UNKNOWN, _IN_DOUBT) from None
+        raise
     return [task.result() for task in tasks]

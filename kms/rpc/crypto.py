@@ -58,25 +58,31 @@ class CryptoServicer(crypto_pb2_grpc.CryptoServiceServicer):
     async def BatchSign(self, request: pb.BatchSignRequest, context: Context) -> pb.BatchSignResponse:
         """Sign each item."""
         check_items(request.items, lambda item: len(item.message) + len(item.digest))
-        items = await answer_each(request.items, self._sign, pb.BatchSignResponse.Item, self._note("BatchSign"))
+        items = await answer_each(request.items, self._sign, pb.BatchSignResponse.Item, self._note("BatchSign"), is_charged=True)
         return pb.BatchSignResponse(items=items)
 
     async def BatchVerify(self, request: pb.BatchVerifyRequest, context: Context) -> pb.BatchVerifyResponse:
         """Verify each item."""
         check_items(request.items, lambda item: len(item.message) + len(item.digest) + len(item.signature))
-        items = await answer_each(request.items, self._verify, pb.BatchVerifyResponse.Item, self._note("BatchVerify"))
+        items = await answer_each(
+            request.items, self._verify, pb.BatchVerifyResponse.Item, self._note("BatchVerify"), is_charged=False
+        )
         return pb.BatchVerifyResponse(items=items)
 
     async def BatchEncrypt(self, request: pb.BatchEncryptRequest, context: Context) -> pb.BatchEncryptResponse:
         """Encrypt each item."""
         check_items(request.items, lambda item: len(item.plaintext) + len(item.aad))
-        items = await answer_each(request.items, self._encrypt, pb.BatchEncryptResponse.Item, self._note("BatchEncrypt"))
+        items = await answer_each(
+            request.items, self._encrypt, pb.BatchEncryptResponse.Item, self._note("BatchEncrypt"), is_charged=True
+        )
         return pb.BatchEncryptResponse(items=items)
 
     async def BatchDecrypt(self, request: pb.BatchDecryptRequest, context: Context) -> pb.BatchDecryptResponse:
         """Decrypt each item."""
         check_items(request.items, lambda item: len(item.ciphertext) + len(item.aad))
-        items = await answer_each(request.items, self._decrypt, pb.BatchDecryptResponse.Item, self._note("BatchDecrypt"))
+        items = await answer_each(
+            request.items, self._decrypt, pb.BatchDecryptResponse.Item, self._note("BatchDecrypt"), is_charged=False
+        )
         return pb.BatchDecryptResponse(items=items)
 
     def _note(self, action: str) -> Callable[[Reason], None]:
