@@ -136,6 +136,12 @@ class _Writer:
             if connection.connection.is_lost:
                 await self._after_loss(connection, batch)
                 return None
+            if isinstance(error, pg.SerializationFailure):
+                # The number is not the next one: of a writer that was idle for a day the last is forgotten. Nothing has
+                # happened, and on another connection the numbers begin anew.
+                self._again(batch)
+                await self.drop_connection()
+                return None
             await self._after_fault(batch, error)
             return error
         self._count(batch, verdicts, monotonic() - began)
@@ -172,12 +178,16 @@ class _Writer:
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
             if verdicts is None:
-                for waiting in batch:
-                    waiting.is_sent = False
-                self.queue.extendleft(reversed(batch))
+                self._again(batch)
                 return
             _deliver(batch, verdicts)
             return
+
+    def _again(self, batch: Sequence[_Waiting]) -> None:
+        """Let a batch wait for the next, before all others: certainly nothing of it was charged."""
+        for waiting in batch:
+            waiting.is_sent = False
+        self.queue.extendleft(reversed(batch))
 
     def _count(self, batch: Sequence[_Waiting], verdicts: Sequence[str], seconds: float) -> None:
         self.status.batches += 1

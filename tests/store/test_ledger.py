@@ -22,6 +22,7 @@ from kms.store.keys import StoredKeys
 from kms.store.ledger import StoredLedger, open_ledger
 from kms.store.lifecycle import StoredLifecycle
 from kms.store.pool import Pool
+from kms.store.repeats import StoredRepeats
 from tests.fixtures.postgres import Database
 from tests.store.uses import a_call, charges, counter, decrypt, make_key, make_user, reason, rows, sign
 
@@ -352,3 +353,15 @@ async def test_a_limit_holds_across_processes(database: Database, store: Pool, a
             given += int(await asyncio.to_thread(process.stdout.read))
     assert given == 300
     assert (counter(database, key), charges(database, key)) == (300, 300)
+
+
+async def test_a_ledger_that_was_idle_for_a_day_goes_on(
+    database: Database, store: Pool, ledger: StoredLedger, alice: User
+) -> None:
+    key = await make_key(store, alice)
+    await ledger.settle(sign(alice, key))
+    rows(database, "UPDATE cryptography.ledger_writers SET written_at = written_at - interval '25 h'")
+    await StoredRepeats(store).forget()
+    assert rows(database, "SELECT batch FROM cryptography.ledger_writers") == []
+    assert await settle_all(ledger, [sign(alice, key) for _ in range(5)]) == ["OK"] * 5
+    assert (counter(database, key), ledger.status().losses) == (6, 0)
