@@ -10,7 +10,7 @@ from uuid import UUID
 from kms.app.access import Access
 from kms.app.keyring import existing
 from kms.app.ports import Call, Hsm, Keys, Ledger, Repeat
-from kms.app.uses import Draft, Turn, used
+from kms.app.uses import LOOK_AGAIN, Draft, Turn, used
 from kms.domain.errors import KmsError, Reason, malformed
 from kms.domain.ids import KeyId
 from kms.domain.keys import KeyRecord
@@ -76,7 +76,14 @@ class Uses:
             kept = await self._kept(call, asked, body_mac)
             if kept is not None:
                 return await again(kept)
-            made = await draft()
+            try:
+                made = await draft()
+            except KmsError as error:
+                # It may have been settled meanwhile, and have made the last use of the key.
+                kept = await self._kept(call, asked, body_mac) if error.reason in LOOK_AGAIN else None
+                if kept is None:
+                    raise
+                return await again(kept)
             repeat = Repeat(asked.rpc, asked.request_id, body_mac, keep(made.result))
             return Draft(made.result, made.entry and replace(made.entry, repeat=repeat))
 

@@ -14,7 +14,7 @@ from kms.v1 import crypto_pb2 as cpb
 from kms.v1 import keys_pb2 as kpb
 from tests.conformance.crew import crew
 from tests.conformance.refusals import refusal
-from tests.conformance.requests import made
+from tests.conformance.requests import create, made
 from tests.fixtures.server import Caller, Deployment, RunningServer
 from tests.fixtures.wire import wired
 
@@ -76,6 +76,26 @@ def test_an_answer_that_was_lost_with_its_process_is_had_from_the_next_without_a
         assert counts(caller)["ec"] == 1
         query = "SELECT count(*) FROM audit.security_events WHERE event_details ->> 'input_sha256' = %s AND outcome = 'success'"
         assert rows(deployment, query, sha256(b"m").hexdigest()) == [(1,)]
+
+
+def test_a_twin_that_made_the_last_use_meanwhile_is_repeated_and_not_refused_for_the_limit(deployment: Deployment) -> None:
+    """Promise 2: all N results can be had, also the last one by who repeats its request_id."""
+    with deployment.serving() as one, wired(deployment.database.dsn) as (wire, dsn):
+        (deployment.directory / "dsn").unlink()
+        write_private(deployment.directory / "dsn", dsn.encode())
+        with deployment.serving() as other:
+            here = one.caller()
+            there = other.caller(here.user_id)
+            limited = create("ed25519", name="once-only")
+            limited.max_usage_count = 1
+            here.keys.CreateKey(limited, timeout=20)
+            request = cpb.SignRequest(key="once-only", message=b"m", request_id="last")
+            looked = wire.stop_at(b"once-only", "client")
+            late = there.crypto.Sign.future(request, timeout=15)
+            looked.wait()  # that nothing was answered under this id it has seen; now it looks at the key
+            first = here.crypto.Sign(request, timeout=15)
+            looked.decide("let through")
+            assert late.result().signature == first.signature
 
 
 @pytest.mark.parametrize(
