@@ -121,9 +121,9 @@ def refused_key(reason: str) -> KeyId | None:
 
 def _check_limit(key: KeyRecord, use: Use) -> None:
     # A key that has reached its limit is stored as inactive: the caller is told what made it so.
-    is_spent = key.max_usage_count is not None and key.usage_counter >= key.max_usage_count
+    is_spent = key.usage_limit is not None and key.usage_counter >= key.usage_limit
     if use is Use.PROTECT and key.state is State.INACTIVE and is_spent:
-        raise KmsError(Reason.USAGE_LIMIT_REACHED, f"this key's {key.max_usage_count} uses have been made")
+        raise KmsError(Reason.USAGE_LIMIT_REACHED, f"this key's {key.usage_limit} uses have been made")
 
 
 def key_not_found() -> KmsError:

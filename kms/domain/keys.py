@@ -4,11 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from typing import Final
 
-from kms.domain.algorithms import KeySpec
+from kms.domain.algorithms import KeySpec, KeyType
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId, KeyName, UserId
 from kms.domain.lifecycle import State
+
+AES_USES_MAX: Final = 2**32  # NIST SP 800-38D section 8.3: encryptions under random nonces
 
 
 class Custody(StrEnum):
@@ -94,6 +97,12 @@ class KeyRecord:
     revoked_at: datetime | None = None
     destruction_scheduled_at: datetime | None = None
     destroyed_at: datetime | None = None
+
+    @property
+    def usage_limit(self) -> int | None:
+        """How often the key may be used, which for AES has an end anyhow; None: without end."""
+        ends = AES_USES_MAX if self.identity.spec.key_type is KeyType.AES else None
+        return min((limit for limit in (self.max_usage_count, ends) if limit is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,6 +99,20 @@ def test_a_batch_is_charged_in_the_order_of_its_items(caller: Caller) -> None:
     assert outcomes == ["OK"] * 5 + ["USAGE_LIMIT_REACHED"] * 35
 
 
+def test_an_aes_key_makes_2_to_the_32_ciphertexts_and_then_says_that_its_limit_is_reached(
+    caller: Caller, server: RunningServer
+) -> None:
+    made(caller, "aes")
+    with psycopg.connect(server.deployment.database.admin_dsn, autocommit=True) as connection:
+        query = "UPDATE cryptography.keys SET usage_counter = 4294967295 WHERE user_id = %s"
+        connection.execute(query, (caller.user_id,))
+    request = cpb.EncryptRequest(key="k", plaintext=b"p")
+    sealed = caller.crypto.Encrypt(request)
+    for _ in range(2):
+        assert refusal(caller.crypto.Encrypt, request).reason == "USAGE_LIMIT_REACHED"
+    assert caller.crypto.Decrypt(cpb.DecryptRequest(ciphertext=sealed.ciphertext)).plaintext == b"p"
+
+
 def test_a_repeat_gives_the_same_result_without_a_second_charge(caller: Caller, server: RunningServer) -> None:
     aes, ec = made(caller, "aes", name="aes"), made(caller, "secp256k1", name="ec")
     sign = cpb.SignRequest(key="ec", message=b"m", request_id="order-1")
