@@ -117,14 +117,14 @@ class Edge(Interceptor):
         method = _Method(handler_call_details.method.removeprefix(OURS), decode, cast(Any, inner))
 
         async def answer(body: bytes, context: Context) -> Message:
-            seconds = min(context.time_remaining() or self._call_seconds_max, self._call_seconds_max)
+            seconds = _seconds_left(context, self._call_seconds_max)
             with self._telemetry.spans.call(method.name, context.invocation_metadata() or ()):
                 return await self._guarded(
                     method, context, self._room, seconds, lambda: method.call(_decode(method, body), context)
                 )
 
         async def stream(body: bytes, context: Context) -> None:
-            seconds = min(context.time_remaining() or STREAM_SECONDS_MAX, STREAM_SECONDS_MAX)
+            seconds = _seconds_left(context, STREAM_SECONDS_MAX)
             await self._guarded(method, context, self._streams_room, seconds, lambda: self._stream(method, body, context))
 
         # No deserializer: grpc would answer INTERNAL to bytes that do not parse.
@@ -191,6 +191,12 @@ class Edge(Interceptor):
             user=str(call.user.user_id) if call else None,
             milliseconds=round(seconds * 1000, 2),
         )
+
+
+def _seconds_left(context: Context, seconds_max: float) -> float:
+    """Return how long a call may take: until its deadline, be it past, and no longer than *seconds_max*."""
+    remaining = context.time_remaining()
+    return seconds_max if remaining is None else min(remaining, seconds_max)
 
 
 def _refused(error: KmsError) -> tuple[str, status_pb2.Status]:
