@@ -1,13 +1,19 @@
 """Batches: a status for each item, in its place."""
 
+from typing import Any
+
 import grpc
 import psycopg
+import pytest
 
+from kms.pki.private_file import write_private
 from kms.v1 import crypto_pb2 as cpb
-from tests.conformance.refusals import item_reason, refusal
+from kms.v1 import keys_pb2 as kpb
+from tests.conformance.refusals import item_reason, refusal, refusal_of
 from tests.conformance.requests import made
 from tests.conformance.test_outages import soon
-from tests.fixtures.server import Caller, RunningServer
+from tests.fixtures.server import Caller, Deployment, RunningServer
+from tests.fixtures.wire import wired
 
 
 def test_each_item_is_answered_in_its_place_with_a_result_or_a_status(caller: Caller) -> None:
@@ -42,6 +48,44 @@ def test_an_item_that_is_refused_is_in_the_trail(caller: Caller, server: Running
         soon(lambda: len(connection.execute(query, (caller.user_id,)).fetchall()) >= 2)
         found = connection.execute(query, (caller.user_id,)).fetchall()
     assert found == [("BatchSign", "blocked", "KEY_NOT_FOUND")] * 2
+
+
+def test_a_batch_that_may_be_charged_when_its_time_is_up_says_so_as_a_single_use_does(deployment: Deployment) -> None:
+    """Promise 4: UNAVAILABLE and DEADLINE_EXCEEDED are for what was certainly not charged."""
+    text = deployment.config_file.read_text().replace("call_seconds_max = 20", "call_seconds_max = 2")
+    deployment.config_file.write_text(text)
+    with wired(deployment.database.dsn) as (wire, dsn):
+        (deployment.directory / "dsn").unlink()
+        write_private(deployment.directory / "dsn", dsn.encode())
+        with deployment.serving() as server:
+            caller = server.caller()
+            made(caller, "ed25519")
+            one = cpb.SignRequest(key="k", message=b"m")
+            uses: tuple[tuple[Any, Any], ...] = (
+                (caller.crypto.Sign, one),
+                (caller.crypto.BatchSign, cpb.BatchSignRequest(items=[one] * 3)),
+            )
+            for use, request in uses:
+                charged = wire.stop_at(b"{OK", "server")
+                late = use.future(request, timeout=15)
+                charged.wait()
+                assert refusal_of(late.exception()).reason == "OUTCOME_UNKNOWN"
+                charged.decide("let through")
+            # The first of the batch was under way, the others waited behind it.
+            assert 2 <= caller.keys.GetKey(kpb.GetKeyRequest(key="k")).key.usage_count <= 4
+
+
+def test_batches_that_are_given_up_again_and_again_take_no_room(deployment: Deployment) -> None:
+    text = deployment.config_file.read_text().replace("call_seconds_max = 20", "call_seconds_max = 20\ncalls_per_user_max = 10")
+    deployment.config_file.write_text(text)
+    with deployment.serving() as server:
+        caller = server.caller()
+        made(caller, "rsa")
+        good, bad = cpb.SignRequest(key="k", message=b"m"), cpb.SignRequest(key="", message=b"m")
+        for _ in range(30):
+            with pytest.raises(grpc.RpcError):
+                caller.crypto.BatchSign(cpb.BatchSignRequest(items=[good, bad] * 20), timeout=0.02)
+        soon(lambda: caller.crypto.Sign(good, timeout=10).signature != b"")
 
 
 def test_signatures_come_and_are_verified_in_batches(caller: Caller) -> None:
