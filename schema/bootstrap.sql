@@ -1,12 +1,13 @@
 -- Prepares a database to be migrated by a role that is no superuser. A superuser runs it once, in the new database:
 --     createdb kms && psql -1 -d kms -f schema/bootstrap.sql && psql -d kms -c '\password kms_migrator'
--- It makes what takes a superuser too: the logins of backups and of a standby, the extensions, the right to statistics. The
--- migrations use these, and do without what is missing. It can be run again.
+-- It makes what takes a superuser too: the logins of backups and of a standby, the extensions, the right to statistics, and that
+-- nobody makes large objects. The migrations use these, and do without what is missing. It can be run again.
 
 DO $$
 DECLARE
     name TEXT;
     wanted_name TEXT;
+    function_name REGPROCEDURE;
 BEGIN
     IF to_regrole('kms_migrator') IS NULL THEN
         CREATE ROLE kms_migrator LOGIN CREATEROLE NOSUPERUSER NOCREATEDB NOREPLICATION NOBYPASSRLS;
@@ -36,6 +37,14 @@ BEGIN
         IF EXISTS (SELECT FROM pg_available_extensions AS e WHERE e.name = wanted_name) THEN
             EXECUTE format('CREATE EXTENSION IF NOT EXISTS %I WITH SCHEMA public', wanted_name);
         END IF;
+    END LOOP;
+
+    -- As migration 062 does where a superuser runs it.
+    FOR function_name IN
+        SELECT oid FROM pg_catalog.pg_proc
+        WHERE pronamespace = 'pg_catalog'::REGNAMESPACE AND proname ~ '^(lo_.*|loread|lowrite)$'
+    LOOP
+        EXECUTE format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', function_name);
     END LOOP;
 
     -- The owner may make schemas, trusted extensions, and say who connects.

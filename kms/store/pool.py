@@ -236,6 +236,11 @@ LOGIN: Final = """
             OR EXISTS (SELECT FROM pg_catalog.pg_database AS d WHERE d.datdba = r.oid) AS is_owner,
         EXISTS (SELECT FROM pg_catalog.pg_auth_members AS m WHERE m.member = r.oid AND (m.inherit_option OR m.admin_option))
             AS is_heir,
+        EXISTS (
+            SELECT FROM pg_catalog.pg_largeobject_metadata AS l
+            WHERE l.lomowner = r.oid
+                OR l.lomowner IN (SELECT m.roleid FROM pg_catalog.pg_auth_members AS m WHERE m.member = r.oid)
+        ) AS has_large_objects,
         ARRAY(
             SELECT g.rolname::text
             FROM pg_catalog.pg_auth_members AS m JOIN pg_catalog.pg_roles AS g ON g.oid = m.roleid
@@ -259,6 +264,11 @@ async def _check_login(settings: Mapping[str, Any]) -> None:
         name = "?" if login is None else login["name"]
         raise unavailable(
             f"the login {name} may do more than the service should: row security would not hold for it; use kms_service"
+        )
+    if login["has_large_objects"]:
+        raise unavailable(
+            f"the login {login['name']}, or a role that it takes, owns large objects, which fail backups: find out who made "
+            "them, remove them with lo_unlink, and run schema/bootstrap.sql"
         )
     if set(login["roles"]) != _ROLES:
         raise unavailable(f"the login {login['name']} cannot take the service's roles; run `kms migrate`, and use kms_service")

@@ -646,10 +646,28 @@ def test_the_service_cannot_turn_its_fetters_off(service: psycopg.Connection[Any
         b"COPY authentication.users TO PROGRAM 'cat'",
         b"SELECT rolpassword FROM pg_authid",
         b"INSERT INTO public.schema_migrations (version) VALUES ('9')",
+        b"SELECT lo_from_bytea(0, 'abc')",
+        b"SELECT lo_create(0)",
+        b"SELECT lo_creat(-1)",
+        b"SELECT lo_import('/etc/hostname')",
     )
     with acting(service, role, ALICE):
         for attempt in attempts:
             assert refusal(service, attempt) is errors.InsufficientPrivilege, attempt
+
+
+def test_nobody_but_a_superuser_has_to_do_with_large_objects(admin: psycopg.Connection[Any]) -> None:
+    query = b"""
+        SELECT p.oid::regprocedure FROM pg_proc AS p
+        WHERE p.pronamespace = 'pg_catalog'::regnamespace AND p.proname ~ '^lo_|^lo(read|write)$'
+            AND EXISTS (
+                SELECT FROM pg_roles AS r
+                WHERE NOT r.rolsuper AND r.rolname !~ '^pg_' AND has_function_privilege(r.oid, p.oid, 'EXECUTE')
+            )
+    """
+    assert admin.execute(query).fetchall() == []
+    admin.execute(b"GRANT EXECUTE ON FUNCTION lo_create(oid) TO job_runner")
+    assert len(admin.execute(query).fetchall()) == 1
 
 
 def test_row_security_switched_off_is_an_error_and_not_a_view_of_everything(service: psycopg.Connection[Any]) -> None:

@@ -199,6 +199,8 @@ def test_the_prepared_migrator_needs_no_superuser() -> None:
             assert rows(server.service_dsn(database), "SELECT current_user") == [("kms_service",)]
             owners = "SELECT DISTINCT tableowner FROM pg_tables WHERE schemaname IN ('authentication', 'cryptography', 'public')"
             assert rows(server.superuser_dsn(database), owners) == [("kms_migrator",)]
+            with psycopg.connect(server.service_dsn(database)) as service, pytest.raises(psycopg.errors.InsufficientPrivilege):
+                service.execute(b"SELECT lo_create(0)")
 
 
 def test_the_services_own_login_may_not_migrate(database: Database, directory: Path) -> None:

@@ -132,6 +132,20 @@ async def test_a_login_with_any_power_is_refused(database: Database, power: str)
             connection.execute(b"DROP ROLE probe")
 
 
+@pytest.mark.parametrize("owner", ["kms_service", "job_runner"])
+async def test_a_login_that_owns_a_large_object_is_refused(database: Database, owner: str) -> None:
+    with psycopg.connect(database.admin_dsn, autocommit=True) as connection:
+        row = connection.execute(b"SELECT lo_from_bytea(0, 'abc')").fetchone()
+        assert row is not None
+        try:
+            async with open_pool(database.dsn, 1):
+                pass
+            connection.execute(f"ALTER LARGE OBJECT {row[0]} OWNER TO {owner}".encode())
+            assert "owns large objects" in await unavailable(database.dsn)
+        finally:
+            connection.execute(f"SELECT lo_unlink({row[0]})".encode())
+
+
 async def test_a_login_without_the_roles_is_told_to_migrate(database: Database) -> None:
     dsn = database.dsn.replace("user=kms_service", "user=bystander")
     with psycopg.connect(database.admin_dsn, autocommit=True) as connection:

@@ -78,6 +78,8 @@ def test_what_is_restored_is_what_was_dumped(
         assert read_properties(connection).owner == manifest.properties.owner
         assert read_roles(connection) == (manifest.roles, manifest.memberships)
         row = connection.execute(b"SELECT key_name, encrypted_private_key FROM cryptography.keys").fetchone()
+        may_make_large_objects = connection.execute(b"SELECT has_function_privilege('kms_service', 'lo_create(oid)', 'EXECUTE')")
+        assert may_make_large_objects.fetchone() == (False,)
     assert row == ("payments", "x")
     assert check(other) == []
 
