@@ -614,6 +614,26 @@ def test_a_key_cannot_be_hung_under_another_users(service: psycopg.Connection[An
         assert refusal(service, make.format(sql.Literal(BOB), sql.Literal(ALICE))) is errors.ForeignKeyViolation
 
 
+@pytest.mark.parametrize("name", ["old@7", "another@1"])
+def test_a_user_gives_no_key_the_name_of_a_predecessor(
+    admin: psycopg.Connection[Any], service: psycopg.Connection[Any], name: str
+) -> None:
+    rename = sql.SQL("UPDATE cryptography.keys SET key_name = {} WHERE key_name = 'old'").format(sql.Literal(name))
+    make = sql.SQL(
+        "INSERT INTO cryptography.keys (user_id, key_name, key_type, key_purpose, public_key, encrypted_private_key,"
+        " key_strength, custody, origin)"
+        " VALUES ({}, {}, 'aes', 'encryption', 'kcv:000000', 'x', 256, 'SEALED', 'GENERATED')"
+    ).format(sql.Literal(BOB), sql.Literal(name))
+    with acting(service, "authenticated_users", BOB):
+        assert refusal(service, rename) is errors.CheckViolation
+        assert refusal(service, make) is errors.CheckViolation
+        assert refusal(service, b"UPDATE cryptography.keys SET key_name = 'renamed' WHERE key_name = 'old'") is None
+    admin.execute(b"UPDATE cryptography.keys SET key_name = 'old@1' WHERE key_name = 'old'")
+    with acting(service, "authenticated_users", BOB):
+        changed = service.execute(b"UPDATE cryptography.keys SET key_name = 'old@1', metadata = '{}' WHERE key_name = 'old@1'")
+        assert changed.rowcount == 1
+
+
 @pytest.mark.parametrize("role", ROLES)
 def test_hidden_columns_stay_hidden(service: psycopg.Connection[Any], role: str) -> None:
     with acting(service, role, ALICE):

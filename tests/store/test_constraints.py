@@ -67,6 +67,16 @@ def test_a_name_and_an_address_are_unique(admin: psycopg.Connection[Any]) -> Non
     assert refusal(admin, "authentication.users", {**USER, "email": "alice@example.org"}) is errors.UniqueViolation
 
 
+def test_a_token_object_is_one_keys_until_it_is_destroyed(admin: psycopg.Connection[Any]) -> None:
+    resident = {**AES, "custody": "RESIDENT", "hsm_key_id": "00ff"}
+    put(admin, "cryptography.keys", resident)
+    for user in (OWNER, OTHER):
+        another = {**resident, "user_id": user, "key_name": "another"}
+        assert refusal(admin, "cryptography.keys", another) is errors.UniqueViolation
+    admin.execute(b"UPDATE cryptography.keys SET destroyed_at = now(), encrypted_private_key = '' WHERE hsm_key_id = '00ff'")
+    put(admin, "cryptography.keys", {**resident, "user_id": OTHER})
+
+
 def test_a_user_with_rows_cannot_be_deleted(admin: psycopg.Connection[Any]) -> None:
     with pytest.raises(errors.ForeignKeyViolation):
         admin.execute("DELETE FROM authentication.users WHERE id = %s", (OWNER,))

@@ -35,7 +35,7 @@ def a_call(user: User) -> Call:
 def new_key(owner: UserId, key_type: KeyType = KeyType.SECP256R1, custody: Custody = Custody.WRAPPED) -> NewKey:
     purpose = Purpose.ENCRYPTION if key_type is KeyType.AES else Purpose.SIGNING
     public_key = "kcv:0a1b2c" if key_type is KeyType.AES else PEM
-    material = KeyMaterial(custody, public_key, "ZW52ZWxvcGU=", "00ff" if custody is Custody.RESIDENT else None)
+    material = KeyMaterial(custody, public_key, "ZW52ZWxvcGU=", uuid4().hex if custody is Custody.RESIDENT else None)
     key_id = KeyId(uuid4())
     identity = KeyIdentity(key_id, owner, key_spec(key_type, purpose, None))
     return NewKey(identity, KeyName(f"key-{key_id.hex[:8]}"), material, {})
