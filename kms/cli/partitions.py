@@ -22,7 +22,7 @@ def ensure(
     invocation: Invocation,
     ahead: Annotated[int, typer.Option("--ahead", metavar="DAYS", min=0, max=3600, help="How far ahead.")] = 732,
 ) -> None:
-    """Make the partitions that are missing. kms serve does this by itself at its start and every six hours."""
+    """Make the partitions that are missing. kms migrate does this too, and kms serve at its start and every six hours."""
     config = invocation.operator_config("database")
     from kms.wiring import database as wiring
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import psycopg
 import structlog
+from psycopg import errors as pg
 from psycopg import sql
 
 from kms.domain.errors import KmsError, malformed
@@ -66,12 +67,26 @@ class Archived:
 
 
 async def ensure(pool: Pool, ahead_days: int = AHEAD_DAYS) -> Sequence[str]:
-    """Make the partitions that are missing from now to *ahead_days* ahead, 0 to 3600; return their names."""
+    """Make the partitions that are missing from now to *ahead_days* ahead, 0 to 3600; return their names.
+
+    Each in a transaction of its own: the locks that one takes last for it alone.
+    """
     if not 0 <= ahead_days <= _AHEAD_DAYS_MAX:
         raise malformed("ahead", "expected 0 to 3600 days")
-    async with pool.transaction(AS_JOB) as connection:
-        rows = await (await connection.execute(ENSURE, {"days": ahead_days})).fetchall()
-    return [row["name"] for row in rows]
+    made: list[str] = []
+    while rows := await pool.fetch(AS_JOB, ENSURE, {"days": ahead_days}):
+        made += [row["name"] for row in rows]
+    return made
+
+
+def ensure_by(dsn: str) -> None:
+    """Make the partitions that are missing from now to two years ahead, with a login that migrates. Raises STORE_UNAVAILABLE.
+
+    Where somebody holds what must be locked they are left to `kms serve`, which tries again and tells.
+    """
+    with connected(connection_settings(dsn)) as connection, contextlib.suppress(pg.LockNotAvailable):
+        while connection.execute(ENSURE, {"days": AHEAD_DAYS}).fetchone() is not None:
+            pass
 
 
 async def default_rows(pool: Pool) -> Sequence[DefaultRows]:

@@ -21,8 +21,10 @@ from kms.wiring.parts import database_dsn, hsm_settings, migration_dsn, ready_po
 
 
 def migrate(config: Config) -> list[str]:
-    """Bring the database to the schema of this program; return the names of the files that were run."""
-    return migrations.migrate(migration_dsn(config))
+    """Bring the database to the schema of this program, with partitions two years ahead; return the files that were run."""
+    done = migrations.migrate(migration_dsn(config))
+    partitions.ensure_by(migration_dsn(config))
+    return done
 
 
 def check_schema(config: Config) -> None:

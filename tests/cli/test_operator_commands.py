@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from uuid import UUID
 
@@ -55,6 +56,14 @@ def test_a_second_migration_finds_nothing_to_do(deployment: Deployment) -> None:
     done = deployment.run("migrate", "--json")
     assert (done.returncode, json.loads(done.stdout)) == (0, {"applied": [], "up_to_date": True})
     assert deployment.run("migrate", "--check").returncode == 0
+
+
+def test_a_migration_makes_the_partitions_that_are_missing(deployment: Deployment) -> None:
+    with psycopg.connect(deployment.database.admin_dsn, autocommit=True) as connection:
+        name = f"audit.domain_events_{datetime.now(UTC).year + 1}"
+        connection.execute(f"DROP TABLE {name}".encode())
+        assert deployment.run("migrate").returncode == 0
+        assert connection.execute("SELECT to_regclass(%s) IS NOT NULL", (name,)).fetchone() == (True,)
 
 
 def test_a_database_without_schema_fails_the_check(deployment: Deployment) -> None:

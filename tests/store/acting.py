@@ -24,6 +24,14 @@ def run(dsn: str, role: str, user: object, query: str, parameters: Sequence[obje
         return cursor.fetchall() if cursor.description else []
 
 
+def ensure_partitions(dsn: str, ahead: str) -> list[str]:
+    """Make the partitions that are missing, one call for each, and return their names."""
+    made: list[str] = []
+    while found := run(dsn, "job_runner", "", "SELECT made::text FROM audit.ensure_partitions(%s) AS made", (ahead,)):
+        made += [name for (name,) in found]
+    return made
+
+
 def add_user(admin_dsn: str, user: object, name: str) -> None:
     """Make a user, as the superuser."""
     with psycopg.connect(admin_dsn) as connection:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -21,6 +22,7 @@ from kms.store import partitions
 from kms.store.backup_tools import find_tool, run
 from kms.store.pool import Pool
 from tests.fixtures.postgres import Database
+from tests.store.acting import add_user
 
 FAR = datetime(2055, 3, 4, tzinfo=UTC)
 ADD = """
@@ -92,6 +94,56 @@ async def test_attaching_does_not_hold_up_writers(database: Database, store: Poo
     assert len(made) >= 10
     assert written > 10
     assert longest < max(0.5, took / 3)
+
+
+async def test_making_partitions_holds_up_neither_changes_of_users_nor_who_reads_the_whole_trail(
+    database: Database, store: Pool
+) -> None:
+    add_user(database.admin_dsn, uuid4(), "alice")
+    done, longest, times = threading.Event(), 0.0, 0
+
+    def change_and_read() -> None:
+        nonlocal longest, times
+        with psycopg.connect(database.admin_dsn, autocommit=True) as other:
+            while not done.is_set():
+                begun = time.monotonic()
+                other.execute(b"UPDATE authentication.users SET mfa_enabled = NOT mfa_enabled")
+                other.execute(b"SELECT count(*) FROM audit.security_events")
+                longest, times = max(longest, time.monotonic() - begun), times + 1
+
+    thread = threading.Thread(target=change_and_read)
+    thread.start()
+    try:
+        begun = time.monotonic()
+        made = await partitions.ensure(store, 3600)
+        took = time.monotonic() - begun
+    finally:
+        done.set()
+        thread.join()
+    assert len(made) >= 90
+    assert times > 10
+    assert longest < max(0.3, took / 3)
+
+
+def test_a_migration_makes_partitions_two_years_ahead(database: Database, admin: psycopg.Connection[Any]) -> None:
+    month = datetime.now(UTC) + timedelta(days=700)
+    name = f"audit.security_events_{month:%Y_%m}"
+    admin.execute(f"DROP TABLE {name}".encode())
+    partitions.ensure_by(database.admin_dsn)
+    assert admin.execute("SELECT to_regclass(%s) IS NOT NULL", (name,)).fetchone() == (True,)
+
+
+@pytest.mark.slow
+def test_a_migration_leaves_partitions_whose_locks_somebody_holds_to_the_service(
+    database: Database, admin: psycopg.Connection[Any]
+) -> None:
+    month = datetime.now(UTC) + timedelta(days=700)
+    name = f"audit.security_events_{month:%Y_%m}"
+    admin.execute(f"DROP TABLE {name}".encode())
+    with psycopg.connect(database.admin_dsn) as reader:
+        reader.execute(b"LOCK TABLE audit.security_events_default IN ACCESS SHARE MODE")
+        partitions.ensure_by(database.admin_dsn)
+    assert admin.execute("SELECT to_regclass(%s) IS NULL", (name,)).fetchone() == (True,)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from psycopg import errors
 from kms.dev.postgres import EmbeddedPostgres, temporary_postgres
 from kms.store.migrate import migrate
 from tests.fixtures.postgres import Database
-from tests.store.acting import add_user, run
+from tests.store.acting import add_user, ensure_partitions, run
 
 ALICE: Final = UUID("aaaaaaaa-0000-4000-8000-000000000001")
 BOB: Final = UUID("bbbbbbbb-0000-4000-8000-000000000002")
@@ -226,7 +226,7 @@ def test_what_the_server_counts_is_shown_in_the_specifications_names(database: D
 def test_the_backup_login_reads_every_row_of_every_table_and_writes_none(
     postgres: EmbeddedPostgres, database: Database, admin: psycopg.Connection[Any]
 ) -> None:
-    admin.execute(b"SELECT audit.ensure_partitions('4 years')")
+    ensure_partitions(database.dsn, "4 years")
     power = "SELECT rolbypassrls AND rolcanlogin AND NOT rolsuper FROM pg_roles WHERE rolname = 'backup_user'"
     assert value(admin, power) is True
     query = b"""

@@ -9,6 +9,7 @@ import pytest
 
 from kms.domain.merkle import Frontier, leaf_hash
 from tests.fixtures.postgres import Database
+from tests.store.acting import ensure_partitions
 
 EVENT: Final = (
     b"INSERT INTO audit.security_events (event_type, severity, created_at) VALUES ('sign', 'low', %s) RETURNING commit_order"
@@ -57,8 +58,8 @@ def test_a_row_keeps_its_place_when_it_leaves_the_default_partition(admin: psyco
     assert number(admin, b"SELECT commit_order FROM audit.security_events_1999_01") == held
 
 
-def test_partitions_made_later_have_the_order_and_its_index(admin: psycopg.Connection[Any]) -> None:
-    made = [name for (name,) in admin.execute(b"SELECT made::text FROM audit.ensure_partitions('5 years') AS made")]
+def test_partitions_made_later_have_the_order_and_its_index(database: Database, admin: psycopg.Connection[Any]) -> None:
+    made = ensure_partitions(database.dsn, "5 years")
     assert len(made) > 12
     query = b"""
         SELECT count(*) FROM pg_index AS i JOIN pg_inherits AS h ON h.inhrelid = i.indexrelid
