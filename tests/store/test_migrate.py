@@ -1,5 +1,6 @@
 """Migrations: once each, in order, by one runner at a time, and never over a database that disagrees."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,12 @@ def test_each_file_is_what_psql_runs(empty: str) -> None:
             with connection.transaction():
                 connection.execute(migration.content)
     assert rows(empty, "SELECT count(*) FROM public.schema_migrations") == [(0,)]
+
+
+def test_the_readme_says_what_each_migration_makes() -> None:
+    rows_of_files = [line.split("|")[1] for line in (SCHEMA / "README.md").read_text().splitlines() if line.startswith("| `")]
+    told = {number for cell in rows_of_files for number in re.findall(r"`(\d{3})`", cell)}
+    assert [name for name in NAMES if name.partition("__")[0][-3:] not in told] == []
 
 
 def test_every_earlier_state_migrates_forward(empty: str, directory: Path) -> None:
