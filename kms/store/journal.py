@@ -1,15 +1,16 @@
 """The journal: what a restored backup must not undo, kept in a file outside the database.
 
 One JSON object a line, each with the SHA-256 of its own canonical text, which contains the hash of the line before. A line is
-on disk before the change that it tells of is answered. `kms restore --journal` replays it. The chain shows an edited or removed
-line; that the end was cut off is shown by a backup, which records the head of the journal at its time.
+on disk before the change that it tells of is answered; what was not written then, `kms.store.journal_follower` appends.
+`kms restore --journal` replays it. The chain shows an edited or removed line; that the end was cut off is shown by a backup,
+which records the head of the journal at its time.
 """
 
 import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,14 +23,19 @@ from kms.store.errors import unavailable
 
 _BEGINNING: Final = "0" * 64
 _LINE_BYTES_MAX: Final = 16_384
+_CHUNK_BYTES: Final = 65_536
 _REASON_CHARACTERS_MAX: Final = 1_000
 _FIELDS: Final = frozenset({"sequence", "event", "subject", "occurred_at", "reason", "previous", "hash"})
 
 
 class Event(StrEnum):
-    """What is written down. The subject is the id of the key, certificate or user; of the first line that of the journal."""
+    """What is written down. The subject is the id of the key, certificate or user; of the first line that of the journal.
+
+    FOLLOWED: the journal has every move of the epoch that is its subject, up to the place in its reason.
+    """
 
     JOURNAL_BEGUN = "journal_begun"
+    FOLLOWED = "followed"
     KEY_REVOKED = "key_revoked"
     KEY_COMPROMISED = "key_compromised"
     KEY_DESTROYED = "key_destroyed"
@@ -46,14 +52,20 @@ class Head:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A line of a journal. `occurred_at` is aware; `reason` is the operator's."""
+class Line:
+    """What is written into a journal. `occurred_at` is aware; `reason` is the operator's."""
 
-    head: Head
     event: Event
     subject: UUID
     occurred_at: datetime
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Entry(Line):
+    """A line of a journal, where it stands."""
+
+    head: Head
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +88,16 @@ class Journal:
         A line that a crash left unfinished, and so was never answered for, is removed.
         """
         with self._opened(occurred_at) as (file, head):
-            return _write(file, _chained(head, event, subject, occurred_at, reason[:_REASON_CHARACTERS_MAX]))
+            return _write(file, head, [Line(event, subject, occurred_at, reason)])
+
+    def extend(self, decide: Callable[[Iterator[Entry]], Sequence[Line]], *, at: datetime) -> None:
+        """Write the lines that *decide* returns, and force them to disk together. Raises as `begin` does.
+
+        It is given the lines that are there, the last one first; nobody else writes meanwhile.
+        """
+        with self._opened(at) as (file, head):
+            if lines := decide(_backwards(file, self.path)):
+                _write(file, head, lines)
 
     @contextmanager
     def _opened(self, now: datetime) -> Iterator[tuple[IO[bytes], Head]]:
@@ -84,7 +105,7 @@ class Journal:
             fcntl.flock(file, fcntl.LOCK_EX)
             head = _find_head(file, self.path)
             if head == Head():
-                head = _write(file, _chained(head, Event.JOURNAL_BEGUN, uuid4(), now, ""))
+                head = _write(file, head, [Line(Event.JOURNAL_BEGUN, uuid4(), now, "")])
                 sync_directory(self.path.absolute().parent)
             yield file, head
 
@@ -148,6 +169,18 @@ def _find_head(file: IO[bytes], path: Path) -> Head:
     return _parsed(finished.removesuffix(b"\n").rpartition(b"\n")[2], f"{path}, last line").head
 
 
+def _backwards(file: IO[bytes], path: Path) -> Iterator[Entry]:
+    """Yield the lines of *file*, which ends with a finished one, from the last to the first."""
+    start, begun = file.seek(0, os.SEEK_END), b""
+    while start > 0:
+        size = min(_CHUNK_BYTES, start)
+        start = file.seek(start - size)
+        begun, *lines = (file.read(size) + begun).split(b"\n")
+        if start == 0:
+            lines.insert(0, begun)
+        yield from (_parsed(line, str(path)) for line in reversed(lines) if line)
+
+
 def _parsed(line: bytes, where: str) -> Entry:
     try:
         fields: dict[str, Any] = json.loads(line)
@@ -155,22 +188,18 @@ def _parsed(line: bytes, where: str) -> Entry:
             raise ValueError
         occurred_at = datetime.fromisoformat(fields["occurred_at"])
         head = Head(int(fields["sequence"]), str(fields["hash"]))
-        return Entry(head, Event(fields["event"]), UUID(fields["subject"]), occurred_at, str(fields["reason"]))
+        return Entry(Event(fields["event"]), UUID(fields["subject"]), occurred_at, str(fields["reason"]), head)
     except (ValueError, TypeError, AttributeError):
         raise unavailable(f"{where}: expected an entry of a journal") from None
 
 
-def _fields_of(entry: Entry, before: Head) -> Mapping[str, object]:
-    return _chained(before, entry.event, entry.subject, entry.occurred_at, entry.reason)
-
-
-def _chained(before: Head, event: Event, subject: UUID, occurred_at: datetime, reason: str) -> Mapping[str, object]:
+def _fields_of(line: Line, before: Head) -> Mapping[str, object]:
     fields: dict[str, object] = {
         "sequence": before.sequence + 1,
-        "event": event.value,
-        "subject": str(subject),
-        "occurred_at": occurred_at.isoformat(),
-        "reason": reason,
+        "event": line.event.value,
+        "subject": str(line.subject),
+        "occurred_at": line.occurred_at.isoformat(),
+        "reason": line.reason[:_REASON_CHARACTERS_MAX],
         "previous": before.hash,
     }
     return {**fields, "hash": hashlib.sha256(_canonical(fields)).hexdigest()}
@@ -180,10 +209,17 @@ def _canonical(fields: Mapping[str, object]) -> bytes:
     return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
-def _write(file: IO[bytes], fields: Mapping[str, object]) -> Head:
-    content = _canonical(fields) + b"\n"
+def _write(file: IO[bytes], head: Head, lines: Sequence[Line]) -> Head:
+    """Write *lines* behind *head* at the end of *file*, and return the new head."""
+    texts = list[bytes]()
+    for line in lines:
+        fields = _fields_of(line, head)
+        head = Head(head.sequence + 1, str(fields["hash"]))
+        texts.append(_canonical(fields) + b"\n")
+    file.seek(0, os.SEEK_END)
+    content = b"".join(texts)
     # An unbuffered write may be cut short by a full disk; what is there then is an unfinished line.
     while content:
         content = content[file.write(content) :]
     os.fsync(file.fileno())
-    return Head(int(str(fields["sequence"])), str(fields["hash"]))
+    return head

@@ -20,7 +20,8 @@ _EVENTS: Final = {Move.REVOKE: Event.KEY_REVOKED, Move.COMPROMISE: Event.KEY_COM
 class JournaledLifecycle:
     """Makes the moves of *lifecycle*, and writes those that are for good into *journal*.
 
-    The line comes after the move and before the answer. Where it cannot be written the move stands, and the caller is told so.
+    The line comes after the move and before the answer. Where it cannot be written the move stands, and the caller is told so;
+    `JournalFollower` writes it later.
     """
 
     lifecycle: Lifecycle

@@ -12,6 +12,7 @@ from kms.domain.errors import KmsError
 from kms.store.repeats import FORGET_MAX, StoredRepeats
 
 UPKEEP_SECONDS: Final = 60.0
+JOURNAL_SECONDS: Final = 10.0
 _LOG = structlog.get_logger("kms")
 
 

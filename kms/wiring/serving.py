@@ -39,6 +39,7 @@ from kms.store.cached import CachedKeys, CachedUsers, ForgettingLedger, Forgetti
 from kms.store.changes import heard
 from kms.store.disk import Disk
 from kms.store.journal import Journal
+from kms.store.journal_follower import JournalFollower
 from kms.store.journaled import JournaledLifecycle
 from kms.store.keys import StoredKeys
 from kms.store.ledger import open_ledger
@@ -55,7 +56,7 @@ from kms.wiring.audit import sealing, verifying
 from kms.wiring.condition import CHECK_SECONDS, Condition, SealWatch
 from kms.wiring.control import Report
 from kms.wiring.descriptors import raise_descriptor_limit
-from kms.wiring.jobs import UPKEEP_SECONDS, destroy_due, forget_answers, repeating
+from kms.wiring.jobs import JOURNAL_SECONDS, UPKEEP_SECONDS, destroy_due, forget_answers, repeating
 from kms.wiring.log import configure_log
 from kms.wiring.parts import database_dsn, hsm_settings, ready_pool
 from kms.wiring.reports import ProcessReports
@@ -154,11 +155,14 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         ledger = await stack.enter_async_context(
             open_ledger(dsn, pool, settled=telemetry.settled, records_strangers=disk.has_room_for_strangers)
         )
-        moves = telemetry.observed(_lifecycle(pool, server_config.journal), "store", "move", of="lifecycle.")
+        journal = _journal(server_config.journal)
+        moves = telemetry.observed(_lifecycle(pool, journal), "store", "move", of="lifecycle.")
         lifecycle = ForgettingLifecycle(moves, keys)
         await stack.enter_async_context(
             repeating("destruction", UPKEEP_SECONDS, partial(destroy_due, Destruction(lifecycle, hsm)))
         )
+        if journal is not None:
+            await stack.enter_async_context(repeating("journal", JOURNAL_SECONDS, JournalFollower(pool, journal).catch_up))
         await stack.enter_async_context(repeating("repeats", UPKEEP_SECONDS, partial(forget_answers, StoredRepeats(pool))))
         seal_seconds = (config.audit or AuditConfig()).seal_seconds
         await stack.enter_async_context(sealed(dsn, sealing(config, pool, hsm), interval_seconds=seal_seconds))
@@ -223,15 +227,20 @@ def _server(
     )
 
 
-def _lifecycle(pool: Pool, journal_file: Path | None) -> Lifecycle:
-    if journal_file is None:
-        return StoredLifecycle(pool)
-    journal = Journal(journal_file)
+def _journal(file: Path | None) -> Journal | None:
+    if file is None:
+        return None
+    journal = Journal(file)
     try:
         journal.begin(at=host_clock())
     except OSError as error:
-        raise KmsError(Reason.STORE_UNAVAILABLE, f"the journal {journal_file} cannot be written: {error.strerror}") from None
-    return JournaledLifecycle(StoredLifecycle(pool), journal)
+        raise KmsError(Reason.STORE_UNAVAILABLE, f"the journal {file} cannot be written: {error.strerror}") from None
+    return journal
+
+
+def _lifecycle(pool: Pool, journal: Journal | None) -> Lifecycle:
+    stored = StoredLifecycle(pool)
+    return stored if journal is None else JournaledLifecycle(stored, journal)
 
 
 def _log_status(status: HsmStatus) -> None:

@@ -10,13 +10,16 @@ from tests.conformance.test_outages import soon
 from tests.fixtures.server import Deployment
 
 
-def test_revocation_compromise_and_destruction_are_journaled_before_they_are_answered(deployment: Deployment) -> None:
+def test_what_is_for_good_is_journaled_before_it_is_answered_or_at_the_next_start(
+    deployment: Deployment,
+) -> None:
     text = deployment.config_file.read_text().replace("call_seconds_max = 20", 'call_seconds_max = 20\njournal = "journal"')
     deployment.config_file.write_text(text)
     journal = deployment.directory / "journal"
 
     def told() -> list[tuple[Event, str]]:
-        return [(entry.event, str(entry.subject)) for entry in read_journal(journal)[1:]]
+        entries = [entry for entry in read_journal(journal)[1:] if entry.event is not Event.FOLLOWED]
+        return [(entry.event, str(entry.subject)) for entry in entries]
 
     with deployment.serving() as server:
         caller = server.caller()
@@ -33,9 +36,13 @@ def test_revocation_compromise_and_destruction_are_journaled_before_they_are_ans
     with deployment.serving() as server:
         soon(lambda: told()[2:] == [(Event.KEY_DESTROYED, due.id)])
         caller = server.caller(caller.user_id)
-        made(caller, "aes", name="d")
+        unwritten = made(caller, "aes", name="d")
         journal.rename(journal.with_name("kept"))
         journal.mkdir()
         found = refusal(caller.keys.RevokeKey, kpb.RevokeKeyRequest(key="d", reason="r"))
         assert found.reason == "OUTCOME_UNKNOWN"
         assert caller.keys.GetKey(kpb.GetKeyRequest(key="d")).key.state == kpb.KEY_STATE_REVOKED
+    journal.rmdir()
+    journal.with_name("kept").rename(journal)
+    with deployment.serving():
+        soon(lambda: told()[3:] == [(Event.KEY_REVOKED, unwritten.id)])

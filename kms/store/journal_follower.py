@@ -1,0 +1,156 @@
+"""The journal made complete: what is for good in the database, and was not written when it was made, is appended.
+
+A service that was killed between a change and its line, or could not write the line, leaves such a gap, and so do others that
+serve the same database. The events of keys are followed in the order of the trail, from a place that the journal itself keeps
+in lines of its own: a journal that is gone, or is of another epoch, has none, and then every key is looked at once.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final, NamedTuple
+from uuid import UUID
+
+from psycopg.rows import DictRow
+
+from kms.store.errors import unavailable
+from kms.store.journal import Entry, Event, Journal, Line
+from kms.store.pool import AS_ADMINISTRATOR, AS_JOB, Pool
+
+# Epochs of one number can differ: a backup may be restored twice.
+HERE: Final = """
+    SELECT audit.order_horizon() AS horizon, clock_timestamp() AS now, md5(concat_ws(
+            '/', e.number, extract(epoch FROM e.begun_at), e.system_identifier, e.timeline, e.database_oid
+        ))::uuid AS epoch
+    FROM cryptography.epochs AS e
+    ORDER BY e.number DESC
+    LIMIT 1
+"""
+# Below the horizon every event is there that will ever be.
+EVENTS: Final = """
+    SELECT commit_order, id, aggregate_id, event_type, occurred_at, event_data ->> 'reason' AS reason
+    FROM audit.domain_events
+    WHERE (commit_order, id) > (%(order)s, %(id)s) AND commit_order < (SELECT audit.order_horizon())
+    ORDER BY commit_order, id
+    LIMIT %(limit)s
+"""
+KEYS: Final = """
+    SELECT id, compromised_at, revoked_at, destroyed_at
+    FROM cryptography.keys
+    WHERE id > %(after)s
+    ORDER BY id
+    LIMIT %(limit)s
+"""
+ROWS_MAX: Final = 1_000
+_FIRST_ID: Final = UUID(int=0)
+_EVENTS: Final = {
+    "key.revoked": Event.KEY_REVOKED,
+    "key.compromised": Event.KEY_COMPROMISED,
+    "key.destroyed": Event.KEY_DESTROYED,
+}
+_COLUMNS: Final = {
+    "compromised_at": Event.KEY_COMPROMISED,
+    "revoked_at": Event.KEY_REVOKED,
+    "destroyed_at": Event.KEY_DESTROYED,
+}
+
+
+class Place(NamedTuple):
+    """A place in the order of the trail; what is before it has been looked at."""
+
+    order: int
+    event_id: UUID = _FIRST_ID
+
+
+@dataclass(frozen=True, slots=True)
+class JournalFollower:
+    """Appends to *journal* what it lacks of the moves in the database of *pool*. Several may do so at once."""
+
+    pool: Pool
+    journal: Journal
+
+    async def catch_up(self) -> None:
+        """Append every move that is for good, was made before all transactions under way, and is not in the journal.
+
+        Raises STORE_UNAVAILABLE. What a call writes at the same moment may be there twice.
+        """
+        here = (await self.pool.fetch(AS_JOB, HERE))[0]
+        epoch, now = here["epoch"], here["now"]
+        written = await self._written(epoch, now)
+        if written is None:
+            lines, reached = await self._lines_of_keys(), Place(here["horizon"])
+        else:
+            lines, reached = await self._lines_of_events(written)
+        if lines or reached != written:
+            await self._extend(now, lambda entries: _missing(entries, lines, epoch, now, written, reached))
+
+    async def _written(self, epoch: UUID, now: datetime) -> Place | None:
+        """Return how far the journal says that *epoch* was followed."""
+        found = list[Place | None]()
+
+        def look(entries: Iterator[Entry]) -> Sequence[Line]:
+            found.append(_behind_place(entries, epoch)[0])
+            return ()
+
+        await self._extend(now, look)
+        return found[0]
+
+    async def _lines_of_events(self, after: Place) -> tuple[list[Line], Place]:
+        """Return the lines of the events behind *after*, and a place before which all were looked at, if far enough on."""
+        place, lines = after, list[Line]()
+        while True:
+            parameters = {"order": place.order, "id": place.event_id, "limit": ROWS_MAX}
+            rows = await self.pool.fetch(AS_JOB, EVENTS, parameters)
+            lines += [line for row in rows if (line := _line_of_event(row)) is not None]
+            if len(rows) < ROWS_MAX:
+                # Looked at again the next time: a line for each few events would be more than the events.
+                return lines, place
+            place = Place(rows[-1]["commit_order"], rows[-1]["id"])
+
+    async def _lines_of_keys(self) -> list[Line]:
+        lines, after = list[Line](), _FIRST_ID
+        while rows := await self.pool.fetch(AS_ADMINISTRATOR, KEYS, {"after": after, "limit": ROWS_MAX}):
+            lines += [line for row in rows for line in _lines_of_key(row)]
+            after = rows[-1]["id"]
+        return lines
+
+    async def _extend(self, now: datetime, decide: Callable[[Iterator[Entry]], Sequence[Line]]) -> None:
+        try:
+            await asyncio.to_thread(self.journal.extend, decide, at=now)
+        except OSError as error:
+            raise unavailable(f"the journal {self.journal.path} cannot be written: {error.strerror}") from None
+
+
+def _missing(
+    entries: Iterator[Entry], lines: Sequence[Line], epoch: UUID, now: datetime, written: Place | None, reached: Place
+) -> Sequence[Line]:
+    """Return those of *lines* that the journal lacks, and one that says that *reached* was, as far as there is need of it."""
+    place, behind = _behind_place(entries, epoch)
+    if place != written:
+        return ()  # another worker was here meanwhile, and wrote them
+    known = {(entry.event, entry.subject) for entry in behind}
+    missing = [line for line in lines if (line.event, line.subject) not in known]
+    if reached == written:
+        return missing
+    return [*missing, Line(Event.FOLLOWED, epoch, now, f"{reached.order} {reached.event_id}")]
+
+
+def _behind_place(entries: Iterator[Entry], epoch: UUID) -> tuple[Place | None, list[Entry]]:
+    """Return the last place of *epoch* in the journal and the lines behind it; without one, all lines."""
+    behind = list[Entry]()
+    for entry in entries:
+        if entry.event is Event.FOLLOWED and entry.subject == epoch:
+            order, _, event_id = entry.reason.partition(" ")
+            return Place(int(order), UUID(event_id)), behind
+        behind.append(entry)
+    return None, behind
+
+
+def _line_of_event(row: DictRow) -> Line | None:
+    event = _EVENTS.get(row["event_type"])
+    return None if event is None else Line(event, row["aggregate_id"], row["occurred_at"], row["reason"] or "")
+
+
+def _lines_of_key(row: DictRow) -> list[Line]:
+    return [Line(event, row["id"], row[column], "") for column, event in _COLUMNS.items() if row[column] is not None]
