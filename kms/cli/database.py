@@ -59,8 +59,9 @@ def restore(
 ) -> None:
     """Make the database of [migration], which must not be there yet or be empty, from a backup.
 
-    A new epoch begins: sessions are gone, the journal is replayed, and keys whose uses are counted are inactive until kms
-    epoch confirm. Without the journal every key is. --drill needs [hsm] too, uses no key, and fails unless all open.
+    A new epoch begins: sessions are gone, the journal is replayed, and keys whose uses are counted, or which were changed
+    after the backup, are inactive until kms epoch confirm. Without the journal every key is. --drill needs [hsm] too, uses no
+    key, and fails unless all open.
     """
     if drill:
         _drill(invocation, file, journal)

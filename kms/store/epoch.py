@@ -62,7 +62,7 @@ DEACTIVATE: Final = """
             AND cryptography.effective_status(
                 key_status, activated_at, deactivated_at, superseded_at, expires_at, NULL, NULL, clock_timestamp()
             ) IN ('pre_active', 'active', 'inactive')
-            AND (%(every_key)s OR key_type = 'aes' OR max_usage_count IS NOT NULL)
+            AND (%(every_key)s OR key_type = 'aes' OR max_usage_count IS NOT NULL OR id = ANY (%(changed)s::uuid[]))
     ), noted AS (
         INSERT INTO cryptography.restored_keys AS known (key_id, user_id, epoch, status_before, deactivated_by_restore)
         SELECT id, user_id, %(epoch)s, key_status, was_not_deactivated FROM concerned
@@ -221,14 +221,17 @@ def begin_epoch(
 ) -> Beginning:
     """Begin an epoch, all of it or nothing: replay *journal*, empty what must not come back, deactivate what is in doubt.
 
-    Unless the journal *is_complete*, every key is in doubt; else those whose uses are counted: with a limit, and AES keys.
+    Unless the journal *is_complete*, every key is in doubt; else those of which it says that they were changed, and those whose
+    uses are counted: with a limit, and AES keys.
     The connection's login sees every row. Raises STORE_UNAVAILABLE.
     """
     with connection.transaction():
         number = _begin(connection, cause, backup_created_at)
         replayed = {event: _replay(connection, event, journal) for event in _REPLAYS}
         emptied = _empty_tables(connection)
-        row = connection.execute(DEACTIVATE, {"every_key": not is_complete, "epoch": number}).fetchone()
+        changed = [entry.subject for entry in journal if entry.event is Event.KEY_CHANGED]
+        parameters = {"every_key": not is_complete, "changed": changed, "epoch": number}
+        row = connection.execute(DEACTIVATE, parameters).fetchone()
     assert row is not None  # noqa: S101  # a SELECT without FROM gives a row
     return Beginning(number, replayed, emptied, *row)
 

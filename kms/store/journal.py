@@ -31,6 +31,7 @@ _FIELDS: Final = frozenset({"sequence", "event", "subject", "occurred_at", "reas
 class Event(StrEnum):
     """What is written down. The subject is the id of the key, certificate or user; of the first line that of the journal.
 
+    KEY_CHANGED: the key may do less than before, or is to be destroyed; the reason begins with the version that it has then.
     FOLLOWED: the journal has every move of the epoch that is its subject, up to the place in its reason.
     """
 
@@ -39,6 +40,7 @@ class Event(StrEnum):
     KEY_REVOKED = "key_revoked"
     KEY_COMPROMISED = "key_compromised"
     KEY_DESTROYED = "key_destroyed"
+    KEY_CHANGED = "key_changed"
     CERTIFICATE_REVOKED = "certificate_revoked"
     USER_DISABLED = "user_disabled"
 
@@ -59,6 +61,11 @@ class Line:
     subject: UUID
     occurred_at: datetime
     reason: str
+
+
+def changed_line(key_id: UUID, version: int, *, occurred_at: datetime, what: str) -> Line:
+    """Return the line of a key that is at *version* since *what* happened to it. The same version is the same change."""
+    return Line(Event.KEY_CHANGED, key_id, occurred_at, f"version {version}, {what}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +94,12 @@ class Journal:
 
         A line that a crash left unfinished, and so was never answered for, is removed.
         """
-        with self._opened(occurred_at) as (file, head):
-            return _write(file, head, [Line(event, subject, occurred_at, reason)])
+        return self.write(Line(event, subject, occurred_at, reason))
+
+    def write(self, line: Line) -> Head:
+        """Write *line* as `append` does."""
+        with self._opened(line.occurred_at) as (file, head):
+            return _write(file, head, [line])
 
     def extend(self, decide: Callable[[Iterator[Entry]], Sequence[Line]], *, at: datetime) -> None:
         """Write the lines that *decide* returns, and force them to disk together. Raises as `begin` does.

@@ -1,4 +1,4 @@
-"""The journal made complete: what is for good in the database, and was not written when it was made, is appended.
+"""The journal made complete: what a restore must not undo, and was not written when it was done, is appended.
 
 A service that was killed between a change and its line, or could not write the line, leaves such a gap, and so do others that
 serve the same database. The events of keys are followed in the order of the trail, from a place that the journal itself keeps
@@ -15,7 +15,7 @@ from uuid import UUID
 from psycopg.rows import DictRow
 
 from kms.store.errors import unavailable
-from kms.store.journal import Entry, Event, Journal, Line
+from kms.store.journal import Entry, Event, Journal, Line, changed_line
 from kms.store.pool import AS_ADMINISTRATOR, AS_JOB, Pool
 
 # Epochs of one number can differ: a backup may be restored twice.
@@ -29,14 +29,17 @@ HERE: Final = """
 """
 # Below the horizon every event is there that will ever be.
 EVENTS: Final = """
-    SELECT commit_order, id, aggregate_id, event_type, occurred_at, event_data ->> 'reason' AS reason
+    SELECT commit_order, id, aggregate_id, aggregate_version, event_type, occurred_at, event_data ->> 'reason' AS reason,
+        event_data ?| ARRAY['max_usage_count', 'expires_at'] AS is_narrowed
     FROM audit.domain_events
     WHERE (commit_order, id) > (%(order)s, %(id)s) AND commit_order < (SELECT audit.order_horizon())
     ORDER BY commit_order, id
     LIMIT %(limit)s
 """
 KEYS: Final = """
-    SELECT id, compromised_at, revoked_at, destroyed_at
+    SELECT id, version, compromised_at, revoked_at, destroyed_at, clock_timestamp() AS now, version > 1 AND coalesce(
+            deactivated_at::text, destruction_scheduled_at::text, expires_at::text, max_usage_count::text
+        ) IS NOT NULL AS is_narrowed
     FROM cryptography.keys
     WHERE id > %(after)s
     ORDER BY id
@@ -49,6 +52,7 @@ _EVENTS: Final = {
     "key.compromised": Event.KEY_COMPROMISED,
     "key.destroyed": Event.KEY_DESTROYED,
 }
+_NARROWING: Final = frozenset({"key.deactivated", "key.destruction_scheduled"})
 _COLUMNS: Final = {
     "compromised_at": Event.KEY_COMPROMISED,
     "revoked_at": Event.KEY_REVOKED,
@@ -71,7 +75,7 @@ class JournalFollower:
     journal: Journal
 
     async def catch_up(self) -> None:
-        """Append every move that is for good, was made before all transactions under way, and is not in the journal.
+        """Append every move that belongs there, was made before all transactions under way, and is not in the journal.
 
         Raises STORE_UNAVAILABLE. What a call writes at the same moment may be there twice.
         """
@@ -129,8 +133,9 @@ def _missing(
     place, behind = _behind_place(entries, epoch)
     if place != written:
         return ()  # another worker was here meanwhile, and wrote them
-    known = {(entry.event, entry.subject) for entry in behind}
-    missing = [line for line in lines if (line.event, line.subject) not in known]
+    # Versions of another epoch are those of other changes.
+    known = {_identity(entry) for entry in behind if place is not None or entry.event is not Event.KEY_CHANGED}
+    missing = [line for line in lines if _identity(line) not in known]
     if reached == written:
         return missing
     return [*missing, Line(Event.FOLLOWED, epoch, now, f"{reached.order} {reached.event_id}")]
@@ -147,10 +152,23 @@ def _behind_place(entries: Iterator[Entry], epoch: UUID) -> tuple[Place | None, 
     return None, behind
 
 
+def _identity(line: Line) -> tuple[Event, UUID, str]:
+    """Return what two lines that tell of the same thing have in common."""
+    return line.event, line.subject, line.reason.partition(",")[0] if line.event is Event.KEY_CHANGED else ""
+
+
 def _line_of_event(row: DictRow) -> Line | None:
-    event = _EVENTS.get(row["event_type"])
-    return None if event is None else Line(event, row["aggregate_id"], row["occurred_at"], row["reason"] or "")
+    kind, key_id, at, reason = row["event_type"], row["aggregate_id"], row["occurred_at"], row["reason"] or ""
+    if (event := _EVENTS.get(kind)) is not None:
+        return Line(event, key_id, at, reason)
+    if kind in _NARROWING or (kind == "key.updated" and row["is_narrowed"]):
+        return changed_line(key_id, row["aggregate_version"], occurred_at=at, what=f"{kind}: {reason}")
+    return None
 
 
 def _lines_of_key(row: DictRow) -> list[Line]:
-    return [Line(event, row["id"], row[column], "") for column, event in _COLUMNS.items() if row[column] is not None]
+    """Return the lines of a key as it is. One that was changed to and fro may be told of without need."""
+    lines = [Line(event, row["id"], row[column], "") for column, event in _COLUMNS.items() if row[column] is not None]
+    if row["is_narrowed"] and not lines:
+        lines.append(changed_line(row["id"], row["version"], occurred_at=row["now"], what="at some time"))
+    return lines

@@ -1,7 +1,7 @@
 """`Lifecycle` with a journal: what a restore must not undo is on disk outside the database before it is answered."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -11,14 +11,14 @@ from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId
 from kms.domain.keys import KeyRecord
 from kms.domain.lifecycle import Move
-from kms.store.journal import Event, Journal
+from kms.store.journal import Event, Journal, Line, changed_line
 
-_EVENTS: Final = {Move.REVOKE: Event.KEY_REVOKED, Move.COMPROMISE: Event.KEY_COMPROMISED}
+_NARROWING: Final = frozenset({Move.DEACTIVATE, Move.SCHEDULE_DESTRUCTION})
 
 
 @dataclass(frozen=True, slots=True)
 class JournaledLifecycle:
-    """Makes the moves of *lifecycle*, and writes those that are for good into *journal*.
+    """Makes the moves of *lifecycle*, and writes those into *journal* after which a key may do less.
 
     The line comes after the move and before the answer. Where it cannot be written the move stands, and the caller is told so;
     `JournalFollower` writes it later.
@@ -26,26 +26,25 @@ class JournaledLifecycle:
 
     lifecycle: Lifecycle
     journal: Journal
+    clock: Callable[[], datetime]
 
     async def move(self, call: Call, key_id: KeyId, move: Move, change: Change, *, version: int | None) -> KeyRecord:
         """Make the move; raises what `Lifecycle.move` does, and OUTCOME_UNKNOWN where the journal cannot be written."""
         moved = await self.lifecycle.move(call, key_id, move, change, version=version)
-        event = _EVENTS.get(move)
-        at = {Move.REVOKE: moved.revoked_at, Move.COMPROMISE: moved.compromised_at}.get(move)
-        if event is not None and at is not None:
-            await self._write(event, key_id, at, change.reason or "")
+        if (line := _line_of(moved, move, change, self.clock())) is not None:
+            await self._write(line)
         return moved
 
     async def destroy_due(self) -> Sequence[DestroyedKey]:
         """Destroy what is due, as `Lifecycle.destroy_due` does; raises OUTCOME_UNKNOWN as `move` does."""
         destroyed = await self.lifecycle.destroy_due()
         for key in destroyed:
-            await self._write(Event.KEY_DESTROYED, key.key_id, key.destroyed_at, "scheduled")
+            await self._write(Line(Event.KEY_DESTROYED, key.key_id, key.destroyed_at, "scheduled"))
         return destroyed
 
-    async def _write(self, event: Event, key_id: KeyId, at: datetime, reason: str) -> None:
+    async def _write(self, line: Line) -> None:
         # Shielded: a caller who gives up must not keep the line from the disk.
-        writing = asyncio.to_thread(self.journal.append, event, key_id, occurred_at=at, reason=reason)
+        writing = asyncio.to_thread(self.journal.write, line)
         try:
             await asyncio.shield(asyncio.ensure_future(writing))
         except (OSError, KmsError) as error:
@@ -53,3 +52,27 @@ class JournaledLifecycle:
             raise KmsError(
                 Reason.OUTCOME_UNKNOWN, f"the change is made, but the journal of the service cannot be written ({told})"
             ) from None
+
+
+def _line_of(moved: KeyRecord, move: Move, change: Change, now: datetime) -> Line | None:
+    """Return the line of a move of *moved*, which is as the move left it; None for one that a restore may undo."""
+    key_id, reason = moved.identity.key_id, change.reason or ""
+    if move is Move.REVOKE and moved.revoked_at is not None:
+        return Line(Event.KEY_REVOKED, key_id, moved.revoked_at, reason)
+    if move is Move.COMPROMISE and moved.compromised_at is not None:
+        return Line(Event.KEY_COMPROMISED, key_id, moved.compromised_at, reason)
+    is_narrowed = change.max_usage_count is not None or change.expires_at is not None
+    if move in _NARROWING or (move is Move.UPDATE and is_narrowed):
+        what = f"{move.value} {_told(moved)}: {reason}"
+        return changed_line(key_id, moved.version, occurred_at=now, what=what)
+    return None
+
+
+def _told(key: KeyRecord) -> str:
+    """Return what is not the same in every key that was narrowed: whoever confirms the key may have to do it again."""
+    found = {
+        "max_usage_count": key.max_usage_count,
+        "expires_at": key.expires_at and key.expires_at.isoformat(),
+        "destruction_scheduled_at": key.destruction_scheduled_at and key.destruction_scheduled_at.isoformat(),
+    }
+    return " ".join(f"{name}={value}" for name, value in found.items() if value is not None)

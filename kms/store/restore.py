@@ -21,7 +21,7 @@ from kms.store.backup_roles import make_roles
 from kms.store.backup_tools import find_tool, run
 from kms.store.epoch import Beginning, Cause, begin_epoch, continue_epoch, read_epoch
 from kms.store.errors import unavailable
-from kms.store.journal import Entry, check_continues, read_journal
+from kms.store.journal import Entry, Event, Head, check_continues, read_journal
 from kms.store.migrate import migrate
 from kms.store.pool import connection_settings
 
@@ -111,17 +111,25 @@ def continue_moved(dsn: str) -> int:
 
 
 def read_journals(manifest: Manifest, journals: Sequence[Path]) -> tuple[list[Entry], bool]:
-    """Return all lines of *journals*, and whether they are all that the backup knew of, and something was written to each.
+    """Return what *journals* say, and whether they are all that the backup knew of, and something was written to each.
 
-    Raises STORE_UNAVAILABLE where some were given and a head that the backup recorded is in none of them.
+    Changes of keys are left out where the backup holds them. Raises STORE_UNAVAILABLE where some were given and a head that the
+    backup recorded is in none of them.
     """
     found = [read_journal(path) for path in journals]
-    entries = [entry for each in found for entry in each]
-    names = ", ".join(map(str, journals))
     if journals:
+        entries, names = tuple(entry for each in found for entry in each), ", ".join(map(str, journals))
         for head in manifest.journals:
-            check_continues(tuple(entries), head, names)
-    return entries, bool(manifest.journals) and _are_written(found)
+            check_continues(entries, head, names)
+    return [entry for each in found for entry in _not_held(each, manifest.journals)], bool(manifest.journals) and _are_written(
+        found
+    )
+
+
+def _not_held(journal: tuple[Entry, ...], heads: Sequence[Head]) -> list[Entry]:
+    """Return the lines but for changes up to the head at the time of the backup, which took it before it took the database."""
+    held = max((entry.head.sequence for entry in journal if entry.head in heads), default=0)
+    return [entry for entry in journal if entry.event is not Event.KEY_CHANGED or entry.head.sequence > held]
 
 
 def _are_written(journals: Sequence[tuple[Entry, ...]]) -> bool:

@@ -240,7 +240,7 @@ def _journal(file: Path | None) -> Journal | None:
 
 def _lifecycle(pool: Pool, journal: Journal | None) -> Lifecycle:
     stored = StoredLifecycle(pool)
-    return stored if journal is None else JournaledLifecycle(stored, journal)
+    return stored if journal is None else JournaledLifecycle(stored, journal, host_clock)
 
 
 def _log_status(status: HsmStatus) -> None:

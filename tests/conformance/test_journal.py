@@ -29,12 +29,13 @@ def test_what_is_for_good_is_journaled_before_it_is_answered_or_at_the_next_star
         caller.keys.MarkKeyCompromised(kpb.MarkKeyCompromisedRequest(key="b", reason="stolen"))
         assert told()[1:] == [(Event.KEY_COMPROMISED, compromised.id)]
         caller.keys.DeactivateKey(kpb.DeactivateKeyRequest(key="c"))
-        assert len(told()) == 2
+        assert told()[2:] == [(Event.KEY_CHANGED, due.id)]
         caller.keys.ScheduleKeyDestruction(kpb.ScheduleKeyDestructionRequest(key="c", pending_days=7))
+        assert told()[3:] == [(Event.KEY_CHANGED, due.id)]
     with psycopg.connect(deployment.database.admin_dsn, autocommit=True) as connection:
         connection.execute("UPDATE cryptography.keys SET destruction_scheduled_at = now() WHERE id = %s", (due.id,))
     with deployment.serving() as server:
-        soon(lambda: told()[2:] == [(Event.KEY_DESTROYED, due.id)])
+        soon(lambda: (Event.KEY_DESTROYED, due.id) in told())
         caller = server.caller(caller.user_id)
         unwritten = made(caller, "aes", name="d")
         journal.rename(journal.with_name("kept"))
@@ -45,4 +46,4 @@ def test_what_is_for_good_is_journaled_before_it_is_answered_or_at_the_next_star
     journal.rmdir()
     journal.with_name("kept").rename(journal)
     with deployment.serving():
-        soon(lambda: told()[3:] == [(Event.KEY_REVOKED, unwritten.id)])
+        soon(lambda: (Event.KEY_REVOKED, unwritten.id) in told())

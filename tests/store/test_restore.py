@@ -17,7 +17,7 @@ from kms.domain.secret import Secret
 from kms.store.backup import backup
 from kms.store.backup_catalog import read_catalog, read_properties, read_roles
 from kms.store.epoch import Cause, begin_epoch, check_epoch, confirm_key, continue_epoch, current_epoch, unconfirmed_keys
-from kms.store.journal import Event, Journal, read_journal
+from kms.store.journal import Event, Journal, changed_line, read_journal
 from kms.store.migrate import check, set_service_password
 from kms.store.pool import open_pool
 from kms.store.restore import drilled, restore
@@ -368,6 +368,27 @@ def test_the_journal_is_replayed(database: Database, admin: psycopg.Connection[A
         assert row == ("revoked",)
         query = b"SELECT id FROM authentication.find_user_by_uri($1)"
         assert psycopg.RawCursor(connection).execute(query, [owner]).fetchall() == []
+
+
+async def test_a_key_that_was_changed_after_the_backup_waits_for_its_confirmation(
+    postgres: EmbeddedPostgres, database: Database, admin: psycopg.Connection[Any], other: str, tmp_path: Path
+) -> None:
+    owner = add_user(admin)
+    before, after, _ = (add_key(admin, owner, name) for name in ("before", "after", "untouched"))
+    journals = [Journal(tmp_path / "one-machine"), Journal(tmp_path / "another")]
+    for journal in journals:
+        journal.write(changed_line(before, 2, occurred_at=PAST, what="deactivate"))
+    file, _ = backup(database.admin_dsn, tmp_path / "one", [journal.path for journal in journals])
+    journals[1].write(changed_line(after, 2, occurred_at=PAST, what="deactivate"))
+    beginning = restore(other, file, [journal.path for journal in journals]).beginning
+    assert (beginning.unconfirmed, beginning.deactivated) == (1, 1)
+    async with open_pool(service_dsn(other, postgres), 1) as pool:
+        assert [each.key_id for each in await unconfirmed_keys(pool)] == [after]
+        with on(other) as connection:
+            assert states(connection) == {"before": "active", "after": "inactive", "untouched": "active"}
+        assert await confirm_key(pool, after, 3), "without a limit the count is that of its uses"
+    with on(other) as connection:
+        assert states(connection)["after"] == "active"
 
 
 async def test_an_administrator_confirms_a_key_with_a_count(
