@@ -81,7 +81,22 @@ OBJECTS: Final = f"""
     )
     SELECT kind || ' ' || name AS name, definition FROM objects
 """
-
+# What belongs to an extension is left out: its owner is whoever the server says.
+OWNERS: Final = """
+    WITH owned (class, oid, kind, name, owner) AS (
+        SELECT 'pg_namespace'::regclass, oid, 'schema', nspname::text, nspowner FROM pg_namespace
+        WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'public')
+        UNION ALL
+        SELECT 'pg_class'::regclass, oid, 'relation', oid::regclass::text, relowner FROM pg_class
+        WHERE relkind IN ('r', 'p', 'v', 'm', 'S') AND relnamespace::regnamespace::text !~ '^(pg_|information_schema)'
+        UNION ALL
+        SELECT 'pg_proc'::regclass, oid, 'function', oid::regprocedure::text, proowner FROM pg_proc
+        WHERE pronamespace::regnamespace::text !~ '^(pg_|information_schema)'
+    )
+    SELECT kind || ' ' || name, pg_get_userbyid(owner)::text
+    FROM owned AS o
+    WHERE NOT EXISTS (SELECT FROM pg_depend AS d WHERE d.classid = o.class AND d.objid = o.oid AND d.deptype = 'e')
+"""
 TABLES: Final = """
     SELECT n.nspname::text AS schema, c.relname::text AS name
     FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
@@ -203,6 +218,12 @@ def read_catalog(connection: psycopg.Connection[Any]) -> Catalog:
 def _digest(name: str, definition: str) -> str:
     text = definition if name.startswith("function ") else _CASTS.sub("", definition)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_owners(connection: psycopg.Connection[Any]) -> Mapping[str, str]:
+    """Return who owns each schema, relation and function, by kind and name."""
+    connection.execute(PLAIN_NAMES)
+    return dict(connection.execute(OWNERS).fetchall())
 
 
 def read_properties(connection: psycopg.Connection[Any]) -> DatabaseProperties:

@@ -31,6 +31,8 @@ SETTINGS: Final = """
     SELECT set_config('row_security', 'off', false), set_config('statement_timeout', '15min', false),
         set_config('client_min_messages', 'warning', false), set_config('lock_timeout', %(lock_timeout)s, false)
 """
+# Not SET ROLE: migrations take roles themselves, and RESET ROLE must not come back to a superuser.
+AS_ROLE: Final = "SELECT set_config('session_authorization', %(role)s, false)"
 LOCK: Final = "SELECT pg_advisory_lock(%(id)s)"
 HISTORY_EXISTS: Final = "SELECT to_regclass('public.schema_migrations') IS NOT NULL AS found"
 HISTORY: Final = "SELECT version, script_name, checksum FROM public.schema_migrations ORDER BY version"
@@ -107,13 +109,15 @@ def pending(known: Sequence[Migration], applied: Sequence[Applied]) -> list[Migr
     return waiting
 
 
-def migrate(dsn: str, directory: Traversable | None = None, *, wait_seconds: int = 60) -> list[str]:
-    """Run the migrations that are pending in *dsn* and return the names of their files.
+def migrate(dsn: str, directory: Traversable | None = None, *, wait_seconds: int = 60, role: str | None = None) -> list[str]:
+    """Run the migrations that are pending in *dsn*, in *role* if it is given, and return the names of their files.
 
     A second runner waits for the first at most *wait_seconds*. Raises STORE_UNAVAILABLE; the failing file has changed nothing.
     """
     known = migrations(directory)
     with _connected(dsn) as connection:
+        if role is not None:
+            connection.execute(AS_ROLE, {"role": role})
         connection.execute(SETTINGS, {"lock_timeout": f"{wait_seconds}s"})
         try:
             connection.execute(LOCK, {"id": _LOCK_ID})

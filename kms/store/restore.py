@@ -15,7 +15,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from kms.store.backup import LOGIN_SEES_ALL, check_login_sees_all, connected
-from kms.store.backup_catalog import DatabaseProperties, read_catalog
+from kms.store.backup_catalog import DatabaseProperties, read_catalog, read_owners
 from kms.store.backup_file import Manifest, read_manifest
 from kms.store.backup_roles import make_roles
 from kms.store.backup_tools import find_tool, run
@@ -31,6 +31,10 @@ HOLDS_ANYTHING: Final = """
     ) OR EXISTS (SELECT FROM pg_namespace WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'public'))
 """
 DATABASE_EXISTS: Final = "SELECT EXISTS (SELECT FROM pg_database WHERE datname = %(name)s)"
+MIGRATOR: Final = """
+    SELECT (SELECT pg_get_userbyid(relowner)::text FROM pg_class WHERE oid = to_regclass('public.schema_migrations')),
+        session_user::text
+"""
 _MAINTENANCE: Final = "postgres"
 _NAME_BYTES_MAX: Final = 63
 _DIFFERENCES_TOLD: Final = 5
@@ -62,7 +66,8 @@ def restore(dsn: str, file: Path, journals: Sequence[Path] = ()) -> Restored:
         is_there = _check_target(server, settings, target)
         with scratch_database(server, settings, manifest, target) as (scratch, made):
             _fill(scratch, file, manifest)
-            applied = tuple(migrate(_dsn(scratch)))
+            _give(server, str(scratch["dbname"]), manifest.properties.owner)
+            applied = _brought_up_to_date(scratch)
             with connected(scratch) as connection:
                 beginning = begin_epoch(
                     connection, Cause.RESTORED, entries, is_complete=is_complete, backup_created_at=manifest.created_at
@@ -167,20 +172,43 @@ def _fill(scratch: dict[str, Any], file: Path, manifest: Manifest) -> None:
         run(tool, scratch, ["--exit-on-error", "--single-transaction", str(file)])
         found = manifest.contents.differences(read_catalog(connection))
     if found:
-        told = "; ".join(found[:_DIFFERENCES_TOLD]) + (
-            f"; and {len(found) - _DIFFERENCES_TOLD} more" * (len(found) > _DIFFERENCES_TOLD)
-        )
-        raise unavailable(f"what came of the backup is not what was dumped: {told}")
+        raise unavailable(f"what came of the backup is not what was dumped: {_told(found)}")
+
+
+def _give(server: psycopg.Connection[Any], name: str, owner: str) -> None:
+    server.execute(sql.SQL("ALTER DATABASE {} OWNER TO {}").format(sql.Identifier(name), sql.Identifier(owner)))
+
+
+def _brought_up_to_date(scratch: dict[str, Any]) -> tuple[str, ...]:
+    """Run the pending migrations as who has run the others, and return their names.
+
+    What they make must not be the superuser's: the next migration could not alter it, nor backup_user read it.
+    """
+    with connected(scratch) as connection:
+        found = connection.execute(MIGRATOR).fetchone()
+        assert found is not None  # noqa: S101  # a SELECT without FROM gives a row
+        migrator, login = found
+        before = read_owners(connection)
+        applied = migrate(_dsn(scratch), role=migrator)
+        after = read_owners(connection)
+    strays = [name for name, owner in after.items() if owner == login != migrator and before.get(name) != login]
+    if strays:
+        raise unavailable(f"the migrations of the restored database left what is not its owner's: {_told(sorted(strays))}")
+    return tuple(applied)
+
+
+def _told(differences: Sequence[str]) -> str:
+    beyond = len(differences) - _DIFFERENCES_TOLD
+    return "; ".join(differences[:_DIFFERENCES_TOLD]) + (f"; and {beyond} more" if beyond > 0 else "")
 
 
 def _settle(server: psycopg.Connection[Any], name: str, target: str, properties: DatabaseProperties, *, replaces: bool) -> None:
-    """Give the scratch database its owner, rights and name."""
+    """Give the scratch database its rights and its name."""
     database = sql.Identifier(name)
     for grantee, privilege in properties.acl:
         role = sql.SQL("PUBLIC") if grantee == "PUBLIC" else sql.Identifier(grantee)
         words = {"CONNECT": sql.SQL("CONNECT"), "CREATE": sql.SQL("CREATE"), "TEMPORARY": sql.SQL("TEMPORARY")}
         server.execute(sql.SQL("GRANT {} ON DATABASE {} TO {}").format(words[privilege], database, role))
-    server.execute(sql.SQL("ALTER DATABASE {} OWNER TO {}").format(database, sql.Identifier(properties.owner)))
     if replaces:
         server.execute(sql.SQL("DROP DATABASE {}").format(sql.Identifier(target)))
     server.execute(sql.SQL("ALTER DATABASE {} RENAME TO {}").format(database, sql.Identifier(target)))
