@@ -29,6 +29,8 @@ CURRENT: Final = """
     LIMIT 1
 """
 BEGIN_FIRST: Final = "SELECT cryptography.begin_first_epoch()"
+# What a restore does to keys says so in their events.
+BECAUSE_RESTORED: Final = "SELECT set_config('app.reason', 'RESTORED', true)"
 RAISE_ORDER: Final = "SELECT audit.raise_order() AS base"
 UNCONFIRMED: Final = """
     SELECT key_id, user_id, epoch
@@ -227,6 +229,7 @@ def begin_epoch(
     """
     with connection.transaction():
         number = _begin(connection, cause, backup_created_at)
+        connection.execute(BECAUSE_RESTORED)
         replayed = {event: _replay(connection, event, journal) for event in _REPLAYS}
         emptied = _empty_tables(connection)
         changed = [entry.subject for entry in journal if entry.event is Event.KEY_CHANGED]

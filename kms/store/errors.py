@@ -12,6 +12,7 @@ from kms.domain.errors import KmsError, Reason, malformed
 
 # A server that turned into a standby refuses to write: the pool's other connections lead to it as well, until it is replaced.
 _UNAVAILABLE: Final = (psycopg.OperationalError, psycopg_pool.PoolClosed, pg.ReadOnlySqlTransaction)
+_UNCONFIRMED: Final = "restored_key_unconfirmed"
 _NAME_TAKEN: Final = {
     "keys_user_id_key_name_key": "you have a key of that name",
     "users_username_key": "there is a user of that name",
@@ -25,7 +26,7 @@ def unavailable(detail: str) -> KmsError:
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Raise the driver's exceptions of the block as `KmsError`: STORE_UNAVAILABLE, NAME_TAKEN, MALFORMED.
+    """Raise the driver's exceptions of the block as `KmsError`: STORE_UNAVAILABLE, NAME_TAKEN, MALFORMED, KEY_INACTIVE.
 
     STORE_UNAVAILABLE of a write leaves open whether it was stored.
     """
@@ -41,4 +42,8 @@ def translated() -> Iterator[None]:
             raise
         raise malformed("text", "expected no NUL character") from None
     except _UNAVAILABLE as error:
+        # To the driver it is an operational error, as if the server were in trouble.
+        if isinstance(error, pg.ObjectNotInPrerequisiteState) and error.diag.constraint_name == _UNCONFIRMED:
+            message = "the key was restored from a backup, and waits until an administrator confirms how often it was used"
+            raise KmsError(Reason.KEY_INACTIVE, message) from None
         raise unavailable("the database does not answer") from error

@@ -66,11 +66,6 @@ class StoredLifecycle:
             )
         except pg.SerializationFailure:
             raise _stale() from None
-        except pg.ObjectNotInPrerequisiteState as error:
-            if error.diag.constraint_name != "restored_key_unconfirmed":
-                raise
-            message = "the key was restored from a backup, and waits until an administrator confirms how often it was used"
-            raise KmsError(Reason.KEY_INACTIVE, message) from None
         if verdict["verdict"] != "OK":
             raise _refusal(verdict["verdict"], verdict["field"], move)
         return key_record(after[0])

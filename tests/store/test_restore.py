@@ -11,18 +11,23 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
+from kms.app.ports import Change
 from kms.dev.postgres import EmbeddedPostgres, temporary_postgres
+from kms.domain.algorithms import KeyType
 from kms.domain.errors import KmsError, Reason
+from kms.domain.lifecycle import Move
 from kms.domain.secret import Secret
 from kms.store.backup import backup
 from kms.store.backup_catalog import read_catalog, read_properties, read_roles
 from kms.store.epoch import Cause, begin_epoch, check_epoch, confirm_key, continue_epoch, current_epoch, unconfirmed_keys
 from kms.store.journal import Event, Journal, changed_line, read_journal
+from kms.store.lifecycle import StoredLifecycle
 from kms.store.migrate import check, set_service_password
-from kms.store.pool import open_pool
+from kms.store.pool import Pool, open_pool
 from kms.store.restore import drilled, restore
 from tests.fixtures.postgres import Database
 from tests.store.backup_rows import add_key, add_session, add_user, states
+from tests.store.uses import a_call, make_key, make_user
 
 SOON = datetime.now(UTC) + timedelta(days=20)
 PAST = datetime.now(UTC) - timedelta(minutes=1)
@@ -415,6 +420,27 @@ async def test_an_administrator_confirms_a_key_with_a_count(
     found = states(admin)
     assert (found["limited"], found["aes"], found["limited-inactive"]) == ("active", "inactive", "inactive")
     assert admin.execute(b"SELECT usage_counter FROM cryptography.keys WHERE key_name = 'limited'").fetchone() == (7,)
+
+
+async def test_what_a_restore_does_to_a_key_has_the_reason_restored(
+    store: Pool, admin: psycopg.Connection[Any], tmp_path: Path
+) -> None:
+    user = await make_user(store, "alice")
+    key, revoked = await make_key(store, user, KeyType.AES), await make_key(store, user)
+    journal = Journal(tmp_path / "journal")
+    journal.append(Event.KEY_REVOKED, revoked.identity.key_id, occurred_at=PAST, reason="lost")
+    begin_epoch(admin, Cause.RESTORED, read_journal(journal.path), is_complete=True)
+    domain = "SELECT event_type, event_data ->> 'reason' FROM audit.domain_events WHERE event_type <> 'key.created' ORDER BY 1"
+    security = "SELECT event_type, event_details ->> 'reason' FROM audit.security_events WHERE event_type = 'key.deactivated'"
+    assert admin.execute(domain).fetchall() == [("key.deactivated", "RESTORED"), ("key.revoked", "RESTORED")]
+    assert admin.execute(security).fetchall() == [("key.deactivated", "RESTORED")]
+    reactivate = StoredLifecycle(store).move(a_call(user), key.identity.key_id, Move.REACTIVATE, Change(), version=None)
+    with pytest.raises(KmsError, match="was restored from a backup, and waits until an administrator confirms") as caught:
+        await reactivate
+    assert caught.value.reason is Reason.KEY_INACTIVE
+    assert await confirm_key(store, key.identity.key_id, 5)
+    row = admin.execute("SELECT event_data ->> 'reason' FROM audit.domain_events WHERE event_type = 'key.reactivated'").fetchone()
+    assert row == (None,), "what was said of the restore is not said of what comes later"
 
 
 def test_nobody_confirms_a_key_of_his_own(database: Database, admin: psycopg.Connection[Any]) -> None:
