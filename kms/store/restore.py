@@ -18,7 +18,7 @@ from kms.store.backup import LOGIN_SEES_ALL, check_login_sees_all, connected
 from kms.store.backup_catalog import DatabaseProperties, read_catalog, read_owners
 from kms.store.backup_file import Manifest, read_manifest
 from kms.store.backup_roles import make_roles
-from kms.store.backup_tools import find_tool, run
+from kms.store.backup_tools import Tool, find_tool, run
 from kms.store.epoch import Beginning, Cause, begin_epoch, continue_epoch, read_epoch
 from kms.store.errors import unavailable
 from kms.store.journal import Entry, Event, Head, check_continues, read_journal
@@ -63,9 +63,9 @@ def restore(dsn: str, file: Path, journals: Sequence[Path] = ()) -> Restored:
     manifest = read_manifest(file)
     entries, is_complete = read_journals(manifest, journals)
     with _maintained(settings) as server:
-        is_there = _check_target(server, settings, target)
+        is_there, tool = _check_target(server, settings, target), _restorer(server, manifest)
         with scratch_database(server, settings, manifest, target) as (scratch, made):
-            _fill(scratch, file, manifest)
+            _fill(scratch, tool, file, manifest)
             _give(server, str(scratch["dbname"]), manifest.properties.owner)
             applied = _brought_up_to_date(scratch)
             with connected(scratch) as connection:
@@ -84,9 +84,11 @@ def drilled(dsn: str, file: Path) -> Iterator[tuple[str, Manifest]]:
     """
     settings = connection_settings(dsn)
     manifest = read_manifest(file)
-    with _maintained(settings) as server, scratch_database(server, settings, manifest, "kms_drill") as (scratch, _):
-        _fill(scratch, file, manifest)
-        yield _dsn(scratch), manifest
+    with _maintained(settings) as server:
+        tool = _restorer(server, manifest)
+        with scratch_database(server, settings, manifest, "kms_drill") as (scratch, _):
+            _fill(scratch, tool, file, manifest)
+            yield _dsn(scratch), manifest
 
 
 def begin_recovered(dsn: str, journals: Sequence[Path]) -> Beginning:
@@ -165,10 +167,20 @@ def scratch_database(
         server.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
-def _fill(scratch: dict[str, Any], file: Path, manifest: Manifest) -> None:
+def _restorer(server: psycopg.Connection[Any], manifest: Manifest) -> Tool:
+    """Return the pg_restore for *server* and the backup. Raises STORE_UNAVAILABLE where the server is too old for the file."""
+    version = check_login_sees_all(server)
+    if version < (newest := max(manifest.server_version, manifest.client_version)):
+        raise unavailable(
+            f"the backup was made of PostgreSQL {manifest.server_version} with pg_dump of {manifest.client_version}, and this "
+            f"server is PostgreSQL {version}: restore it into a server of {newest} or later"
+        )
+    return find_tool("pg_restore", version)
+
+
+def _fill(scratch: dict[str, Any], tool: Tool, file: Path, manifest: Manifest) -> None:
     """Load the archive into the scratch database and compare what came of it with what was dumped."""
     with connected(scratch) as connection:
-        tool = find_tool("pg_restore", max(check_login_sees_all(connection), manifest.client_version))
         run(tool, scratch, ["--exit-on-error", "--single-transaction", str(file)])
         found = manifest.contents.differences(read_catalog(connection))
     if found:

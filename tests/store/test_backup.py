@@ -190,15 +190,40 @@ def test_the_password_is_in_no_argument(
     assert "a-pin" not in seen.read_text()
 
 
-def test_the_nearest_program_that_is_new_enough_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tools = []
-    for version in (18, 15, 17):
-        path = tmp_path / str(version)
-        path.write_text(f'#!/bin/sh\necho "pg_dump (PostgreSQL) {version}.4 (Debian)"\n')
-        path.chmod(0o700)
-        tools.append(path)
-    monkeypatch.setattr(backup_tools, "_candidates", lambda _: iter([*tools, tmp_path / "none"]))
-    assert [find_tool("pg_dump", version).version for version in (15, 16, 17, 18)] == [15, 17, 17, 18]
-    message = refused(lambda: find_tool("pg_dump", 19))
-    assert "PostgreSQL 19 or later" in message
-    assert f"{tmp_path / '15'} of 15" in message
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with pg_dump and pg_restore of PostgreSQL 18, 15 and 17, which are all that is found."""
+    for name in ("pg_dump", "pg_restore"):
+        for version in (18, 15, 17):
+            path = tmp_path / str(version) / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(f'#!/bin/sh\necho "{name} (PostgreSQL) {version}.4 (Debian)"\n')
+            path.chmod(0o700)
+    found = lambda name: (tmp_path / version / name for version in ("18", "15", "17", "none"))  # noqa: E731
+    monkeypatch.setattr(backup_tools, "_candidates", found)
+    return tmp_path
+
+
+def test_the_program_of_the_servers_version_is_taken_and_no_newer_one(tools: Path) -> None:
+    assert [find_tool("pg_dump", version).version for version in (15, 17, 18)] == [15, 17, 18]
+    message = refused(lambda: find_tool("pg_dump", 16))
+    assert "the server is PostgreSQL 16 and takes pg_dump of the same version" in message
+    assert "postgresql-client-16" in message
+    assert f"found: {tools}/18/pg_dump of 18, {tools}/15/pg_dump of 15" in message
+
+
+def test_every_directory_of_the_path_is_looked_through(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", ":".join(str(tools / version) for version in ("18", "15")))
+    assert find_tool("pg_dump", 15).path == tools / "15" / "pg_dump"
+    assert find_tool("pg_restore", 18).path == tools / "18" / "pg_restore"
+
+
+def test_a_backup_that_could_not_be_restored_is_not_made(
+    database: Database, tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tools / "17" / "pg_dump").unlink()
+    assert "the server is PostgreSQL 17 and takes pg_dump of the same" in refused(
+        lambda: backup(database.admin_dsn, tmp_path / "one")
+    )
+    assert not (tmp_path / "one").exists()

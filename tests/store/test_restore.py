@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from kms.domain.lifecycle import Move
 from kms.domain.secret import Secret
 from kms.store.backup import backup
 from kms.store.backup_catalog import read_catalog, read_properties, read_roles
+from kms.store.backup_file import seal
 from kms.store.epoch import Cause, begin_epoch, check_epoch, confirm_key, continue_epoch, current_epoch, unconfirmed_keys
 from kms.store.journal import Event, Journal, changed_line, read_journal
 from kms.store.lifecycle import StoredLifecycle
@@ -186,6 +188,22 @@ def test_what_came_back_otherwise_is_dropped(
 
     monkeypatch.setattr("kms.store.restore.read_catalog", spoiled)
     assert "not what was dumped: policy cryptography.keys.keys_own_data is missing" in refused(lambda: restore(other, file))
+    assert databases(postgres) == before
+
+
+@pytest.mark.parametrize(("made_of", "made_with"), [(18, 18), (16, 18)])
+def test_a_server_that_is_too_old_for_the_backup_is_refused_before_anything_is_made(
+    postgres: EmbeddedPostgres, database: Database, other: str, tmp_path: Path, made_of: int, made_with: int
+) -> None:
+    file, manifest = backup(database.admin_dsn, tmp_path / "one")
+    newer = tmp_path / "newer"
+    newer.write_bytes(file.read_bytes()[: manifest.dump_bytes])
+    seal(newer, replace(manifest, server_version=made_of, client_version=made_with))
+    before = databases(postgres)
+    for work in (lambda: restore(other, newer), lambda: drilled(other, newer).__enter__()):
+        assert f"made of PostgreSQL {made_of} with pg_dump of 18, and this server is PostgreSQL 17: restore it into" in refused(
+            work
+        )
     assert databases(postgres) == before
 
 
