@@ -118,6 +118,7 @@ FOREIGN: Final[list[tuple[str, Row]]] = [
 NEO_N3: Final = "6e656f00-006e-4033-8000-000000000001"
 KEY: Final = "00000000-0000-4000-8000-0000000000a1"
 SECOND_KEY: Final = "00000000-0000-4000-8000-0000000000a2"
+THIRD_KEY: Final = "00000000-0000-4000-8000-0000000000a3"
 ONE: Final = "00000000-0000-4000-8000-000000000011"
 TRANSACTION: Final[Row] = {"id": ONE, "network_id": NEO_N3, "user_id": OWNER, "tx_hash": "0x1"}
 CONTRACT: Final[Row] = {"id": ONE, "network_id": NEO_N3, "contract_address": "0x1"}
@@ -163,6 +164,14 @@ RESTORED_KEY: Final[Row] = {
     "confirmed_count": 1,
     "confirmed_by": OWNER,
 }
+GRANT: Final[Row] = {
+    "id": ONE,
+    "owner_id": OWNER,
+    "key_id": KEY,
+    "grantee_id": OTHER,
+    "operations": ["sign"],
+    "granted_by": OWNER,
+}
 CHECKPOINT: Final[Row] = {
     "tree_size": 1,
     "root_hash": bytes(32),
@@ -184,6 +193,7 @@ ONE_OF_EACH: Final[dict[str, Row]] = {
     "cryptography.wrapping_keys": WRAPPING,
     "cryptography.epochs": EPOCH,
     "cryptography.restored_keys": RESTORED_KEY,
+    "cryptography.key_grants": GRANT,
     "blockchain.networks": {"id": ONE, "name": "private", "network_type": "private", "native_currency": "{}"},
     "blockchain.addresses": {
         "id": ONE,
@@ -231,6 +241,7 @@ SECOND: Final[dict[str, Row]] = {
     "authentication.user_sessions": {"session_token": "2" * 64, "refresh_token": "3" * 64},
     "cryptography.keys": {"id": SECOND_KEY, "key_name": "second", "hsm_key_id": "00fe"},
     "cryptography.restored_keys": {"key_id": OTHER, "user_id": OTHER},
+    "cryptography.key_grants": {"key_id": THIRD_KEY},
     "cryptography.wrapping_keys": {"kind": "sealing"},
     "cryptography.request_records": {"user_id": OTHER},
     "configuration.service_configs": {"environment": "testing"},
@@ -278,4 +289,11 @@ BAD_REST: Final[list[tuple[str, Row]]] = [
     ("cryptography.keys", {"custody": "PLAIN", "hsm_key_id": None}),
     ("cryptography.keys", {"key_type": "dsa", "key_curve": "dsa", "public_key": "-----BEGIN PUBLIC KEY-----"}),
     ("cryptography.key_rotations", {"new_key_id": KEY}),
+    ("cryptography.key_grants", {"grantee_id": OWNER}),
+    ("cryptography.key_grants", {"granted_by": OTHER}),
+    ("cryptography.key_grants", {"operations": []}),
+    ("cryptography.key_grants", {"operations": ["rotate"]}),
+    ("cryptography.key_grants", {"operations": [["sign"]]}),
+    ("cryptography.key_grants", {"expires_at": PAST}),
+    ("cryptography.key_grants", {"revoked_at": PAST}),
 ]

@@ -15,9 +15,11 @@ from psycopg.types.json import Jsonb
 
 from tests.fixtures.postgres import Database
 from tests.store.access_matrix import BEGIN, BEGIN_DIAGRAM, END, END_DIAGRAM, README, diagram, matrix
+from tests.store.acting import add_user
 
 ALICE: Final = UUID("aaaaaaaa-0000-4000-8000-000000000001")
 BOB: Final = UUID("bbbbbbbb-0000-4000-8000-000000000002")
+CAROL: Final = UUID("cccccccc-0000-4000-8000-000000000003")  # to whom the others grant their keys
 ROLES: Final = ("authenticated_users", "admin_users", "auditor_users", "job_runner")
 DEFINERS: Final = {"kms_login", "kms_lifecycle", "kms_ledger", "kms_partitions"}
 # The one owner of functions that owns tables too: only an owner attaches a partition. Its policies show it their rows.
@@ -211,6 +213,8 @@ ROWS_OF_A_USER: Final = """
     INSERT INTO cryptography.key_rotations (user_id, old_key_id, rotation_reason) VALUES (%(user)s, %(key)s, 'age');
     INSERT INTO cryptography.certificates (user_id, key_id, certificate_type, certificate_data)
         VALUES (%(user)s, %(key)s, 'x509', 'x');
+    INSERT INTO cryptography.key_grants (owner_id, key_id, grantee_id, operations, granted_by)
+        VALUES (%(user)s, %(key)s, %(carol)s, '{sign}', %(user)s);
     INSERT INTO cryptography.epochs (number, cause, system_identifier, timeline, database_oid)
         VALUES (1, 'RESTORED', 1, '00000001', 1) ON CONFLICT DO NOTHING;
     INSERT INTO cryptography.restored_keys VALUES (%(key)s, %(user)s, 1, 'active', true);
@@ -244,8 +248,9 @@ def admin(database: Database) -> Iterator[psycopg.Connection[Any]]:
 def service(database: Database, admin: psycopg.Connection[Any]) -> Iterator[psycopg.Connection[Any]]:
     """The service's login, on a database with rows of two users in every table."""
     admin.execute(b"INSERT INTO authentication.roles (name) VALUES ('signer')")
+    add_user(database.admin_dsn, CAROL, "carol")
     for user, name in ((ALICE, "alice"), (BOB, "bob")):
-        psycopg.ClientCursor(admin).execute(ROWS_OF_A_USER, {"user": user, "name": name, "key": user})
+        psycopg.ClientCursor(admin).execute(ROWS_OF_A_USER, {"user": user, "name": name, "key": user, "carol": CAROL})
     admin.execute(b"""
         INSERT INTO cryptography.wrapping_keys VALUES (gen_random_uuid(), 'kek', 1, 'serial');
         INSERT INTO audit.checkpoints SELECT 1, hash, 1, ARRAY[hash], 1, '' FROM sha256('') AS hash;
@@ -301,7 +306,9 @@ def tables(admin: psycopg.Connection[Any], *, partitions: bool = False) -> dict[
 
 
 def owner_column(table: str, columns: list[str]) -> str | None:
-    return "id" if table == "authentication.users" else "user_id" if "user_id" in columns else None
+    if table == "authentication.users":
+        return "id"
+    return next((name for name in ("user_id", "owner_id") if name in columns), None)
 
 
 def named(table: str) -> sql.Identifier:

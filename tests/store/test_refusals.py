@@ -10,7 +10,7 @@ import pytest
 from psycopg import errors, sql
 
 from tests.fixtures.postgres import Database
-from tests.store.examples import AES, BAD, BAD_REST, ONE_OF_EACH, OTHER, SECOND, USER, Row
+from tests.store.examples import AES, BAD, BAD_REST, ONE_OF_EACH, OTHER, SECOND, THIRD_KEY, USER, Row
 
 _OUR_TABLES: Final = b"""
     c.relkind IN ('r', 'p') AND NOT c.relispartition AND c.relnamespace::regnamespace::text !~ '^(pg_|information_schema)'
@@ -44,9 +44,10 @@ class Constraint:
 def admin(database: Database) -> Iterator[psycopg.Connection[Any]]:
     """A superuser, on a database with one row in every table, and a second user with a key."""
     with psycopg.connect(database.admin_dsn, autocommit=True) as connection:
+        put(connection, "authentication.users", {**USER, "id": OTHER, "username": "other", "email": "other@example.org"})
         for table, row in ONE_OF_EACH.items():
             put(connection, table, row)
-        put(connection, "authentication.users", {**USER, "id": OTHER, "username": "other", "email": "other@example.org"})
+        put(connection, "cryptography.keys", {**AES, "id": THIRD_KEY, "key_name": "third"})
         put(connection, "cryptography.keys", {**AES, "id": OTHER, "user_id": OTHER})
         yield connection
 

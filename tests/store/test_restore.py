@@ -262,18 +262,25 @@ async def test_what_pg_restore_alone_made_is_not_served_until_an_epoch_is_begun(
             await check_epoch(pool)
 
 
-def test_sessions_do_not_come_back_nor_rows_of_any_table_that_says_so(
+def test_sessions_and_grants_do_not_come_back_nor_rows_of_any_table_that_says_so(
     database: Database, admin: psycopg.Connection[Any], other: str, tmp_path: Path
 ) -> None:
-    add_session(admin, add_user(admin))
+    owner, other_user = add_user(admin), add_user(admin)
+    add_session(admin, owner)
+    admin.execute(
+        b"INSERT INTO cryptography.key_grants (owner_id, key_id, grantee_id, operations, granted_by)"
+        b" VALUES (%s, %s, %s, '{sign}', %s)",
+        (owner, add_key(admin, owner, "granted"), other_user, owner),
+    )
     admin.execute(b"CREATE TABLE authentication.api_tokens AS SELECT 1 AS id")
     admin.execute(b"COMMENT ON TABLE authentication.api_tokens IS 'Emptied by a restore: revoked ones would come back.'")
     file, _ = backup(database.admin_dsn, tmp_path / "one")
     emptied = restore(other, file).beginning.emptied
-    assert {"authentication.api_tokens", "authentication.user_sessions"} <= set(emptied)
+    tables = {"authentication.api_tokens", "authentication.user_sessions", "cryptography.key_grants"}
+    assert tables <= set(emptied)
     with on(other) as connection:
-        for table in (b"authentication.api_tokens", b"authentication.user_sessions"):
-            assert connection.execute(b"SELECT count(*) FROM " + table).fetchone() == (0,)
+        for table in tables:
+            assert connection.execute(b"SELECT count(*) FROM " + table.encode()).fetchone() == (0,)
 
 
 def some_keys(admin: psycopg.Connection[Any], owner: UUID) -> dict[str, UUID]:
