@@ -66,7 +66,7 @@ $$;
 -- locked neither counts nor prolongs it. attempted_user NULL: the name was not found. Raises no_data_found for an id that is
 -- not a person's: nobody locks a service, which has no password to guess.
 CREATE FUNCTION authentication.record_attempt(
-    attempted_user UUID, login_method TEXT, success BOOLEAN, failure_reason TEXT, peer TEXT, user_agent TEXT
+    attempted_user UUID, login_method TEXT, success BOOLEAN, failure_reason TEXT, peer INET, user_agent TEXT
 ) RETURNS BOOLEAN
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
@@ -113,7 +113,7 @@ BEGIN
         user_id, login_method, success, ip_address, user_agent, failure_reason, created_at
     ) VALUES (
         attempted_user, record_attempt.login_method, record_attempt.success AND refusal IS NULL,
-        CASE WHEN pg_input_is_valid(peer, 'inet') THEN peer::INET END, record_attempt.user_agent,
+        peer, record_attempt.user_agent,
         CASE WHEN refusal IS NOT NULL OR NOT record_attempt.success THEN coalesce(refusal, record_attempt.failure_reason) END,
         moment
     );
@@ -123,15 +123,15 @@ $$;
 
 REVOKE ALL ON FUNCTION
     authentication.find_user_by_name(TEXT), authentication.find_session(UUID, TEXT),
-    authentication.record_attempt(UUID, TEXT, BOOLEAN, TEXT, TEXT, TEXT)
+    authentication.record_attempt(UUID, TEXT, BOOLEAN, TEXT, INET, TEXT)
     FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION
     authentication.find_user_by_name(TEXT), authentication.find_session(UUID, TEXT),
-    authentication.record_attempt(UUID, TEXT, BOOLEAN, TEXT, TEXT, TEXT)
+    authentication.record_attempt(UUID, TEXT, BOOLEAN, TEXT, INET, TEXT)
     TO kms_service;
 
 GRANT CREATE ON SCHEMA authentication TO kms_login;
 ALTER FUNCTION authentication.find_user_by_name(TEXT) OWNER TO kms_login;
 ALTER FUNCTION authentication.find_session(UUID, TEXT) OWNER TO kms_login;
-ALTER FUNCTION authentication.record_attempt(UUID, TEXT, BOOLEAN, TEXT, TEXT, TEXT) OWNER TO kms_login;
+ALTER FUNCTION authentication.record_attempt(UUID, TEXT, BOOLEAN, TEXT, INET, TEXT) OWNER TO kms_login;
 REVOKE CREATE ON SCHEMA authentication FROM kms_login;
