@@ -59,8 +59,10 @@ ENTRANCES: Final = {
     "cryptography.confirm_restored_key": {"admin_users"},
     "cryptography.destroy_due_keys": {"job_runner"},
     "cryptography.forget_answers": {"job_runner"},
+    "cryptography.grant_key": {"authenticated_users"},
     "cryptography.keep_answer": {"authenticated_users"},
     "cryptography.move_key": {"authenticated_users"},
+    "cryptography.revoke_grant": {"authenticated_users"},
     "cryptography.settle": {"kms_service"},
     "cryptography.settled": {"kms_service"},
 }
