@@ -40,12 +40,13 @@ class Destruction:
     hsm: Hsm
 
     async def destroy_due(self) -> list[KeyId]:
-        """Destroy what is due, row first, then the token object of a RESIDENT key; return the ids."""
-        destroyed = await self.lifecycle.destroy_due()
-        for key in destroyed:
-            if key.hsm_key_id is not None:
-                await self.hsm.discard(KeyMaterial(Custody.RESIDENT, "", "", key.hsm_key_id))
-        return [key.key_id for key in destroyed]
+        """Destroy what is due and return the ids; the objects of RESIDENT keys are for `remove_objects`."""
+        return [key.key_id for key in await self.lifecycle.destroy_due()]
+
+    async def remove_objects(self) -> None:
+        """Remove the token objects of all destroyed keys: of those of now, and those that could not be removed at their time."""
+        for hsm_key_id in await self.lifecycle.destroyed_objects(await self.hsm.residents()):
+            await self.hsm.discard(KeyMaterial(Custody.RESIDENT, "", "", hsm_key_id))
 
 
 def _check(move: Move, change: Change) -> None:

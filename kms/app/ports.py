@@ -4,7 +4,7 @@ Cancellation is the deadline: the edge cancels a call whose time is up, and an i
 cancelled call. All failures are `KmsError`; a driver's own exceptions end in its package.
 """
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -77,7 +77,11 @@ class Hsm(Protocol):
         ...
 
     async def discard(self, material: KeyMaterial) -> None:
-        """Remove the token object of a RESIDENT key that was never stored; nothing to do for other custodies."""
+        """Remove the token object of a RESIDENT key that was never stored, or is destroyed; nothing to do for other custodies."""
+        ...
+
+    async def residents(self) -> Collection[str]:
+        """Return the `hsm_key_id` of every RESIDENT key whose object the token holds."""
         ...
 
     async def sign(self, key: HeldKey, algorithm: SignatureAlgorithm, data: bytes) -> bytes:
@@ -240,10 +244,9 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class DestroyedKey:
-    """A key that was destroyed. `hsm_key_id` names the token object that is to be removed, of a RESIDENT key."""
+    """A key that was destroyed."""
 
     key_id: KeyId
-    hsm_key_id: str | None
     destroyed_at: datetime
 
 
@@ -261,6 +264,10 @@ class Lifecycle(Protocol):
 
     async def destroy_due(self) -> Sequence[DestroyedKey]:
         """Destroy at most 100 keys whose time has come and return them: their envelopes are gone, the rows stay."""
+        ...
+
+    async def destroyed_objects(self, hsm_key_ids: Collection[str]) -> Collection[str]:
+        """Return which of *hsm_key_ids* are those of destroyed keys."""
         ...
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -93,7 +93,7 @@ class TokenHsm:
 
     async def start(self) -> None:
         """Count the resident keys and begin to watch. `open_hsm` has called it."""
-        self._resident_keys = await _result(self._lanes.submit(lambda bench: bench.run(_count_resident, "a search")))
+        self._resident_keys = len(await _result(self._lanes.submit(lambda bench: bench.run(_residents, "a search"))))
         await asyncio.to_thread(self._lanes.after_return)
         self._watch.start()
 
@@ -172,6 +172,11 @@ class TokenHsm:
         """Remove the token object of a RESIDENT key that was never stored."""
         if material.custody is Custody.RESIDENT and material.hsm_key_id is not None:
             await _result(self._submit_discard(material.hsm_key_id))
+
+    async def residents(self) -> Collection[str]:
+        """Return the CKA_ID, in hex, of every RESIDENT key whose object the token holds."""
+        self._refuse_if_away()
+        return await _result(self._lanes.submit(lambda bench: bench.run(_resident_ids, "a search")))
 
     async def sign(self, key: HeldKey, algorithm: SignatureAlgorithm, data: bytes) -> bytes:
         """Sign a digest, for Ed25519 a message."""
@@ -365,13 +370,17 @@ def _find_capabilities(connection: Connection) -> Capabilities:
         raise translate(error) from None
 
 
-def _count_resident(session: TokenSession) -> int:
+def _resident_ids(session: TokenSession) -> set[str]:
+    return {bytes(found[Attribute.ID]).hex() for found in _residents(session)}
+
+
+def _residents(session: TokenSession) -> list[Any]:
     found: list[Any] = []
     for kind in (ObjectClass.PRIVATE_KEY, ObjectClass.SECRET_KEY):
         found += session.raw.get_objects(
             {Attribute.CLASS: kind, Attribute.TOKEN: True, Attribute.LABEL: templates.RESIDENT_LABEL}
         )
-    return len(found)
+    return found
 
 
 async def _result(future: "Future[T]") -> T:

@@ -4,7 +4,7 @@ What is remembered saves reads and decides nothing: the charge looks at the data
 database has it, ciphertext.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 from uuid import UUID
@@ -168,6 +168,10 @@ class ForgettingLifecycle:
         for key in destroyed:
             self.keys.drop(key.key_id)
         return destroyed
+
+    async def destroyed_objects(self, hsm_key_ids: Collection[str]) -> Collection[str]:
+        """Return which of *hsm_key_ids* are those of destroyed keys."""
+        return await self.lifecycle.destroyed_objects(hsm_key_ids)
 
 
 def _key_size(key: UsableKey) -> int:

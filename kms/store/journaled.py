@@ -1,7 +1,7 @@
 """`Lifecycle` with a journal: what a restore must not undo is on disk outside the database before it is answered."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -41,6 +41,10 @@ class JournaledLifecycle:
         for key in destroyed:
             await self._write(Line(Event.KEY_DESTROYED, key.key_id, key.destroyed_at, "scheduled"))
         return destroyed
+
+    async def destroyed_objects(self, hsm_key_ids: Collection[str]) -> Collection[str]:
+        """Return which of *hsm_key_ids* are those of destroyed keys."""
+        return await self.lifecycle.destroyed_objects(hsm_key_ids)
 
     async def _write(self, line: Line) -> None:
         # Shielded: a caller who gives up must not keep the line from the disk.

@@ -1,6 +1,6 @@
 """The port `Lifecycle`: moves of keys between states, each with its event and its line of the trail in one transaction."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -27,7 +27,8 @@ MOVE: Final = """
         %(key)s, %(move)s, %(change)s, %(user_version)s, %(version)s, %(request_id)s, %(peer)s
     )
 """
-DESTROY_DUE: Final = "SELECT destroyed_id AS id, token_object, clock_timestamp() AS at FROM cryptography.destroy_due_keys()"
+DESTROY_DUE: Final = "SELECT destroyed_id AS id, clock_timestamp() AS at FROM cryptography.destroy_due_keys()"
+DESTROYED_OBJECTS: Final = "SELECT o AS token_object FROM cryptography.destroyed_objects(%(objects)s) AS o"
 _EXPECTED: Final = {
     "occurred_at": "expected a moment that has passed",
     "pending_days": "expected 7 to 90 days",
@@ -78,7 +79,14 @@ class StoredLifecycle:
         async with self.pool.transaction(AS_JOB) as connection:
             with _warnings_logged(connection):
                 rows = await (await connection.execute(DESTROY_DUE)).fetchall()
-        return [DestroyedKey(KeyId(row["id"]), row["token_object"], row["at"]) for row in rows]
+        return [DestroyedKey(KeyId(row["id"]), row["at"]) for row in rows]
+
+    async def destroyed_objects(self, hsm_key_ids: Collection[str]) -> Collection[str]:
+        """Return which of *hsm_key_ids* are those of destroyed keys."""
+        if not hsm_key_ids:
+            return ()
+        rows = await self.pool.fetch(AS_JOB, DESTROYED_OBJECTS, {"objects": list(hsm_key_ids)})
+        return [row["token_object"] for row in rows]
 
 
 @contextmanager

@@ -46,6 +46,7 @@ async def destroy_due(destruction: Destruction) -> None:
     """Destroy the keys whose time has come. That they are not usable does not wait for it."""
     for key_id in await destruction.destroy_due():
         _LOG.info("key destroyed", key=str(key_id))
+    await destruction.remove_objects()
 
 
 async def forget_answers(repeats: StoredRepeats) -> None:

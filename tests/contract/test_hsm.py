@@ -121,7 +121,9 @@ async def test_a_resident_key_works_until_it_is_discarded(hsm: Hsm, spec: KeySpe
     assert key.material.custody is Custody.RESIDENT
     assert key.material.hsm_key_id is not None
     await use(hsm, key)
+    assert key.material.hsm_key_id in await hsm.residents()
     await hsm.discard(key.material)
+    assert key.material.hsm_key_id not in await hsm.residents()
     with pytest.raises(KmsError) as caught:
         await use(hsm, replace(key, version=2))
     assert caught.value.reason is Reason.ENVELOPE_INVALID

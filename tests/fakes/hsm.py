@@ -76,8 +76,14 @@ class FakeHsm:
 
     async def discard(self, material: KeyMaterial) -> None:
         """As the port says."""
+        self._check_there()
         if material.hsm_key_id is not None:
             self._resident.pop(bytes.fromhex(material.hsm_key_id), None)
+
+    async def residents(self) -> set[str]:
+        """As the port says."""
+        self._check_there()
+        return {key_id.hex() for key_id in self._resident}
 
     async def sign(self, key: HeldKey, algorithm: SignatureAlgorithm, data: bytes) -> bytes:
         """As the port says."""

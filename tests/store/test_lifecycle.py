@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import MutableMapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import product
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import structlog
 from psycopg import errors, sql
 
+from kms.app.moving import Destruction
 from kms.app.ports import Change, User
 from kms.domain.algorithms import KeyType
 from kms.domain.errors import KmsError, Reason
@@ -21,6 +23,7 @@ from kms.store import lifecycle as lifecycle_module
 from kms.store.keys import StoredKeys
 from kms.store.lifecycle import StoredLifecycle
 from kms.store.pool import Pool
+from tests.fakes.hsm import FakeHsm
 from tests.fixtures.postgres import Database
 from tests.store.acting import acting_for
 from tests.store.uses import a_call, make_key, make_user, new_key, rows
@@ -354,7 +357,9 @@ async def test_what_is_due_is_destroyed_and_the_row_stays(
     due = [resident.identity.key_id, wrapped.identity.key_id]
     rows(database, "UPDATE cryptography.keys SET destruction_scheduled_at = now() WHERE id = ANY (%s)", due)
     destroyed = await lifecycle.destroy_due()
-    assert {(key.key_id, key.hsm_key_id) for key in destroyed} == {(due[0], resident.hsm_key_id), (due[1], None)}
+    assert {key.key_id for key in destroyed} == set(due)
+    objects = [str(resident.hsm_key_id), "0a0b"]
+    assert await lifecycle.destroyed_objects(objects) == objects[:1]
     assert await lifecycle.destroy_due() == []
     found = await StoredKeys(store).find(alice.user_id, due[0])
     assert found is not None
@@ -457,3 +462,30 @@ async def test_nobody_changes_states_and_counters_but_by_the_functions(
     for attempt in attempts:
         with pytest.raises(errors.InsufficientPrivilege), acting_for(database.dsn, role, alice.user_id) as connection:
             connection.execute(attempt.encode())
+
+
+async def test_the_token_objects_of_destroyed_keys_are_removed_when_the_token_is_back(
+    database: Database, store: Pool, lifecycle: StoredLifecycle, alice: User
+) -> None:
+    token = FakeHsm()
+    kept, *due = [await resident(store, token, alice) for _ in range(4)]
+    for key in due:
+        await moved(lifecycle, alice, key, Move.DEACTIVATE)
+        await moved(lifecycle, alice, key, Move.SCHEDULE_DESTRUCTION)
+    rows(database, "UPDATE cryptography.keys SET destruction_scheduled_at = now() WHERE destruction_scheduled_at IS NOT NULL")
+    destruction = Destruction(lifecycle, token)
+    assert len(await destruction.destroy_due()) == 3
+    token.away.append(True)
+    with pytest.raises(KmsError, match="away"):
+        await destruction.remove_objects()
+    token.away.clear()
+    assert await destruction.destroy_due() == []
+    await destruction.remove_objects()
+    assert await token.residents() == {kept.hsm_key_id}
+
+
+async def resident(store: Pool, token: FakeHsm, user: User) -> KeyRecord:
+    """Return a RESIDENT key of *user* whose object *token* holds."""
+    new = new_key(user.user_id, custody=Custody.RESIDENT)
+    material = await token.generate(new.identity, Custody.RESIDENT)
+    return await StoredKeys(store).insert(user.user_id, replace(new, material=material), call=a_call(user))
