@@ -71,7 +71,9 @@ def _dump(connection: psycopg.Connection[Any], tool: Tool, version: int, target:
     row = connection.execute(SNAPSHOT).fetchone()
     assert row is not None  # noqa: S101  # a SELECT without FROM gives a row
     snapshot, moment = row
-    arguments = ["--format=custom", f"--file={target}", f"--snapshot={snapshot}", f"--lock-wait-timeout={_LOCK_WAIT}"]
+    # No table refers to a large object, and backup_user cannot read what another login may have made of them.
+    arguments = ["--format=custom", f"--file={target}", f"--snapshot={snapshot}", "--no-large-objects"]
+    arguments.append(f"--lock-wait-timeout={_LOCK_WAIT}")
     settings = {**connection.info.get_parameters(), "password": connection.info.password or None}
     run(tool, settings, arguments)
     catalog = read_catalog(connection)

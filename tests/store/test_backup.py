@@ -160,6 +160,21 @@ def test_what_is_counted_is_what_is_dumped(
     assert "@example.org" not in script.stdout
 
 
+def test_a_large_object_of_anybody_does_not_keep_backup_user_from_his_backup(
+    database: Database, admin: psycopg.Connection[Any], tmp_path: Path
+) -> None:
+    admin.execute(b"ALTER ROLE backup_user PASSWORD 'secret'")
+    admin.execute(f"GRANT CONNECT ON DATABASE {database.name} TO backup_user".encode())
+    admin.execute(b"SELECT lo_from_bytea(0, 'abc')")
+    try:
+        dsn = make_conninfo(database.admin_dsn, user="backup_user", password="secret")  # noqa: S106  # of this test
+        path, _ = backup(dsn, tmp_path / "one")
+    finally:
+        admin.execute(b"SELECT lo_unlink(oid) FROM pg_largeobject_metadata")
+    listed = subprocess.run([find_tool("pg_restore", 17).path, "--list", path], capture_output=True, text=True, check=True)
+    assert "BLOB" not in listed.stdout
+
+
 def test_the_password_is_in_no_argument(
     postgres: EmbeddedPostgres,
     database: Database,
