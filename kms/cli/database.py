@@ -8,6 +8,7 @@ from uuid import UUID
 import typer
 
 from kms.cli.failures import ExitCode
+from kms.cli.interruption import interruptible
 from kms.cli.invocation import Invocation, command, group
 from kms.cli.output import print_fields, print_json
 
@@ -69,7 +70,8 @@ def restore(
     config = invocation.operator_config("migration")
     from kms.wiring import database as wiring
 
-    done = wiring.restore(config, file, journal or [])
+    with interruptible():
+        done = wiring.restore(config, file, journal or [])
     found = {
         "database": done.database,
         "backup_created_at": done.created_at,
@@ -162,7 +164,8 @@ def _drill(invocation: Invocation, file: Path, journal: list[Path] | None) -> No
     config = invocation.operator_config("migration", "hsm")
     from kms.wiring import database as wiring
 
-    found = wiring.restore_drill(config, file)
+    with interruptible():
+        found = wiring.restore_drill(config, file)
     told = {"opened": found.opened, "kek_missing": list(map(str, found.kek_missing)), "invalid": list(map(str, found.invalid))}
     _show(invocation, told)
     if found.kek_missing or found.invalid:

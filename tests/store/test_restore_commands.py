@@ -1,6 +1,9 @@
 """The commands on real parts: a served database is saved, tried, restored and served again, in a new epoch."""
 
 import json
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -134,6 +137,32 @@ def test_a_drill_tells_what_does_not_open_and_leaves_nothing(deployment: Deploym
     found = run(deployment, "restore", "--drill", file, code=1)
     # With them the key that signs the checkpoints of the trail.
     assert found == {"opened": 3, "kek_missing": [keys["aes"]], "invalid": [str(bad)]}
+    assert databases(deployment) == before
+
+
+@pytest.mark.parametrize(
+    ("number", "drill"),
+    [
+        (signal.SIGTERM, []),
+        pytest.param(signal.SIGHUP, ["--drill"], marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, [], marks=pytest.mark.slow),
+    ],
+)
+def test_a_restore_that_is_asked_to_end_leaves_no_copy_of_the_keys(
+    elsewhere: Deployment, tmp_path: Path, number: signal.Signals, drill: list[str]
+) -> None:
+    deployment = elsewhere
+    file = run(deployment, "backup", "--out", str(tmp_path / "one"))["file"]
+    before = databases(deployment)
+    move(deployment)
+    command = [sys.executable, "-m", "kms", "--config", str(deployment.config_file), "restore", *drill, file]
+    with psycopg.connect(deployment.database.admin_dsn, autocommit=True) as connection:
+        process = subprocess.Popen(command, env=deployment.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while connection.execute(b"SELECT count(*) FROM pg_database").fetchone() == (before,):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.005)
+        process.send_signal(number)
+        assert (process.communicate(timeout=30)[1], process.returncode) == ("kms: INTERRUPTED: stopped\n", 130)
     assert databases(deployment) == before
 
 
