@@ -20,6 +20,7 @@ _KEPT: Final = frozenset({"PATH", "HOME", "LANG", "TMPDIR"})
 # Where the packages of Debian and of Red Hat put the programs of each version.
 _INSTALLED: Final = ((Path("/usr/lib/postgresql"), "*"), (Path("/usr"), "pgsql-*"))
 _EMBEDDED: Final = 17
+_SAID_MAX: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def run(tool: Tool, settings: Mapping[str, Any], arguments: Sequence[str]) -> No
     command = [str(tool.path), *arguments, "--no-password", f"--dbname={conninfo}"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)  # noqa: S603  # no shell, and no text of a caller
     if result.returncode != 0:
-        said = " ".join(result.stderr.split())[-1000:] or f"it ended with code {result.returncode}"
+        said = _shortened(" ".join(result.stderr.split())) or f"it ended with code {result.returncode}"
         raise unavailable(f"{tool.path.name} failed: {said}")
 
 
@@ -88,6 +89,11 @@ def _described(path: Path) -> Tool | None:
         return None
     match = _VERSION.search(result.stdout)
     return Tool(path, int(match[1])) if match else None
+
+
+def _shortened(text: str) -> str:
+    """Return beginning and end: the reason comes first, and a long statement or list of names behind it."""
+    return text if len(text) <= 2 * _SAID_MAX else f"{text[:_SAID_MAX]} … {text[-_SAID_MAX:]}"
 
 
 def _quoted(value: str) -> str:

@@ -160,6 +160,16 @@ def test_what_is_counted_is_what_is_dumped(
     assert "@example.org" not in script.stdout
 
 
+def test_what_a_failed_program_says_first_and_last_is_told(tmp_path: Path) -> None:
+    tool = tmp_path / "pg_dump"
+    tool.write_text("#!/bin/sh\nseq -s ' and ' 5000 >&2; exit 1\n")
+    tool.chmod(0o700)
+    message = refused(lambda: backup_tools.run(Tool(tool, 17), {}, []))
+    assert message.startswith("pg_dump failed: 1 and 2 and 3")
+    assert message.endswith("4999 and 5000")
+    assert len(message) < 1100
+
+
 def test_a_large_object_of_anybody_does_not_keep_backup_user_from_his_backup(
     database: Database, admin: psycopg.Connection[Any], tmp_path: Path
 ) -> None:
