@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,6 +115,9 @@ class Journal:
     def _opened(self, now: datetime) -> Iterator[tuple[IO[bytes], Head]]:
         with open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
+            # Whoever else may write could leave a revocation out, hashes and all.
+            if os.fstat(file.fileno()).st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+                os.fchmod(file.fileno(), 0o600)
             head = _find_head(file, self.path)
             if head == Head():
                 head = _write(file, head, [Line(Event.JOURNAL_BEGUN, uuid4(), now, "")])

@@ -57,7 +57,11 @@ def test_two_journals_never_have_a_line_in_common(journal: Journal) -> None:
     assert "is not the journal of this backup" in refused(lambda: check_continues(read_journal(other.path), head, "other"))
 
 
-def test_the_file_is_for_its_owner_alone(journal: Journal) -> None:
+@pytest.mark.parametrize("before", [None, 0o666, 0o640])
+def test_the_file_is_for_its_owner_alone_whatever_it_was_before(journal: Journal, before: int | None) -> None:
+    if before is not None:
+        append(journal)
+        journal.path.chmod(before)
     append(journal)
     assert stat.S_IMODE(journal.path.stat().st_mode) == 0o600
 
