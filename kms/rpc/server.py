@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 import grpc
+import structlog
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -24,6 +25,7 @@ from kms.v1 import admin_pb2, admin_pb2_grpc, audit_pb2, audit_pb2_grpc, crypto_
 
 MESSAGE_BYTES_MAX: Final = 4 * 1024 * 1024  # a batch of 1 MiB with room for its framing
 _NO_PART: Final = frozenset[str]()
+_UNTOLD: Final = frozenset({"untold"})  # a part that none does without
 # What of the service each can do without; KeyService makes no key without the token, but lists, revokes and schedules.
 DOES_WITHOUT: Final = {
     keys_pb2.DESCRIPTOR.services_by_name["KeyService"].full_name: frozenset({"token"}),
@@ -35,6 +37,7 @@ LIVENESS: Final = "liveness"
 READINESS: Final = "readiness"
 _HEALTH_SECONDS: Final = 0.25
 _HANDSHAKE_MILLISECONDS: Final = 10_000
+_LOG = structlog.get_logger("kms.rpc.server")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,7 @@ class Server:
     """A server that listens from `start` until `stop`.
 
     Health follows *faults*, which names the parts that are at fault: `""` and `readiness` want none, each service does without
-    what `DOES_WITHOUT` says, `liveness` is SERVING as long as anybody answers.
+    what `DOES_WITHOUT` says, `liveness` is SERVING as long as anybody answers. A bug in *faults* is a fault of each but that.
 
     One that *shares_port* listens where other processes do; that no stranger is among them is for the caller to see to.
     """
@@ -116,7 +119,11 @@ class Server:
             self._report()
 
     def _report(self) -> None:
-        faults = frozenset(self._faults())
+        try:
+            faults = frozenset(self._faults())
+        except Exception:  # noqa: BLE001  # a bug in one look must end neither the later ones nor the stopping
+            _LOG.exception("bug in what is told of health")
+            faults = _UNTOLD
         spared = {"": _NO_PART, READINESS: _NO_PART, **DOES_WITHOUT}
         well = {service: faults <= parts and not self._is_stopping for service, parts in spared.items()}
         self._health.report({**well, LIVENESS: True})

@@ -153,6 +153,8 @@ async def _look_after(pool: Pool) -> None:
             _LOG.warning("rows in a default partition", **asdict(found), run="kms partitions drain")
     except (KmsError, psycopg.Error) as error:
         _LOG.warning("partitions not looked after", error=str(error))
+    except Exception:  # noqa: BLE001  # a bug in one look must not end all later ones
+        _LOG.exception("bug in the upkeep of partitions")
 
 
 def _detach(connection: psycopg.Connection[Any], parent: str, name: str) -> None:

@@ -62,6 +62,7 @@ _FAILURES: Final = frozenset(
 _RISK_SCORES: Final = {"low": 10, "medium": 30, "high": 60, "critical": 95}
 _LOG = structlog.get_logger("kms.store.refusals")
 _Source = tuple[str, str]
+_Row = tuple[float, dict[str, object]]
 
 
 def severity(reason: str) -> str:
@@ -97,7 +98,7 @@ class Refusals:
         self._records_strangers = records_strangers
         self.unrecorded = 0
         self._windows: dict[_Source, _Window] = {}
-        self._rows: deque[tuple[float, dict[str, object]]] = deque()
+        self._rows: deque[_Row] = deque()
 
     @property
     def waiting(self) -> int:
@@ -120,7 +121,7 @@ class Refusals:
         row = _row(source, action, reason, _details(call))
         self._rows.append((now, {**row, "key_id": None if key is None else str(key)}))
 
-    def take(self, *, is_last: bool = False) -> list[tuple[float, dict[str, object]]]:
+    def take(self, *, is_last: bool = False) -> list[_Row]:
         """Return at most 500 rows to be written, each with its moment; windows that have ended become a row first."""
         now = monotonic()
         for source, window in list(self._windows.items()):
@@ -130,7 +131,7 @@ class Refusals:
                     self._rows.append((window.last_at, _summary(source, window)))
         return [self._rows.popleft() for _ in range(min(len(self._rows), _BATCH_MAX))]
 
-    def put_back(self, rows: list[tuple[float, dict[str, object]]]) -> None:
+    def put_back(self, rows: list[_Row]) -> None:
         """Return rows that could not be written."""
         self._rows.extendleft(reversed(rows))
 
@@ -146,9 +147,9 @@ async def open_refusals(
 ) -> AsyncIterator[Refusals]:
     """Yield the queue, written by a task until the end of the block, when the rest is written too if the database answers."""
     refusals = Refusals(window_seconds=window_seconds, records_strangers=records_strangers)
-    settings = connection_settings(dsn)
+    writer = _Writer(refusals, connection_settings(dsn))
     stopping = asyncio.Event()
-    writing = asyncio.create_task(_write(refusals, settings, stopping), name="refusals")
+    writing = asyncio.create_task(writer.run(stopping), name="refusals")
     try:
         yield refusals
     finally:
@@ -159,43 +160,69 @@ async def open_refusals(
             await writing
 
 
-async def _write(refusals: Refusals, settings: Mapping[str, Any], stopping: asyncio.Event) -> None:
+@dataclass(slots=True, eq=False)
+class _Writer:
+    """The task that writes what waits. It holds the connection, so it changes."""
+
+    refusals: Refusals
+    settings: Mapping[str, Any]
     connection: DirectConnection | None = None
-    pause = _FLUSH_SECONDS
-    is_last = False
-    while not is_last:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stopping.wait(), pause)
-        pause, is_last = _FLUSH_SECONDS, stopping.is_set()
-        while rows := refusals.take(is_last=is_last):
-            connection = await _written(connection, settings, rows)
-            if connection is None:
-                refusals.put_back(rows)
-                pause = _RETRY_SECONDS
-                break
-    if connection is not None:
-        await connection.close()
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Write what waits until *stopping*, and then the rest."""
+        is_written, is_last = True, False
+        while not is_last:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stopping.wait(), _FLUSH_SECONDS if is_written else _RETRY_SECONDS)
+            is_last = stopping.is_set()
+            is_written = await self._flush(is_last=is_last)
+        await self._drop_connection()
+
+    async def _flush(self, *, is_last: bool) -> bool:
+        """Write what waits, or keep it and return False."""
+        rows: list[_Row] = []
+        try:
+            while rows := self.refusals.take(is_last=is_last):
+                await _record(await self._connected(), rows)
+        except (KmsError, psycopg.Error) as error:
+            waiting = self.refusals.waiting + len(rows)
+            _LOG.warning("refusals wait: the database does not take them", waiting=waiting, error=type(error).__name__)
+        except Exception:  # noqa: BLE001  # a bug must not end the writing: a critical refusal is told nowhere else
+            _LOG.exception("bug in the writer of refusals", waiting=self.refusals.waiting + len(rows))
+        else:
+            return True
+        self.refusals.put_back(rows)
+        await self._drop_connection()
+        return False
+
+    async def _connected(self) -> DirectConnection:
+        if self.connection is None or self.connection.is_lost:
+            await self._drop_connection()
+            self.connection = await connect(self.settings, seconds=_ANSWER_SECONDS)
+        return self.connection
+
+    async def _drop_connection(self) -> None:
+        dropped, self.connection = self.connection, None
+        if dropped is not None:
+            await dropped.close()
 
 
-async def _written(
-    connection: DirectConnection | None, settings: Mapping[str, Any], rows: list[tuple[float, dict[str, object]]]
-) -> DirectConnection | None:
-    """Write the rows and return the connection, or None where that failed."""
-    now = monotonic()
-    text = json.dumps([_aged(row, at, now) for at, row in rows])
-    try:
-        if connection is None or connection.is_lost:
-            connection = await connect(settings, seconds=_ANSWER_SECONDS)
-        await connection.ask(RECORD, {"refusals": text}, seconds=_ANSWER_SECONDS)
-    except psycopg.DataError:
-        # A NUL in a text: once more would fail again, and with it everything behind it.
-        _LOG.exception("refusals that the database does not take", rows=len(rows))
-    except (KmsError, psycopg.Error) as error:
-        _LOG.warning("refusals wait: the database does not take them", waiting=len(rows), error=type(error).__name__)
-        if connection is not None:
-            await connection.close()
-        return None
-    return connection
+async def _record(connection: DirectConnection, rows: list[_Row]) -> None:
+    """Write the rows, and take each out of the list that need not be written again. Raises `psycopg.Error`."""
+    size = len(rows)
+    while rows:
+        now = monotonic()
+        try:
+            text = json.dumps([_aged(row, at, now) for at, row in rows[:size]])
+            await connection.ask(RECORD, {"refusals": text}, seconds=_ANSWER_SECONDS)
+        except (psycopg.DataError, psycopg.IntegrityError, TypeError, ValueError):
+            # A NUL in a text: once more would fail again. One by one, so that it takes no other with it.
+            if size > 1:
+                size = 1
+                continue
+            told = {name: repr(rows[0][1].get(name)) for name in ("action", "reason", "user_id", "peer")}
+            _LOG.exception("a refusal that the database does not take", **told)
+        del rows[:size]
 
 
 def _aged(row: Mapping[str, object], at: float, now: float) -> dict[str, object]:

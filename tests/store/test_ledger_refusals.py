@@ -2,14 +2,20 @@
 
 import asyncio
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 from uuid import uuid4
 
 import pytest
+import structlog
+from structlog.testing import LogCapture
 
 from kms.app.ports import Call, Stranger, User
 from kms.domain.errors import Reason
 from kms.domain.ids import KeyId, UserId
+from kms.store import batches
+from kms.store import refusals as refusing
+from kms.store.batches import DirectConnection
 from kms.store.ledger import open_ledger
 from kms.store.pool import Pool
 from kms.store.refusals import SINGLE_MAX, open_refusals, severity
@@ -25,6 +31,14 @@ REFUSED = """
 @pytest.fixture
 async def alice(store: Pool) -> User:
     return await make_user(store, "alice")
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> LogCapture:
+    """What the writer logs. Not by what is printed: another test may have configured the log, and loggers are cached."""
+    capture = LogCapture()
+    monkeypatch.setattr(refusing, "_LOG", structlog.wrap_logger(None, processors=[capture]))
+    return capture
 
 
 def refused(database: Database) -> list[dict[str, Any]]:
@@ -112,6 +126,40 @@ async def test_a_text_that_the_database_does_not_take_stops_nothing(database: Da
         await asyncio.sleep(0.4)
         refusals.note(a_call(alice), "sign", None, Reason.MALFORMED)
     assert [row["action"] for row in refused(database)] == ["sign"]
+
+
+async def test_one_that_the_database_does_not_take_drops_no_other(database: Database, alice: User, log: LogCapture) -> None:
+    async with open_refusals(database.dsn) as refusals:
+        for number in range(40):
+            refusals.note(a_call(alice), "si\x00gn" if number == 20 else str(number), None, Reason.ENVELOPE_INVALID)
+        # What only a bug can put there is told, too, and what stands with it is written.
+        refusals.note(a_call(alice), cast(str, object()), None, Reason.MALFORMED)
+        refusals.note(a_call(alice), "behind", None, Reason.MALFORMED)
+    assert {row["action"] for row in refused(database)} == {*(str(number) for number in range(40) if number != 20), "behind"}
+    assert [line["action"][:8] for line in log.entries if line["log_level"] == "error"] == [repr("si\x00gn")[:8], "<object "]
+
+
+@pytest.mark.parametrize("times", [1, 1000])
+async def test_a_bug_in_the_writing_loses_no_refusal_and_is_in_the_log(
+    database: Database, store: Pool, alice: User, monkeypatch: pytest.MonkeyPatch, log: LogCapture, times: int
+) -> None:
+    failures = [RuntimeError("a bug")] * times
+
+    async def connect(settings: Mapping[str, Any], *, seconds: float) -> DirectConnection:
+        if failures:
+            raise failures.pop()
+        return await batches.connect(settings, seconds=seconds)
+
+    monkeypatch.setattr(refusing, "connect", connect)
+    monkeypatch.setattr(refusing, "_RETRY_SECONDS", 0.05)
+    async with open_ledger(database.dsn, store) as ledger:
+        for _ in range(3):
+            ledger.note_refusal(a_call(alice), "sign", None, Reason.ENVELOPE_INVALID)
+            await asyncio.sleep(0.3)
+        assert ledger.status().refusals_waiting == (0 if times == 1 else 3)
+        failures.clear()
+    assert len(refused(database)) == 3
+    assert {line["event"] for line in log.entries if line["log_level"] == "error"} == {"bug in the writer of refusals"}
 
 
 async def test_while_nobody_answers_noting_waits_for_nothing(alice: User) -> None:
