@@ -16,7 +16,7 @@ from kms.domain.lifecycle import Move, Use
 from kms.domain.merkle import Frontier
 from kms.domain.permissions import Permission
 from kms.domain.trail import Cursor, EventFilter, Found, Place, Stretch
-from kms.domain.trail_lines import Leaf, RowPlace
+from kms.domain.trail_lines import Leaf, RowPlace, Unplaced
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,6 +359,10 @@ class SealedTrail(Protocol):
 
     async def lines(self, after: RowPlace, below: int | None, limit: int) -> Sequence[tuple[RowPlace, str]]:
         """The same rows, each as its canonical line."""
+        ...
+
+    async def unplaced(self) -> Sequence[Unplaced]:
+        """Return a row without an order of each table that has one. `leaves` and `lines` know of none."""
         ...
 
     async def last(self) -> StoredCheckpoint | None:

@@ -15,11 +15,13 @@ from kms.domain.trail_lines import (
     Leaf,
     Note,
     RowPlace,
+    Unplaced,
     beginning_line,
     end_line,
     note_line,
     parse_line,
     place_before,
+    unplaced_line,
 )
 
 _ROWS_READ_MAX: Final = 500
@@ -41,6 +43,8 @@ class VerifyTrail:
         """
         start = await self.trail.at_most(from_size)
         check = TrailCheck(self.reader, None if start is None else Beginning(start.tree, start.note))
+        for row in await self.trail.unplaced():
+            check.unplaced(row)
         place, size = place_before(0 if start is None else start.horizon), 0 if start is None else start.tree.size
         await self._rows(check, place_before(ORDER_MIN), 0)
         async for horizon, note in _notes(self.trail, size):
@@ -65,13 +69,16 @@ async def exported(trail: SealedTrail, after_size: int = 0) -> AsyncIterator[str
     """Yield the lines of the trail: rows in their order, each checkpoint behind its rows, and last what is not sealed.
 
     It begins behind the newest checkpoint with at most *after_size* rows, or later where earlier rows were archived; a line
-    at the beginning says so. Rows of an order that no transaction has, below 0, are never left out. Raises STORE_UNAVAILABLE.
+    at the beginning says so. Rows of an order that no transaction has, below 0, and rows without one are never left out (of the
+    latter one of each table is told). Raises STORE_UNAVAILABLE.
     """
     start = await trail.at_most(after_size)
     place, size = place_before(0), 0
     if start is not None:
         place, size = place_before(start.horizon), start.tree.size
         yield beginning_line(Beginning(start.tree, start.note))
+    for row in await trail.unplaced():
+        yield unplaced_line(row)
     async for _, line in _lines(trail, place_before(ORDER_MIN), 0):
         yield line
     async for horizon, note in _notes(trail, size):
@@ -125,13 +132,15 @@ def _take(check: TrailCheck, line: bytes) -> None:
         check.row(found)
     elif isinstance(found, Note):
         check.note(found.text)
+    elif isinstance(found, Unplaced):
+        check.unplaced(found)
     elif isinstance(found, End):
         check.end(found)
     else:
         check.unreadable("expected a row or a note" if found is None else "a beginning stands in the middle")
 
 
-def _parsed(line: bytes) -> Leaf | Note | Beginning | End | None:
+def _parsed(line: bytes) -> Leaf | Unplaced | Note | Beginning | End | None:
     try:
         return parse_line(line)
     except KmsError:

@@ -11,7 +11,7 @@ from typing import Final
 from kms.domain.checkpoint import Checkpoint, VerifierKey, parse_note
 from kms.domain.errors import KmsError, malformed
 from kms.domain.merkle import Frontier
-from kms.domain.trail_lines import ORDER_MIN, Beginning, End, Leaf, RowPlace
+from kms.domain.trail_lines import ORDER_MIN, Beginning, End, Leaf, RowPlace, Unplaced
 
 _LEAVES_HELD_MAX: Final = 1000
 # SPKI PEM, what was signed, the signature.
@@ -222,6 +222,12 @@ class TrailCheck:
             self._check_outside(self._awaited)
         elif len(self._held) >= _LEAVES_HELD_MAX:
             self._grow()
+
+    def unplaced(self, row: Unplaced) -> None:
+        """Take a row without an order."""
+        if self.finding is None:
+            told = f"the row {row.row_id} of {row.table} has no order, and every row that the service wrote has one"
+            self._find(Difference.ROW_INSERTED, None, told)
 
     def note(self, note: str) -> None:
         """Take the note that stands behind the rows so far."""

@@ -32,6 +32,14 @@ class Leaf:
 
 
 @dataclass(frozen=True, slots=True)
+class Unplaced:
+    """A row without an order, which stands nowhere in the trail: somebody who may took away what keeps it out."""
+
+    table: str
+    row_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """A signed checkpoint in the place where the trail has the rows that it counts."""
 
@@ -58,6 +66,12 @@ def place_before(order: int) -> RowPlace:
     return RowPlace(order, "", _NO_ID)
 
 
+def unplaced_line(unplaced: Unplaced) -> str:
+    """Return the line of a row without an order."""
+    found = {"commit_order": None, "id": unplaced.row_id, "table": unplaced.table}
+    return json.dumps(found, ensure_ascii=False, separators=(",", ":"))
+
+
 def note_line(note: str) -> str:
     """Return the line of a note."""
     return json.dumps({"note": note}, ensure_ascii=False, separators=(",", ":"))
@@ -75,7 +89,7 @@ def end_line(end: End) -> str:
     return json.dumps({"next_order": str(end.next_order)}, separators=(",", ":"))
 
 
-def parse_line(line: bytes) -> Leaf | Note | Beginning | End:
+def parse_line(line: bytes) -> Leaf | Unplaced | Note | Beginning | End:
     """Return what a line (without its end) holds, or raise MALFORMED."""
     try:
         found = json.loads(line)
@@ -84,6 +98,8 @@ def parse_line(line: bytes) -> Leaf | Note | Beginning | End:
             return Beginning(Frontier(int(found["size"]), hashes), str(found["note"]))
         if "next_order" in found:
             return End(int(found["next_order"]))
+        if found.get("commit_order", "") is None:
+            return Unplaced(str(found["table"]), str(found["id"]))
         return Note(str(found["note"])) if "note" in found else Leaf(_place(found), leaf_hash(line))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise malformed("line", "expected a row, a note, a beginning or an end as `kms audit export` writes them") from None

@@ -11,7 +11,7 @@ from psycopg.rows import DictRow
 from kms.app.ports import StoredCheckpoint
 from kms.domain.errors import KmsError, Reason
 from kms.domain.merkle import Frontier
-from kms.domain.trail_lines import Leaf, RowPlace
+from kms.domain.trail_lines import Leaf, RowPlace, Unplaced
 from kms.store.errors import unavailable
 from kms.store.pool import AS_AUDITOR, AS_JOB, Pool
 
@@ -26,6 +26,12 @@ LINES: Final = """
 LEAVES: Final = r"""
     SELECT commit_order, table_name, id, sha256('\x00'::bytea || convert_to(line, 'UTF8')) AS hash
     FROM audit.trail_lines(%(order)s, %(table)s, %(id)s, %(below)s, %(limit)s)
+"""
+# The columns are NOT NULL, until somebody who may says otherwise.
+UNPLACED: Final = """
+    (SELECT 'audit.domain_events' AS table_name, id FROM audit.domain_events WHERE commit_order IS NULL LIMIT 1)
+    UNION ALL
+    (SELECT 'audit.security_events', id FROM audit.security_events WHERE commit_order IS NULL LIMIT 1)
 """
 _CHECKPOINT: Final = "SELECT tree_size, root_hash, horizon, frontier, epoch, note FROM audit.checkpoints"
 LAST: Final = f"{_CHECKPOINT} ORDER BY tree_size DESC LIMIT 1"
@@ -111,6 +117,10 @@ class StoredSealedTrail:
         """Return the same rows, each as its canonical line."""
         rows = await self.pool.fetch(AS_AUDITOR, LINES, _range(after, below, limit))
         return [(_place(row), row["line"]) for row in rows]
+
+    async def unplaced(self) -> Sequence[Unplaced]:
+        """Return a row without an order of each table that has one."""
+        return [Unplaced(row["table_name"], str(row["id"])) for row in await self.pool.fetch(AS_AUDITOR, UNPLACED)]
 
     async def last(self) -> StoredCheckpoint | None:
         """Return the newest checkpoint."""

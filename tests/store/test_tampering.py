@@ -137,17 +137,18 @@ def copy(postgres: EmbeddedPostgres, sealed: Sealed) -> Iterator[Database]:
         with psycopg.connect(copy.admin_dsn) as admin:
             for table in TABLES:  # as whoever makes such an edit can
                 admin.execute(f"ALTER TABLE audit.{table} DROP CONSTRAINT commit_order_of_a_transaction".encode())
+                admin.execute(f"ALTER TABLE audit.{table} ALTER COLUMN commit_order DROP NOT NULL".encode())
             for table in EDITED:
                 admin.execute(f"CREATE TABLE saved_{table.replace('.', '_')} AS TABLE {table}".encode())
         yield copy
 
 
-def edited(copy: Database, sealed: Sealed, statement: str) -> tuple[list[bytes], Any]:
+def edited(copy: Database, sealed: Sealed, statement: str, after_size: int = 0) -> tuple[list[bytes], Any]:
     """Run a statement as the superuser and undo it; return the trail as it was exported, and what verifying it found."""
 
     async def look() -> tuple[list[bytes], Any]:
         async with open_pool(copy.dsn, 2) as pool:
-            return await lines_of(copy.dsn), await VerifyTrail(StoredSealedTrail(pool), sealed.reader).verify()
+            return await lines_of(copy.dsn, after_size), await VerifyTrail(StoredSealedTrail(pool), sealed.reader).verify()
 
     with psycopg.connect(copy.admin_dsn, autocommit=True) as admin:
         try:
@@ -199,6 +200,17 @@ def test_a_row_of_an_order_that_no_transaction_has_is_found(
     # The messages name how far transactions were when each looked, and PostgreSQL's own processes have some, too.
     assert replace(finding, message="") == replace(online.finding, message="")
     assert (finding.difference, finding.after_size) == (Difference.ROW_INSERTED, (0, *sealed.sizes)[checkpoints])
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_row_without_an_order_is_found(copy: Database, sealed: Sealed, table: str) -> None:
+    forged = COPY[table].format(row=ROW.format(table=table)).replace("commit_order FROM", "NULL FROM")
+    for after_size in (0, sealed.sizes[0]):
+        lines, online = edited(copy, sealed, forged, after_size)
+        for report in (online, checked(sealed.reader, lines), checked(sealed.reader, lines, sealed.outside)):
+            assert report.finding is not None
+            assert report.finding.difference is Difference.ROW_INSERTED
+            assert f"of audit.{table} has no order" in report.finding.message
 
 
 def test_a_row_does_not_hide_behind_another_of_its_id_and_order_at_the_end_of_a_page(

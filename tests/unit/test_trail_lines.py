@@ -14,6 +14,7 @@ from kms.domain.trail_lines import parse_line
         b"\xff",
         b'{"commit_order":"x","table":"t","id":"i"}',
         b'{"commit_order":1e999,"table":"t","id":"i"}',
+        b'{"commit_order":null,"table":"t"}',
         b'{"frontier":[],"note":"n","size":1e999}',
         b'{"frontier":["00"],"note":"n","size":1}',
         b"[" * 200_000,
