@@ -18,10 +18,11 @@ from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId
 from kms.domain.keys import KeyRecord
 from kms.domain.lifecycle import Move, State, Use, check_use
+from kms.store.batches import BatchConnection, connect, encoded
 from kms.store.keys import StoredKeys
 from kms.store.ledger import StoredLedger, open_ledger
 from kms.store.lifecycle import StoredLifecycle
-from kms.store.pool import Pool
+from kms.store.pool import Pool, connection_settings
 from kms.store.repeats import StoredRepeats
 from tests.fixtures.postgres import Database
 from tests.store.uses import a_call, charges, counter, decrypt, make_key, make_user, reason, rows, sign
@@ -46,6 +47,42 @@ async def bob(store: Pool) -> User:
 async def settle_all(ledger: StoredLedger, entries: list[Entry]) -> list[str]:
     """Settle all at once and return a word for each."""
     return [reason(outcome) for outcome in await asyncio.gather(*map(ledger.settle, entries), return_exceptions=True)]
+
+
+async def test_keys_are_locked_in_the_order_of_their_ids(database: Database, store: Pool, alice: User) -> None:
+    keys = sorted([await make_key(store, alice) for _ in range(9)], key=lambda key: key.identity.key_id)
+    ids = [key.identity.key_id for key in keys]
+    free = "SELECT id FROM cryptography.keys WHERE id = ANY (%s) FOR UPDATE SKIP LOCKED"
+    waits = """
+        SELECT count(*) AS number FROM pg_stat_activity
+        WHERE datname = current_database() AND query LIKE %s AND wait_event_type = 'Lock'
+    """
+    direct = await connect(connection_settings(database.dsn), seconds=5)
+    await direct.ask("SELECT set_config('lock_timeout', '0', false)", {}, seconds=5)
+    batches = BatchConnection(direct)
+    with psycopg.connect(database.admin_dsn) as holder:
+        for held in (4, 7, 1):
+            holder.execute("SELECT FROM cryptography.keys WHERE id = %s FOR UPDATE", (ids[held],))
+            texts = [encoded(sign(alice, keys[place])) for place in (3, 8, 1, 6, 0, 7, 4, 2, 5)]
+            settling = asyncio.create_task(batches.settle(texts, seconds=5))
+            while not rows(database, waits, "%cryptography.settle%")[0]["number"]:  # noqa: ASYNC110  # no event here
+                await asyncio.sleep(0.01)
+            # It has all that come before the one that it waits for, and none behind: so no two batches wait for each other.
+            assert {row["id"] for row in rows(database, free, ids)} == set(ids[held + 1 :])
+            holder.rollback()
+            assert await settling == ["OK"] * 9
+    await direct.close()
+
+
+async def test_no_statement_or_transaction_of_the_ledger_goes_on_without_end(database: Database) -> None:
+    connection = await connect(connection_settings(database.dsn), seconds=5)
+    limits = """
+        SELECT jsonb_object_agg(name, setting::int) FROM pg_settings
+        WHERE name IN ('statement_timeout', 'lock_timeout', 'idle_in_transaction_session_timeout')
+    """
+    found = await connection.ask(limits, {}, seconds=5)
+    assert found == {"statement_timeout": 4000, "lock_timeout": 1000, "idle_in_transaction_session_timeout": 4000}
+    await connection.close()
 
 
 async def test_a_use_is_charged_and_recorded(database: Database, store: Pool, ledger: StoredLedger, alice: User) -> None:

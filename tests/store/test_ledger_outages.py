@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psycopg
 import pytest
@@ -20,6 +20,8 @@ from kms.dev.postgres import FAST_UNSAFE, EmbeddedPostgres, embedded_postgres
 from kms.domain.errors import KmsError
 from kms.domain.keys import KeyRecord
 from kms.domain.secret import Secret
+from kms.store import ledger as ledgers
+from kms.store.batches import BatchConnection
 from kms.store.ledger import StoredLedger, open_ledger
 from kms.store.migrate import migrate, set_service_password
 from kms.store.pool import Pool, open_pool
@@ -269,6 +271,31 @@ async def test_a_call_whose_time_is_up_while_the_outcome_is_in_doubt_is_told_so(
                 await ledger.settle(sign(alice, key))
         assert caught.value.reason == "OUTCOME_UNKNOWN"
         assert "may have been charged" in caught.value.message
+
+
+async def test_uses_of_which_is_known_that_they_were_not_charged_are_not_in_doubt_any_more(
+    database: Database, store: Pool, proxy: tuple[CuttingProxy, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cutter, dsn = proxy
+    alice = await make_user(store, "alice")
+    key = await make_key(store, alice)
+    settled = BatchConnection.settled
+
+    async def settled_and_gone(connection: BatchConnection, *arguments: Any, **options: Any) -> list[str] | None:  # noqa: ANN401
+        # It says that the batch has not happened and never will; then it is lost, and nobody answers any more.
+        found = await settled(connection, *arguments, **options)
+        connection.connection.cut()
+        monkeypatch.setattr(ledgers, "connect", lambda *_, **__: asyncio.sleep(60))
+        return found
+
+    async with behind(dsn, store, 1) as ledger:
+        await ledger.settle(sign(alice, key))
+        monkeypatch.setattr(BatchConnection, "settled", settled_and_gone)
+        cutter.cut("before it arrives")
+        with pytest.raises(KmsError) as caught:
+            await ledger.settle(sign(alice, key))
+        assert (caught.value.reason, ledger.status().losses) == ("STORE_UNAVAILABLE", 1)
+    assert counter(database, key) == 1
 
 
 async def test_a_connection_that_was_ended_while_idle_costs_nobody_anything(
