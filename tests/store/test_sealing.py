@@ -30,7 +30,7 @@ from kms.store.sealer import sealed
 from kms.wiring.condition import SealWatch
 from tests.conformance.test_outages import soon
 from tests.fixtures.postgres import Database
-from tests.store.sealing import checked, lines_of, sealing_of, write
+from tests.store.sealing import EVENT, checked, lines_of, sealing_of, write
 
 OLD: Final = b"INSERT INTO audit.security_events (event_type, severity, created_at) VALUES ('old', 'low', '2024-01-05')"
 
@@ -79,6 +79,25 @@ async def test_a_checkpoint_that_does_not_follow_the_last_is_refused(
         assert caught.value.reason is Reason.STALE
     assert await trail.last() == last
     await trail.append(last.tree.size, larger)
+
+
+async def test_a_row_that_commits_behind_later_ones_is_sealed_in_its_place(
+    database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any]
+) -> None:
+    await check_epoch(store)
+    sealing = await sealing_of(store, hsm)
+    before = await sealing.seal()
+    with psycopg.connect(database.admin_dsn) as slow:
+        slow.execute(EVENT)
+        write(admin)
+        # Nothing is sealed that stands behind the row that can still come.
+        assert await sealing.seal() == before
+    assert await sealing.seal() == before + 7
+    write(admin)
+    assert await sealing.seal() == before + 13
+    online = await VerifyTrail(StoredSealedTrail(store), sealing.key.reader).verify()
+    assert (online.finding, online.unsealed) == (None, 0)
+    assert checked(sealing.key.reader, await lines_of(database.dsn)) == online
 
 
 async def test_a_backlog_is_sealed_in_several_checkpoints(
