@@ -67,6 +67,19 @@ def take_role(deployment: Deployment, user: UserId) -> None:
     execute(deployment, "UPDATE authentication.users SET version = version + 1 WHERE id = %s", user)
 
 
+def test_trying_to_use_a_key_that_waits_for_its_destruction_is_grave(caller: Caller, auditor: Caller) -> None:
+    key = made(caller, "ed25519")
+    caller.keys.DeactivateKey(kpb.DeactivateKeyRequest(key="k"))
+    assert refusal(caller.crypto.Sign, SIGN).reason == "KEY_INACTIVE"
+    caller.keys.ScheduleKeyDestruction(kpb.ScheduleKeyDestructionRequest(key="k"))
+    assert refusal(caller.crypto.Sign, SIGN).reason == "KEY_PENDING_DESTRUCTION"
+    deadline, found = time.monotonic() + 10, list[apb.Event]()
+    while len(found) < 2 and time.monotonic() < deadline:
+        found = search(auditor, resource_id=key.id, event_type="request.refused")
+    told = {details(event)["reason"]: (event.severity, event.risk_score) for event in found}
+    assert told == {"KEY_INACTIVE": (apb.SEVERITY_LOW, 10), "KEY_PENDING_DESTRUCTION": (apb.SEVERITY_HIGH, 60)}
+
+
 def test_each_filter_gives_the_events_that_fit_and_no_others(server: RunningServer, auditor: Caller) -> None:
     caller = server.caller()
     key, other = made(caller, "ed25519"), made(caller, "aes", name="other")
