@@ -183,6 +183,18 @@ async def test_the_clock_is_that_of_the_boot() -> None:
     assert before <= boot_clock() <= clock_gettime(CLOCK_BOOTTIME)
 
 
+async def test_what_is_remembered_is_old_after_a_suspension(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache: Cache[str, UUID] = Cache(lambda value: value, lambda _: 100)
+    source = Source()
+    for _ in range(2):
+        await cache.find("k", source.read, recent=True)
+    assert source.reads == 1
+    # The host was suspended for a minute: of its clocks that are never set, this one alone has gone on.
+    monkeypatch.setattr(caches, "clock_gettime", lambda clock: clock_gettime(clock) + 60 * (clock == CLOCK_BOOTTIME))
+    await cache.find("k", source.read, recent=True)
+    assert source.reads == 2
+
+
 async def test_many_who_ask_at_once_share_one_read(cache: Cache[str, UUID]) -> None:
     source = Source()
     source.answers.clear()
