@@ -206,7 +206,11 @@ def as_token_session(raw: pkcs11.Session, inventory: Inventory, oaep_hashes: fro
 
 
 def _not_initialised() -> KmsError:
-    return KmsError(Reason.HSM_KEK_MISSING, "the token has no wrapping keys of ours, or not all of them; run `kms hsm init`")
+    return KmsError(
+        Reason.HSM_KEK_MISSING,
+        "the token has no wrapping keys of ours, or not all of them: configure the token that has them (hsm.module, "
+        "hsm.token_label), or, for a new deployment, run `kms hsm init`",
+    )
 
 
 def _no_mac_key() -> KmsError:

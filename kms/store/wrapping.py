@@ -89,6 +89,7 @@ def _other_token(key: TokenKey) -> KmsError:
     return KmsError(
         Reason.HSM_KEK_MISSING,
         f"the token's {key.kind} key of generation {key.generation} is not the one that this database's keys were wrapped with; "
-        "this is another token, or another database",
+        "this is another token, or another database. Configure the token that this database was served with, or a copy of it "
+        "(hsm.module, hsm.token_label), or the database that belongs to this token (database.dsn); nothing is lost yet",
         kind=key.kind,
     )

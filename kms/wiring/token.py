@@ -58,7 +58,11 @@ async def _confirm_backup(config: Config, found: provision.TokenDescription) -> 
         if not before:
             await known.register(_token_keys(found.wrapping_keys), found.serial)
         elif not before <= {key.key_id for key in found.wrapping_keys}:
-            raise KmsError(Reason.HSM_KEK_MISSING, "this is no copy of the token: keys that the database knows are not in it")
+            raise KmsError(
+                Reason.HSM_KEK_MISSING,
+                "this is no copy of the token: keys that the database knows are not in it. Copy the token that serves, configure "
+                "the copy (hsm.module, hsm.token_label), and run `kms hsm backup-confirmed` again",
+            )
         await known.confirm_backup()
 
 

@@ -99,6 +99,15 @@ def test_a_token_from_before_mac_keys_gets_one_and_nothing_else_changes(older_to
     assert provision.check_copy(settings_of(older_token)) == made
 
 
+async def test_a_token_without_keys_is_not_served_and_says_what_to_do(
+    blank_token: SoftToken, enter_blank: Callable[[], None]
+) -> None:
+    enter_blank()
+    with pytest.raises(KmsError, match=r"configure the token that has them .*hsm\.token_label.*kms hsm init") as caught:
+        await open_hsm(settings_of(blank_token))
+    assert caught.value.reason is Reason.HSM_KEK_MISSING
+
+
 async def test_a_token_without_a_mac_key_is_not_served_and_says_what_to_run(older_token: SoftToken) -> None:
     with pytest.raises(KmsError, match=r"MAC key.*kms hsm init") as caught:
         await open_hsm(settings_of(older_token))

@@ -35,7 +35,7 @@ async def test_a_clone_with_another_serial_is_recorded(wrapping: StoredWrappingK
 
 async def test_another_token_is_refused_and_nothing_is_recorded(wrapping: StoredWrappingKeys) -> None:
     await wrapping.register([KEK, SEALING], "serial-1")
-    with pytest.raises(KmsError, match="another token") as caught:
+    with pytest.raises(KmsError, match=r"another token.*Configure the token .*\(hsm\.module, hsm\.token_label\)") as caught:
         await wrapping.register([TokenKey(uuid4(), "kek", 2), TokenKey(uuid4(), "sealing", 1)], "serial-2")
     assert caught.value.reason is Reason.HSM_KEK_MISSING
     assert [(key.kind, key.generation, key.token_serial) for key in await wrapping.read()] == [
