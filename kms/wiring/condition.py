@@ -1,6 +1,6 @@
 """What is known of how the service is: whether it is ready, why not, and what an operator should look at."""
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
 
@@ -51,7 +51,7 @@ class Condition:
     """The parts that are asked, and what the database said when it was last asked: it is looked at anew, so it changes.
 
     `faults` are sentences by what is at fault: token, database, epoch, service. No fault: ready. A schema that was changed
-    under the service is a warning: it goes on, and would not start again.
+    under the service is a warning: it goes on, and would not start again. So is the *advice* about its configuration.
     """
 
     hsm: TokenHsm
@@ -61,6 +61,7 @@ class Condition:
     store_answers: Callable[[], bool]
     caches: Mapping[str, Callable[[], CacheStatus]]
     seal_watch: SealWatch
+    advice: Sequence[str] = ()
     epoch_fault: str = ""
     schema_fault: str = ""
     is_stopping: bool = False
@@ -81,7 +82,7 @@ class Condition:
     @property
     def warnings(self) -> list[str]:
         """What does not keep the service from serving, and should be seen to."""
-        told = [self.schema_fault] if self.schema_fault else []
+        told = [self.schema_fault, *self.advice] if self.schema_fault else [*self.advice]
         if self.disk.is_low and self.disk.free_share is not None:
             told.append(f"the database's disk is {self.disk.free_share:.0%} free")
         if not self.disk.has_room_for_strangers():

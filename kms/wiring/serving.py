@@ -168,7 +168,10 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         await stack.enter_async_context(sealed(dsn, sealing(config, pool, hsm), interval_seconds=seal_seconds))
         store_answers = await stack.enter_async_context(watched(pool))
         caches = {"keys": keys.status, "users": users.status}
-        condition = Condition(hsm, ledger, pool, disk, store_answers, caches, SealWatch(seal_seconds))
+        advice = _advice(config)
+        for sentence in advice:
+            _LOG.warning("configuration", advice=sentence)
+        condition = Condition(hsm, ledger, pool, disk, store_answers, caches, SealWatch(seal_seconds), advice)
         await stack.enter_async_context(repeating("condition", CHECK_SECONDS, condition.check))
         await stack.enter_async_context(seen(seen_on, telemetry, condition))
         settled = telemetry.observed(ledger, "store", "settle", "earlier", of="ledger.")
@@ -225,6 +228,14 @@ def _server(
         faults=lambda: reports.condition.faults,
         shares_port=shares_port,
     )
+
+
+def _advice(config: Config) -> list[str]:
+    """Return what should be configured otherwise, though the service can do without."""
+    is_kept = config.audit is not None and config.audit.checkpoints is not None
+    if is_kept or config.mode != "production":
+        return []
+    return ["checkpoints of the trail are kept nowhere outside the database, and can be cut off with it: set audit.checkpoints"]
 
 
 def _journal(file: Path | None) -> Journal | None:

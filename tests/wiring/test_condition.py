@@ -1,5 +1,6 @@
 """What is said to be at fault."""
 
+from types import SimpleNamespace
 from typing import Any, cast
 
 import psycopg
@@ -10,8 +11,16 @@ from psycopg.conninfo import make_conninfo
 from kms.domain.errors import KmsError, Reason
 from kms.store.disk import Disk
 from kms.store.pool import open_pool
-from kms.wiring.condition import Condition
+from kms.wiring.condition import Condition, SealWatch
 from tests.fixtures.postgres import Database
+
+
+def test_what_lasts_too_long_or_was_changed_under_the_service_is_a_warning() -> None:
+    well = cast(Any, SimpleNamespace(is_available=lambda: True))
+    watch = SealWatch(1.0, is_late=True)
+    condition = Condition(well, well, well, Disk(None), lambda: True, {}, watch, ("set this",), schema_fault="run that")
+    late = "rows of the trail are not sealed: the log of the worker that seals says why"
+    assert condition.look() == (True, f"ready\nwarning: run that\nwarning: set this\nwarning: {late}")
 
 
 async def test_a_database_that_ends_between_two_looks_is_no_fault_of_the_epoch(database: Database) -> None:
