@@ -13,7 +13,8 @@ from kms.domain.ciphertext import AesCiphertext, Ciphertext, RsaCiphertext, ciph
 from kms.domain.errors import KmsError, Reason, malformed
 from kms.domain.ids import KeyId, KeyRef, UserId
 from kms.domain.keys import KeyIdentity, UsableKey
-from kms.domain.lifecycle import Use
+from kms.domain.lifecycle import Use, use_among
+from kms.domain.permissions import check_use_permitted, needed_for
 
 DATA_KEY_BYTES_DEFAULT: Final = 32
 _OAEP_STRONGEST_FIRST: Final = (Hash.SHA_512, Hash.SHA_384, Hash.SHA_256, Hash.SHA_1)
@@ -31,13 +32,17 @@ class ToEncrypt:
 
 @dataclass(frozen=True, slots=True)
 class ToDecrypt:
-    """A ciphertext. `raw_oaep` says that it is bare RSA-OAEP made elsewhere, with the hash to open it by."""
+    """A ciphertext. `raw_oaep` says that it is bare RSA-OAEP made elsewhere, with the hash to open it by.
+
+    `uses` is what the request allows: beside processing that by keys which are compromised, or revoked.
+    """
 
     ciphertext: bytes
     aad: bytes
     key: KeyRef | None
     raw_oaep: bool
     oaep_hash: Hash | None
+    uses: tuple[Use, ...] = (Use.PROCESS,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +80,17 @@ class Encryption:
         return Draft((ciphertext, identity.key_id), _entry(call, "encrypt", key, Use.PROTECT, ciphertext))
 
     async def decrypt(self, call: Call, what: ToDecrypt) -> Draft[tuple[bytes, KeyId]]:
-        """Open a ciphertext with the key that it names, to be recorded."""
+        """Open a ciphertext with the key that it names, to be recorded.
+
+        PERMISSION_DENIED where the key's state leaves it to those who are permitted.
+        """
         check_size("ciphertext", what.ciphertext, bytes_max=CIPHERTEXT_BYTES_MAX)
         check_size("aad", what.aad)
         key, ciphertext = await (self._bare(call, what) if what.raw_oaep else self._self_describing(call, what))
+        use = use_among(key.record.state, *what.uses)
+        check_use_permitted(call.user.permissions, use)
         plaintext = await self._open(key, ciphertext, what.aad)
-        entry = _entry(call, "decrypt", key, Use.PROCESS, what.ciphertext)
+        entry = _entry(call, "decrypt", key, use, what.ciphertext)
         return Draft((plaintext, key.record.identity.key_id), entry)
 
     async def data_key(self, call: Call, ref: KeyRef, size_bytes: int, aad: bytes) -> Draft[DataKey]:
@@ -139,14 +149,14 @@ class Encryption:
         ciphertext = parse_ciphertext(what.ciphertext)
         if what.key is not None:
             await self._check_named(call.user.user_id, what.key, ciphertext.key_id)
-        return await usable(self.keys, call.user.user_id, ciphertext.key_id, Use.PROCESS), ciphertext
+        return await usable(self.keys, call.user.user_id, ciphertext.key_id, *what.uses), ciphertext
 
     async def _bare(self, call: Call, what: ToDecrypt) -> tuple[UsableKey, Ciphertext]:
         if what.key is None:
             raise malformed("key", "expected a key: bare RSA-OAEP does not name its own")
         if what.oaep_hash is None:
             raise malformed("oaep_hash", "expected the hash that the ciphertext was made with")
-        key = await usable(self.keys, call.user.user_id, what.key, Use.PROCESS)
+        key = await usable(self.keys, call.user.user_id, what.key, *what.uses)
         return key, RsaCiphertext(key.record.identity.key_id, what.oaep_hash, what.ciphertext)
 
     async def _open(self, key: UsableKey, ciphertext: Ciphertext, aad: bytes) -> bytes:
@@ -167,11 +177,13 @@ class Encryption:
 def _entry(call: Call, action: str, key: UsableKey, use: Use, ciphertext: bytes) -> Entry:
     """Return the line of the trail: of the plaintext it holds nothing but, by the ciphertext, its length."""
     identity = key.record.identity
-    details = {
+    details: dict[str, str | int] = {
         "algorithm": "aes-gcm" if identity.spec.key_type is KeyType.AES else "rsa-oaep",
         "ciphertext_bytes": len(ciphertext),
         "ciphertext_sha256": sha256(ciphertext).hexdigest(),
     }
+    if needed_for(use) is not None:
+        details["use"] = use
     return Entry(call, action, identity.key_id, key.record.version, use, is_charged=use is Use.PROTECT, details=details)
 
 

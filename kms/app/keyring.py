@@ -13,12 +13,12 @@ from kms.domain.algorithms import KeySpec
 from kms.domain.errors import KmsError, Reason, malformed
 from kms.domain.ids import KeyId, KeyName, KeyRef, UserId
 from kms.domain.keys import Custody, KeyIdentity, KeyMaterial, KeyRecord, UsableKey
-from kms.domain.lifecycle import State, Use, check_use, is_open_to
+from kms.domain.lifecycle import State, Use, check_use, is_open_to, use_among
 
 METADATA_ENTRIES_MAX: Final = 32
 METADATA_NAME_BYTES_MAX: Final = 63
 METADATA_VALUE_BYTES_MAX: Final = 255
-_AS_THEY_ARE: ContextVar[bool] = ContextVar("as_they_are", default=False)
+_READ_ANEW: ContextVar[bool] = ContextVar("read_anew", default=False)
 _FOUND: ContextVar[KeyId | None] = ContextVar("found", default=None)
 
 
@@ -83,15 +83,16 @@ async def existing(keys: Keys, caller: UserId, ref: KeyRef, *, recent: bool = Fa
     return record
 
 
-async def usable(keys: Keys, caller: UserId, ref: KeyRef, use: Use) -> UsableKey:
-    """Return the caller's key, or raise KEY_NOT_FOUND or the reason why its state forbids *use*."""
-    key = await keys.find_usable(caller, ref, recent=not _AS_THEY_ARE.get())
-    if key is not None and not is_open_to(key.record.state, use):
+async def usable(keys: Keys, caller: UserId, ref: KeyRef, *uses: Use) -> UsableKey:
+    """Return the caller's key, or raise KEY_NOT_FOUND or the reason why its state forbids each of *uses*."""
+    key = await keys.find_usable(caller, ref, recent=not is_read_anew())
+    if key is not None and not any(is_open_to(key.record.state, use) for use in uses):
         key = await keys.find_usable(caller, ref)
     if key is None:
         # A destroyed key has no envelope left, but its owner is told what became of it.
-        check_use((await existing(keys, caller, ref)).state, use)
+        check_use((await existing(keys, caller, ref)).state, uses[0])
         raise key_not_found()
+    use = use_among(key.record.state, *uses)
     _FOUND.set(key.record.identity.key_id)
     _check_limit(key.record, use)
     check_use(key.record.state, use)
@@ -101,13 +102,18 @@ async def usable(keys: Keys, caller: UserId, ref: KeyRef, use: Use) -> UsableKey
 
 
 @contextmanager
-def keys_as_they_are() -> Iterator[None]:
-    """Have `usable` take no key, within the block, as it was a moment ago."""
-    before = _AS_THEY_ARE.set(True)
+def read_anew() -> Iterator[None]:
+    """Have drafts take no key and no caller, within the block, as it was a moment ago."""
+    before = _READ_ANEW.set(True)
     try:
         yield
     finally:
-        _AS_THEY_ARE.reset(before)
+        _READ_ANEW.reset(before)
+
+
+def is_read_anew() -> bool:
+    """Whether this is within `read_anew`."""
+    return _READ_ANEW.get()
 
 
 def refused_key(reason: str) -> KeyId | None:

@@ -212,9 +212,10 @@ class Ledger(Protocol):
         """Charge and record a use, or raise what the database says at that very moment.
 
         The state's reason (KEY_REVOKED, …), KEY_NOT_FOUND, USAGE_LIMIT_REACHED, CREDENTIALS_INVALID (the caller's standing or
-        version changed), STALE (the key's version changed, or the same request was answered meanwhile: begin again, with
-        `earlier` and the key), REQUEST_ID_REUSED; STORE_UNAVAILABLE only where
-        certainly nothing was charged, OUTCOME_UNKNOWN where that cannot be learnt before the call's time is up.
+        version changed), PERMISSION_DENIED (the use takes a permission that he does not have), STALE (the key's version
+        changed, or the same request was answered meanwhile: begin again, with `earlier` and the key), REQUEST_ID_REUSED;
+        STORE_UNAVAILABLE only where certainly nothing was charged, OUTCOME_UNKNOWN where that cannot be learnt before the
+        call's time is up.
         """
         ...
 

@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 from uuid import UUID
 
 from kms.app.access import Access
-from kms.app.keyring import existing
+from kms.app.keyring import existing, is_read_anew
 from kms.app.ports import Call, Hsm, Keys, Ledger, Repeat
 from kms.app.uses import LOOK_AGAIN, Draft, Turn, used
 from kms.domain.errors import KmsError, Reason, malformed
@@ -49,7 +49,7 @@ class Uses:
 
     async def admitted(self, call: Call) -> Call:
         """Return the call with its user as he is known now: for a draft that is made anew because he was refused."""
-        user = await self.access.admit(call.user.user_id, recent=True)
+        user = await self.access.admit(call.user.user_id, recent=not is_read_anew())
         check_permitted(user.permissions, _ANY_USE)
         return replace(call, user=user)
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final, Generic, Protocol, TypeVar
 
-from kms.app.keyring import keys_as_they_are
+from kms.app.keyring import read_anew
 from kms.app.ports import Entry, Ledger
 from kms.domain.errors import KmsError, Reason
 
@@ -29,8 +29,9 @@ LOOK_AGAIN: Final = frozenset(
         Reason.USAGE_LIMIT_REACHED,
     }
 )
-# So the token speaks of an envelope, which may be the one that was there a moment ago.
-_OF_THE_ENVELOPE: Final = frozenset({Reason.ENVELOPE_INVALID, Reason.HSM_KEK_MISSING})
+# So the token speaks of an envelope, which may be the one that was there a moment ago; a permission is missed of the roles that
+# the caller had then, or is that of a state in which the key was then.
+_OF_WHAT_WAS: Final = frozenset({Reason.ENVELOPE_INVALID, Reason.HSM_KEK_MISSING, Reason.PERMISSION_DENIED})
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -95,11 +96,11 @@ async def used(ledger: Ledger, draft: Callable[[], Awaitable[Draft[T]]], turn: T
 
 
 async def _drafted(draft: Callable[[], Awaitable[Draft[T]]], turn: Turn) -> Draft[T]:
-    """Return a draft. Nobody is refused for an envelope that is not there any more."""
+    """Return a draft. Nobody is refused for an envelope that is not there any more, or a permission that he has by now."""
     try:
         return await turn.draft(draft)
     except KmsError as error:
-        if error.reason not in _OF_THE_ENVELOPE:
+        if error.reason not in _OF_WHAT_WAS:
             raise
-    with keys_as_they_are():
+    with read_anew():
         return await turn.draft(draft)

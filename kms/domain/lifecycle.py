@@ -2,7 +2,8 @@
 
 A key's stored columns and a moment give its *state*; the SQL function `cryptography.effective_status` computes the same and is
 compared with `effective_state` exhaustively. The state decides three things: whether the key may protect
-(sign, encrypt, make data keys), process (decrypt), or only verify.
+(sign, encrypt, make data keys), process (decrypt), or only verify. That a key which is compromised or revoked processes is a
+use of its own, which its request and a permission must allow.
 """
 
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ class Use(StrEnum):
 
     PROTECT = "protect"
     PROCESS = "process"
+    PROCESS_COMPROMISED = "process_compromised"
+    PROCESS_REVOKED = "process_revoked"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +97,8 @@ _ALLOWED: Final[dict[State, frozenset[Use]]] = {
     State.ACTIVE: frozenset({Use.PROTECT, Use.PROCESS}),
     State.INACTIVE: frozenset({Use.PROCESS}),
     State.EXPIRED: frozenset({Use.PROCESS}),
-    State.COMPROMISED: frozenset(),
-    State.REVOKED: frozenset(),
+    State.COMPROMISED: frozenset({Use.PROCESS_COMPROMISED}),
+    State.REVOKED: frozenset({Use.PROCESS_REVOKED}),
     State.PENDING_DESTRUCTION: frozenset(),
     State.DESTROYED: frozenset(),
 }
@@ -116,10 +119,16 @@ def is_open_to(state: State, use: Use) -> bool:
     return use in _ALLOWED[state]
 
 
+def use_among(state: State, *uses: Use) -> Use:
+    """Return the first of *uses* to which a key in *state* may be put; the first of all, to be refused, where there is none."""
+    return next((use for use in uses if is_open_to(state, use)), uses[0])
+
+
 def check_use(state: State, use: Use) -> None:
     """Raise the state's reason (KEY_EXPIRED, KEY_REVOKED, …) unless a key in *state* may be put to *use*."""
     if not is_open_to(state, use):
-        raise KmsError(_REFUSALS[state], f"a key that is {state.replace('_', ' ')} does not {use}", state=state)
+        verb = use.partition("_")[0]
+        raise KmsError(_REFUSALS[state], f"a key that is {state.replace('_', ' ')} does not {verb}", state=state)
 
 
 def check_repeat(state: State) -> None:

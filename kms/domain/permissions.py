@@ -1,6 +1,7 @@
-"""What roles permit: the one table from a permission to the RPCs that it opens and the database role that serves them.
+"""What roles permit: the one table from a permission to the RPCs and uses that it opens and the database role that serves them.
 
-An RPC that is not in the table is open to every user in good standing, who sees and uses what is his own.
+What is not in the table is open to every user in good standing, who sees and uses what is his own. The SQL function
+`cryptography.use_permission` mirrors what the table says of uses: the charge looks at the permission again.
 """
 
 from collections.abc import Mapping
@@ -9,26 +10,33 @@ from enum import StrEnum
 from typing import Final, LiteralString
 
 from kms.domain.errors import KmsError, Reason
+from kms.domain.lifecycle import Use
 
 
 class Permission(StrEnum):
     """What a role can hold, as `authentication.roles` stores it. A value is never reused."""
 
     AUDIT_READ = "audit:read"
+    KEYS_USE_COMPROMISED = "keys:use-compromised"
+    KEYS_USE_REVOKED = "keys:use-revoked"
 
 
 @dataclass(frozen=True, slots=True)
 class Duty:
-    """The RPCs (`Service/Method`) that a permission opens, and the role of the database in which they act."""
+    """The RPCs (`Service/Method`) and uses of keys that a permission opens, and the role of the database in which they act."""
 
     rpcs: frozenset[str]
     database_role: LiteralString
+    uses: frozenset[Use] = frozenset()
 
 
 DUTIES: Final[Mapping[Permission, Duty]] = {
     Permission.AUDIT_READ: Duty(
         frozenset({"AuditService/SearchEvents", "AuditService/TailEvents", "AuditService/VerifyTrail"}), "auditor_users"
     ),
+    # Of one's own keys, as any use: the RPCs are open to all.
+    Permission.KEYS_USE_COMPROMISED: Duty(frozenset(), "authenticated_users", frozenset({Use.PROCESS_COMPROMISED})),
+    Permission.KEYS_USE_REVOKED: Duty(frozenset(), "authenticated_users", frozenset({Use.PROCESS_REVOKED})),
 }
 
 # How the service is: nothing of it is recorded, so auditors may ask too.
@@ -48,6 +56,18 @@ def check_permitted(held: frozenset[Permission], rpc: str) -> None:
     if needed is not Permission.AUDIT_READ and Permission.AUDIT_READ in held:
         reads_only = f"a user with the permission {Permission.AUDIT_READ} reads the trail and does nothing else"
         raise KmsError(Reason.PERMISSION_DENIED, reads_only, permission=Permission.AUDIT_READ)
+
+
+def needed_for(use: Use) -> Permission | None:
+    """Return the permission that *use* takes, None where it takes none."""
+    return next((permission for permission, duty in DUTIES.items() if use in duty.uses), None)
+
+
+def check_use_permitted(held: frozenset[Permission], use: Use) -> None:
+    """Raise PERMISSION_DENIED unless a user with the permissions *held* may put a key of his to *use*."""
+    needed = needed_for(use)
+    if needed is not None and needed not in held:
+        raise permission_denied(needed)
 
 
 def permission_denied(needed: Permission) -> KmsError:

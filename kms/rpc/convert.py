@@ -4,6 +4,7 @@ import base64
 import binascii
 import hashlib
 import json
+from collections.abc import Iterator
 from datetime import UTC, datetime
 
 from google.protobuf.message import Message
@@ -16,6 +17,7 @@ from kms.app.signing import Signed, ToSign
 from kms.domain.errors import KmsError, malformed
 from kms.domain.ids import parse_key_name, parse_key_ref
 from kms.domain.keys import KeyFilter, KeyRecord
+from kms.domain.lifecycle import Use
 from kms.rpc import enums
 from kms.v1 import crypto_pb2, keys_pb2
 
@@ -146,7 +148,16 @@ def to_decrypt(request: crypto_pb2.DecryptRequest) -> ToDecrypt:
         key=parse_key_ref(request.key) if request.key else None,
         raw_oaep=request.format == crypto_pb2.CIPHERTEXT_FORMAT_RAW_RSA_OAEP,
         oaep_hash=enums.optional(enums.HASHES, request.oaep_hash, "oaep_hash"),
+        uses=tuple(_uses(request)),
     )
+
+
+def _uses(request: crypto_pb2.DecryptRequest) -> Iterator[Use]:
+    yield Use.PROCESS
+    if request.allow_compromised:
+        yield Use.PROCESS_COMPROMISED
+    if request.allow_revoked:
+        yield Use.PROCESS_REVOKED
 
 
 def data_key_size(request: crypto_pb2.GenerateDataKeyRequest) -> int:

@@ -23,6 +23,7 @@ from kms.app.ports import Call, Entry, Repeat, Stranger
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId, UserId
 from kms.domain.lifecycle import State, check_use
+from kms.domain.permissions import check_use_permitted
 from kms.store.batches import BatchConnection, connect, encoded
 from kms.store.errors import unavailable
 from kms.store.pool import Pool, connection_settings
@@ -210,9 +211,9 @@ class StoredLedger:
     async def settle(self, entry: Entry) -> None:
         """Charge and record a use, or raise what the database says at that very moment.
 
-        The state's reason, KEY_NOT_FOUND, USAGE_LIMIT_REACHED, CREDENTIALS_INVALID, REQUEST_ID_REUSED; STALE where the key's
-        version changed, and where the same request was answered meanwhile: begin again, with `earlier`. STORE_UNAVAILABLE only
-        where certainly nothing was charged, OUTCOME_UNKNOWN where that could not be learnt in time.
+        The state's reason, KEY_NOT_FOUND, USAGE_LIMIT_REACHED, CREDENTIALS_INVALID, PERMISSION_DENIED, REQUEST_ID_REUSED; STALE
+        where the key's version changed, and where the same request was answered meanwhile: begin again, with `earlier`.
+        STORE_UNAVAILABLE only where certainly nothing was charged, OUTCOME_UNKNOWN where that could not be learnt in time.
         """
         waiting = self._writer.put(entry)
         try:
@@ -318,7 +319,10 @@ def _refusal(verdict: str, entry: Entry) -> KmsError | None:
         case "REQUEST_ID_REUSED":
             return KmsError(Reason.REQUEST_ID_REUSED, "this request_id was used for another request", field="request_id")
     try:
-        check_use(State(verdict.removeprefix("KEY_").lower()), entry.use)
+        if verdict == "PERMISSION_DENIED":
+            check_use_permitted(frozenset(), entry.use)
+        else:
+            check_use(State(verdict.removeprefix("KEY_").lower()), entry.use)
     except KmsError as refusal:
         return refusal
     raise ValueError(f"a verdict that is unknown here: {verdict}")

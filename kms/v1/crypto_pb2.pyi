@@ -343,6 +343,8 @@ class DecryptRequest(_message.Message):
     KEY_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
     OAEP_HASH_FIELD_NUMBER: _builtins.int
+    ALLOW_COMPROMISED_FIELD_NUMBER: _builtins.int
+    ALLOW_REVOKED_FIELD_NUMBER: _builtins.int
     ciphertext: _builtins.bytes
     """At most 66,560 bytes."""
     aad: _builtins.bytes
@@ -351,6 +353,16 @@ class DecryptRequest(_message.Message):
     format: Global___CiphertextFormat.ValueType
     oaep_hash: Global___HashAlgorithm.ValueType
     """For RAW_RSA_OAEP only."""
+    allow_compromised: _builtins.bool
+    """Decrypt also if the key is compromised, to move what it protects to another key. Takes the permission `keys:use-compromised`,
+    which the role `recovery` has: without it PERMISSION_DENIED, naming the permission. Without the flag, whoever calls:
+    KEY_COMPROMISED. A key in another state is treated as without the flag, and no permission is asked for then; one that is to
+    be destroyed stays refused. The use is a line of the trail with the severity high.
+    """
+    allow_revoked: _builtins.bool
+    """The same for a key that is revoked, with the permission `keys:use-revoked`; else KEY_REVOKED. Both flags may be set: each opens
+    its own state.
+    """
     def __init__(
         self,
         *,
@@ -359,10 +371,12 @@ class DecryptRequest(_message.Message):
         key: _builtins.str = ...,
         format: Global___CiphertextFormat.ValueType = ...,
         oaep_hash: Global___HashAlgorithm.ValueType = ...,
+        allow_compromised: _builtins.bool = ...,
+        allow_revoked: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aad", b"aad", "ciphertext", b"ciphertext", "format", b"format", "key", b"key", "oaep_hash", b"oaep_hash"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aad", b"aad", "allow_compromised", b"allow_compromised", "allow_revoked", b"allow_revoked", "ciphertext", b"ciphertext", "format", b"format", "key", b"key", "oaep_hash", b"oaep_hash"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -117,7 +117,8 @@ class CryptoServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Decrypt(self, request, context):
-        """INVALID_ARGUMENT (CIPHERTEXT_INVALID) whatever is wrong with the ciphertext or its associated data.
+        """INVALID_ARGUMENT (CIPHERTEXT_INVALID) whatever is wrong with the ciphertext or its associated data. A key that is compromised
+        or revoked decrypts only where the request says so and the caller is permitted to.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

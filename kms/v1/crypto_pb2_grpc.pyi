@@ -42,7 +42,9 @@ class CryptoServiceStub:
     """Needs no private key and works in every state. A well-formed signature that does not match is `valid = false`."""
     Encrypt: _grpc.UnaryUnaryMultiCallable[_crypto_pb2.EncryptRequest, _crypto_pb2.EncryptResponse]
     Decrypt: _grpc.UnaryUnaryMultiCallable[_crypto_pb2.DecryptRequest, _crypto_pb2.DecryptResponse]
-    """INVALID_ARGUMENT (CIPHERTEXT_INVALID) whatever is wrong with the ciphertext or its associated data."""
+    """INVALID_ARGUMENT (CIPHERTEXT_INVALID) whatever is wrong with the ciphertext or its associated data. A key that is compromised
+    or revoked decrypts only where the request says so and the caller is permitted to.
+    """
     GenerateDataKey: _grpc.UnaryUnaryMultiCallable[_crypto_pb2.GenerateDataKeyRequest, _crypto_pb2.GenerateDataKeyResponse]
     """Makes a data key from the HSM's randomness and encrypts it under an AES key."""
     GenerateRandom: _grpc.UnaryUnaryMultiCallable[_crypto_pb2.GenerateRandomRequest, _crypto_pb2.GenerateRandomResponse]
@@ -68,7 +70,9 @@ class CryptoServiceAsyncStub(CryptoServiceStub):
     """Needs no private key and works in every state. A well-formed signature that does not match is `valid = false`."""
     Encrypt: _aio.UnaryUnaryMultiCallable[_crypto_pb2.EncryptRequest, _crypto_pb2.EncryptResponse]  # type: ignore[assignment]
     Decrypt: _aio.UnaryUnaryMultiCallable[_crypto_pb2.DecryptRequest, _crypto_pb2.DecryptResponse]  # type: ignore[assignment]
-    """INVALID_ARGUMENT (CIPHERTEXT_INVALID) whatever is wrong with the ciphertext or its associated data."""
+    """INVALID_ARGUMENT (CIPHERTEXT_INVALID) whatever is wrong with the ciphertext or its associated data. A key that is compromised
+    or revoked decrypts only where the request says so and the caller is permitted to.
+    """
     GenerateDataKey: _aio.UnaryUnaryMultiCallable[_crypto_pb2.GenerateDataKeyRequest, _crypto_pb2.GenerateDataKeyResponse]  # type: ignore[assignment]
     """Makes a data key from the HSM's randomness and encrypts it under an AES key."""
     GenerateRandom: _aio.UnaryUnaryMultiCallable[_crypto_pb2.GenerateRandomRequest, _crypto_pb2.GenerateRandomResponse]  # type: ignore[assignment]
@@ -115,7 +119,9 @@ class CryptoServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _crypto_pb2.DecryptRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_crypto_pb2.DecryptResponse, _abc.Awaitable[_crypto_pb2.DecryptResponse]]:
-        """INVALID_ARGUMENT (CIPHERTEXT_INVALID) whatever is wrong with the ciphertext or its associated data."""
+        """INVALID_ARGUMENT (CIPHERTEXT_INVALID) whatever is wrong with the ciphertext or its associated data. A key that is compromised
+        or revoked decrypts only where the request says so and the caller is permitted to.
+        """
 
     @_abc_1.abstractmethod
     def GenerateDataKey(

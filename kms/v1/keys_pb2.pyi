@@ -94,9 +94,9 @@ class _KeyStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KeyState.Val
     KEY_STATE_EXPIRED: _KeyState.ValueType  # 4
     """Decrypts only."""
     KEY_STATE_COMPROMISED: _KeyState.ValueType  # 5
-    """Not usable."""
+    """Not usable, but by Decrypt with `allow_compromised` and a permission."""
     KEY_STATE_REVOKED: _KeyState.ValueType  # 6
-    """Not usable."""
+    """Not usable, but by Decrypt with `allow_revoked` and a permission."""
     KEY_STATE_PENDING_DESTRUCTION: _KeyState.ValueType  # 7
     """Not usable."""
     KEY_STATE_DESTROYED: _KeyState.ValueType  # 8
@@ -116,9 +116,9 @@ KEY_STATE_INACTIVE: KeyState.ValueType  # 3
 KEY_STATE_EXPIRED: KeyState.ValueType  # 4
 """Decrypts only."""
 KEY_STATE_COMPROMISED: KeyState.ValueType  # 5
-"""Not usable."""
+"""Not usable, but by Decrypt with `allow_compromised` and a permission."""
 KEY_STATE_REVOKED: KeyState.ValueType  # 6
-"""Not usable."""
+"""Not usable, but by Decrypt with `allow_revoked` and a permission."""
 KEY_STATE_PENDING_DESTRUCTION: KeyState.ValueType  # 7
 """Not usable."""
 KEY_STATE_DESTROYED: KeyState.ValueType  # 8

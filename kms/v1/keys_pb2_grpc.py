@@ -143,7 +143,8 @@ class KeyServiceServicer:
     def UpdateKey(self, request, context):
         """The moves between states. Each is refused with FAILED_PRECONDITION and the reason of the state that the key is in
         (KEY_ACTIVE, KEY_REVOKED, …) where it leads nowhere from there, and with ABORTED (STALE) where `version` is given and the
-        key is at another. An operation that needs the private half and begins after RevokeKey has returned does not succeed.
+        key is at another. An operation that needs the private half and begins after RevokeKey has returned does not succeed, but
+        for a Decrypt that is allowed to (`allow_revoked`).
 
         Lowers the limit, brings the expiry forward, or replaces the metadata; never the reverse. From pre-active, active and
         inactive.

@@ -54,7 +54,8 @@ class KeyServiceStub:
     UpdateKey: _grpc.UnaryUnaryMultiCallable[_keys_pb2.UpdateKeyRequest, _keys_pb2.UpdateKeyResponse]
     """The moves between states. Each is refused with FAILED_PRECONDITION and the reason of the state that the key is in
     (KEY_ACTIVE, KEY_REVOKED, …) where it leads nowhere from there, and with ABORTED (STALE) where `version` is given and the
-    key is at another. An operation that needs the private half and begins after RevokeKey has returned does not succeed.
+    key is at another. An operation that needs the private half and begins after RevokeKey has returned does not succeed, but
+    for a Decrypt that is allowed to (`allow_revoked`).
 
     Lowers the limit, brings the expiry forward, or replaces the metadata; never the reverse. From pre-active, active and
     inactive.
@@ -100,7 +101,8 @@ class KeyServiceAsyncStub(KeyServiceStub):
     UpdateKey: _aio.UnaryUnaryMultiCallable[_keys_pb2.UpdateKeyRequest, _keys_pb2.UpdateKeyResponse]  # type: ignore[assignment]
     """The moves between states. Each is refused with FAILED_PRECONDITION and the reason of the state that the key is in
     (KEY_ACTIVE, KEY_REVOKED, …) where it leads nowhere from there, and with ABORTED (STALE) where `version` is given and the
-    key is at another. An operation that needs the private half and begins after RevokeKey has returned does not succeed.
+    key is at another. An operation that needs the private half and begins after RevokeKey has returned does not succeed, but
+    for a Decrypt that is allowed to (`allow_revoked`).
 
     Lowers the limit, brings the expiry forward, or replaces the metadata; never the reverse. From pre-active, active and
     inactive.
@@ -173,7 +175,8 @@ class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_keys_pb2.UpdateKeyResponse, _abc.Awaitable[_keys_pb2.UpdateKeyResponse]]:
         """The moves between states. Each is refused with FAILED_PRECONDITION and the reason of the state that the key is in
         (KEY_ACTIVE, KEY_REVOKED, …) where it leads nowhere from there, and with ABORTED (STALE) where `version` is given and the
-        key is at another. An operation that needs the private half and begins after RevokeKey has returned does not succeed.
+        key is at another. An operation that needs the private half and begins after RevokeKey has returned does not succeed, but
+        for a Decrypt that is allowed to (`allow_revoked`).
 
         Lowers the limit, brings the expiry forward, or replaces the metadata; never the reverse. From pre-active, active and
         inactive.

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
@@ -43,6 +44,19 @@ def callers(services: tuple[RunningServer, RunningServer]) -> tuple[Caller, Call
 def as_superuser(services: tuple[RunningServer, RunningServer], query: str, *values: object) -> None:
     with psycopg.connect(services[0].deployment.database.admin_dsn, autocommit=True) as connection:
         connection.execute(query.encode(), values)
+
+
+@contextmanager
+def unheard(services: tuple[RunningServer, RunningServer]) -> Iterator[None]:
+    """Neither service hears of a change: that what it remembers is not so any more, it has to find out."""
+    triggers = (("authentication.users", "tr_users_tell_change"), ("cryptography.keys", "tr_keys_tell_change"))
+    for table, trigger in triggers:
+        as_superuser(services, f"ALTER TABLE {table} DISABLE TRIGGER {trigger}")
+    try:
+        yield
+    finally:
+        for table, trigger in triggers:
+            as_superuser(services, f"ALTER TABLE {table} ENABLE TRIGGER {trigger}")
 
 
 def test_no_use_that_begins_after_a_revocation_has_returned_elsewhere_succeeds(callers: tuple[Caller, Caller]) -> None:
@@ -122,6 +136,45 @@ def test_what_is_not_recorded_trusts_what_is_a_second_old_and_no_longer(
     as_superuser(services, "UPDATE authentication.users SET deleted_at = now() WHERE id = %s", here.user_id)
     time.sleep(1.0)
     assert refusal(there.crypto.Verify, verify).reason == "CREDENTIALS_INVALID"
+
+
+def test_a_permission_to_use_a_compromised_key_given_or_taken_elsewhere_holds_for_the_next_use(
+    callers: tuple[Caller, Caller], services: tuple[RunningServer, RunningServer]
+) -> None:
+    here, there = callers
+    made(here, "aes")
+    ciphertext = here.crypto.Encrypt(cpb.EncryptRequest(key="k", plaintext=b"p")).ciphertext
+    here.keys.MarkKeyCompromised(kpb.MarkKeyCompromisedRequest(key="k", reason="r"))
+    request = cpb.DecryptRequest(ciphertext=ciphertext, allow_compromised=True)
+    with unheard(services):
+        for _ in range(10):
+            for caller in callers:
+                assert refusal(caller.crypto.Decrypt, request).reason == "PERMISSION_DENIED"
+            as_superuser(services, "SELECT authentication.assign_role(%s, 'recovery')", here.user_id)
+            for caller in callers:
+                assert caller.crypto.Decrypt(request).plaintext == b"p"
+            as_superuser(services, "DELETE FROM authentication.user_roles WHERE user_id = %s", here.user_id)
+            as_superuser(services, "UPDATE authentication.users SET version = version + 1 WHERE id = %s", here.user_id)
+        assert refusal(there.crypto.Decrypt, request).reason == "PERMISSION_DENIED"
+
+
+def test_nobody_misses_the_permission_of_a_state_in_which_the_key_was_a_moment_ago(
+    callers: tuple[Caller, Caller], services: tuple[RunningServer, RunningServer]
+) -> None:
+    here, there = callers
+    role = "INSERT INTO authentication.roles (name, permissions) VALUES ('revoked-only', '[\"keys:use-revoked\"]')"
+    as_superuser(services, role)
+    as_superuser(services, "SELECT authentication.assign_role(%s, 'revoked-only')", here.user_id)
+    with unheard(services):
+        for number in range(10):
+            name = f"k{number}"
+            made(here, "aes", name=name)
+            ciphertext = here.crypto.Encrypt(cpb.EncryptRequest(key=name, plaintext=b"p")).ciphertext
+            request = cpb.DecryptRequest(ciphertext=ciphertext, allow_compromised=True, allow_revoked=True)
+            here.keys.MarkKeyCompromised(kpb.MarkKeyCompromisedRequest(key=name, reason="r"))
+            assert refusal(there.crypto.Decrypt, request).metadata == {"permission": "keys:use-compromised"}
+            here.keys.RevokeKey(kpb.RevokeKeyRequest(key=name, reason="r"))
+            assert there.crypto.Decrypt(request).plaintext == b"p"
 
 
 def test_a_role_given_or_taken_elsewhere_holds_for_the_next_use(

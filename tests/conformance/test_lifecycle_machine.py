@@ -6,7 +6,7 @@ moving the moments in the key's row; the clock stays.
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Final
@@ -26,14 +26,14 @@ from tests.conformance.refusals import refusal_of
 from tests.conformance.requests import create
 from tests.fixtures.server import Caller, RunningServer
 
-# state: may protect, may process, the moves out of it
-STATES: Final[dict[str, tuple[bool, bool, set[str]]]] = {
+# state: may protect, may process (or only by a flag of the request), the moves out of it
+STATES: Final[dict[str, tuple[bool, bool | str, set[str]]]] = {
     "PRE_ACTIVE": (False, False, {"activate", "compromise", "revoke", "schedule", "update"}),
     "ACTIVE": (True, True, {"deactivate", "compromise", "revoke", "update"}),
     "INACTIVE": (False, True, {"reactivate", "compromise", "revoke", "schedule", "update"}),
     "EXPIRED": (False, True, {"compromise", "revoke", "schedule"}),
-    "COMPROMISED": (False, False, {"revoke", "schedule"}),
-    "REVOKED": (False, False, {"schedule"}),
+    "COMPROMISED": (False, "allow_compromised", {"revoke", "schedule"}),
+    "REVOKED": (False, "allow_revoked", {"schedule"}),
     "PENDING_DESTRUCTION": (False, False, {"cancel"}),
     "DESTROYED": (False, False, set()),
 }
@@ -99,9 +99,10 @@ class Expected:
         self.is_pre_active_by_time = False
         self.version += 1
 
-    def use_refusals(self, *, protects: bool) -> set[str]:
+    def use_refusals(self, *, protects: bool, flags: Collection[str] = ()) -> set[str]:
         """The reasons with which a use may be refused; none: it must succeed."""
-        if STATES[self.state][0 if protects else 1]:
+        is_open = STATES[self.state][0 if protects else 1]
+        if is_open is True or is_open in flags:
             return set()
         return {"USAGE_LIMIT_REACHED"} if protects and self.state == "INACTIVE" and self.is_spent else {f"KEY_{self.state}"}
 
@@ -226,10 +227,14 @@ class Lifecycle(RuleBasedStateMachine):
             self.expected.charged()
 
     @precondition(lambda self: self.ciphertexts)
-    @rule()
-    def decrypt(self) -> None:
-        request = cpb.DecryptRequest(ciphertext=self.ciphertexts[-1])
-        self._outcome(self.caller.crypto.Decrypt, request, self.expected.use_refusals(protects=False))
+    @rule(flags=st.sets(st.sampled_from(["allow_compromised", "allow_revoked"])))
+    def decrypt(self, flags: set[str]) -> None:
+        request = cpb.DecryptRequest(
+            ciphertext=self.ciphertexts[-1],
+            allow_compromised="allow_compromised" in flags,
+            allow_revoked="allow_revoked" in flags,
+        )
+        self._outcome(self.caller.crypto.Decrypt, request, self.expected.use_refusals(protects=False, flags=flags))
 
     @precondition(lambda self: self.signatures)
     @rule()
@@ -297,7 +302,7 @@ class Lifecycle(RuleBasedStateMachine):
 
 def run(server: RunningServer, examples: int, steps: int) -> Counter[tuple[str, str, bool]]:
     """Return how often each call was tried in each state, apart by whether it had to succeed."""
-    caller = server.caller()
+    caller = server.caller(server.deployment.new_user(role="recovery"))  # with no role no flag would open anything
     tried: Counter[tuple[str, str, bool]] = Counter()
     with psycopg.connect(server.deployment.database.admin_dsn, autocommit=True) as database:
         run_state_machine_as_test(

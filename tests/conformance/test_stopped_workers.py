@@ -154,6 +154,45 @@ def test_a_process_stopped_between_check_and_charge_gives_nothing_out_after_a_ch
     assert counted == [(1,)]
 
 
+def take_role(pair: Pair, used: Used) -> None:
+    pair.execute("DELETE FROM authentication.user_roles WHERE user_id = %s", used.here.user_id)
+    pair.execute("UPDATE authentication.users SET version = version + 1 WHERE id = %s", used.here.user_id)
+
+
+def let_role_expire(pair: Pair, used: Used) -> None:
+    # No version advances: the charge itself has to look.
+    pair.execute("UPDATE authentication.user_roles SET expires_at = clock_timestamp() WHERE user_id = %s", used.here.user_id)
+
+
+@pytest.mark.parametrize(
+    ("change", "allows_revoked", "expected"),
+    [
+        (take_role, False, "PERMISSION_DENIED"),
+        (let_role_expire, False, "PERMISSION_DENIED"),
+        (revoke, False, "KEY_REVOKED"),
+        (revoke, True, "OK"),
+    ],
+)
+def test_a_process_stopped_before_it_records_the_use_of_a_compromised_key_gives_out_what_is_permitted_after_the_change(
+    pair: Pair, change: Callable[[Pair, Used], None], allows_revoked: bool, expected: str
+) -> None:
+    user = pair.first.deployment.new_user(role="recovery")
+    name = f"k-{uuid4().hex}"
+    here, there = pair.first.caller(user), pair.second.caller(user)
+    used = Used(name, made(there, "aes", name=name).id, here, there)
+    ciphertext = there.crypto.Encrypt(cpb.EncryptRequest(key=name, plaintext=b"p")).ciphertext
+    compromise(pair, used)
+    request = cpb.DecryptRequest(ciphertext=ciphertext, allow_compromised=True, allow_revoked=allows_revoked)
+    stop = pair.wire.stop_at(CHARGE)
+    call = here.crypto.Decrypt.future(request, timeout=15)
+    with pair.stopped_at(stop):
+        change(pair, used)
+    assert reason(call) == expected
+    query = "SELECT event_details ->> 'use' FROM audit.security_events WHERE resource_id = %s AND action = 'decrypt'"
+    query += " AND outcome = 'success'"
+    assert pair.execute(query, used.id) == ([("process_revoked",)] if expected == "OK" else [])
+
+
 def test_what_was_charged_before_the_process_was_stopped_is_given_out_though_the_key_was_revoked_since(
     pair: Pair, used: Used
 ) -> None:

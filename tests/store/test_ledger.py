@@ -18,6 +18,7 @@ from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId
 from kms.domain.keys import KeyRecord
 from kms.domain.lifecycle import Move, State, Use, check_use
+from kms.domain.permissions import needed_for
 from kms.store.batches import BatchConnection, connect, encoded
 from kms.store.keys import StoredKeys
 from kms.store.ledger import StoredLedger, open_ledger
@@ -269,6 +270,27 @@ async def test_the_uses_in_sql_are_the_uses_in_python(database: Database) -> Non
         except KmsError as error:
             expected = error.reason.value
         assert rows(database, "SELECT cryptography.use_refusal(%s, %s) AS refusal", state, use) == [{"refusal": expected}]
+    for use in Use:
+        found = rows(database, "SELECT cryptography.use_permission(%s) AS permission", use)
+        assert found == [{"permission": needed_for(use)}]
+
+
+@pytest.mark.parametrize(("status", "use"), [("compromised", Use.PROCESS_COMPROMISED), ("revoked", Use.PROCESS_REVOKED)])
+async def test_the_charge_itself_asks_for_the_permission_of_a_use_and_records_it_as_high(
+    database: Database, store: Pool, ledger: StoredLedger, alice: User, status: str, use: Use
+) -> None:
+    key = await make_key(store, alice)
+    rows(database, f"UPDATE cryptography.keys SET key_status = '{status}', {status}_at = clock_timestamp()")
+    rows(database, "SELECT authentication.assign_role(%s, 'recovery')", alice.user_id)
+    may = replace(alice, version=alice.version + 1)
+    entry = replace(decrypt(may, key), use=use, version=key.version + 1)
+    plain = replace(entry, use=Use.PROCESS)
+    assert await settle_all(ledger, [entry, plain]) == ["OK", f"KEY_{status.upper()}"]
+    # A role that runs out advances no version.
+    rows(database, "UPDATE authentication.user_roles SET expires_at = clock_timestamp()")
+    assert await settle_all(ledger, [entry, plain]) == ["PERMISSION_DENIED", f"KEY_{status.upper()}"]
+    lines = rows(database, "SELECT severity, risk_score FROM audit.security_events WHERE event_type = 'key.used'")
+    assert lines == [{"severity": "high", "risk_score": 60}]
 
 
 async def test_counter_and_records_agree_whatever_is_cancelled(

@@ -5,26 +5,19 @@ from typing import Final
 
 import pytest
 
-from kms.domain.errors import KmsError, Reason
-from kms.domain.lifecycle import Move, Standing, State, Use, check_move, check_use, effective_state
+from kms.domain.errors import KmsError
+from kms.domain.lifecycle import Move, Standing, State, Use, check_move, check_use, effective_state, use_among
 
 NOW: Final = datetime(2026, 1, 1, tzinfo=UTC)
 PAST: Final = NOW - timedelta(seconds=1)
 AHEAD: Final = NOW + timedelta(seconds=1)
 
-_REFUSED: Final = {
-    (State.PRE_ACTIVE, Use.PROTECT): Reason.KEY_PRE_ACTIVE,
-    (State.PRE_ACTIVE, Use.PROCESS): Reason.KEY_PRE_ACTIVE,
-    (State.INACTIVE, Use.PROTECT): Reason.KEY_INACTIVE,
-    (State.EXPIRED, Use.PROTECT): Reason.KEY_EXPIRED,
-    (State.COMPROMISED, Use.PROTECT): Reason.KEY_COMPROMISED,
-    (State.COMPROMISED, Use.PROCESS): Reason.KEY_COMPROMISED,
-    (State.REVOKED, Use.PROTECT): Reason.KEY_REVOKED,
-    (State.REVOKED, Use.PROCESS): Reason.KEY_REVOKED,
-    (State.PENDING_DESTRUCTION, Use.PROTECT): Reason.KEY_PENDING_DESTRUCTION,
-    (State.PENDING_DESTRUCTION, Use.PROCESS): Reason.KEY_PENDING_DESTRUCTION,
-    (State.DESTROYED, Use.PROTECT): Reason.KEY_DESTROYED,
-    (State.DESTROYED, Use.PROCESS): Reason.KEY_DESTROYED,
+# Read from the uses' side; the code has it from the states'.
+_USED_IN: Final = {
+    "protect": {State.ACTIVE},
+    "process": {State.ACTIVE, State.INACTIVE, State.EXPIRED},
+    "process_compromised": {State.COMPROMISED},
+    "process_revoked": {State.REVOKED},
 }
 
 
@@ -55,13 +48,30 @@ def test_a_state_is_open_to_the_moves_of_the_table_and_to_no_other(state: State,
 @pytest.mark.parametrize("state", State)
 @pytest.mark.parametrize("use", Use)
 def test_a_state_allows_what_the_table_says_and_nothing_else(state: State, use: Use) -> None:
-    expected = _REFUSED.get((state, use))
-    if expected is None:
+    if state in _USED_IN[use.value]:
         check_use(state, use)
         return
     with pytest.raises(KmsError) as refusal:
         check_use(state, use)
-    assert refusal.value.reason is expected
+    assert refusal.value.reason == f"KEY_{state.value.upper()}"
+
+
+@pytest.mark.parametrize(
+    ("state", "allowed", "use"),
+    [
+        (State.ACTIVE, (Use.PROCESS_COMPROMISED, Use.PROCESS_REVOKED), Use.PROCESS),
+        (State.EXPIRED, (Use.PROCESS_COMPROMISED, Use.PROCESS_REVOKED), Use.PROCESS),
+        (State.COMPROMISED, (Use.PROCESS_COMPROMISED, Use.PROCESS_REVOKED), Use.PROCESS_COMPROMISED),
+        (State.REVOKED, (Use.PROCESS_COMPROMISED, Use.PROCESS_REVOKED), Use.PROCESS_REVOKED),
+        (State.REVOKED, (Use.PROCESS_COMPROMISED,), Use.PROCESS),
+        (State.COMPROMISED, (), Use.PROCESS),
+        (State.PENDING_DESTRUCTION, (Use.PROCESS_COMPROMISED, Use.PROCESS_REVOKED), Use.PROCESS),
+    ],
+)
+def test_a_use_that_is_allowed_beside_processing_is_taken_only_where_the_state_asks_for_it(
+    state: State, allowed: tuple[Use, ...], use: Use
+) -> None:
+    assert use_among(state, Use.PROCESS, *allowed) is use
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from kms.domain.errors import KmsError, Reason
-from kms.domain.permissions import DUTIES, Permission, check_permitted
+from kms.domain.lifecycle import Use
+from kms.domain.permissions import DUTIES, Permission, check_permitted, check_use_permitted, needed_for
 from kms.v1 import audit_pb2
 
 SCHEMA = Path(__file__).parents[2] / "schema"
@@ -29,6 +30,29 @@ def test_who_reads_the_trail_may_do_nothing_that_others_may() -> None:
         check_permitted(NOBODY, rpc)
         with pytest.raises(KmsError, match="nothing else"):
             check_permitted(AUDITOR, rpc)
+
+
+def test_no_use_of_ones_own_keys_takes_a_permission_but_that_of_compromised_and_revoked_ones() -> None:
+    needed = {Use.PROCESS_COMPROMISED: "keys:use-compromised", Use.PROCESS_REVOKED: "keys:use-revoked"}
+    for use in Use:
+        assert needed_for(use) == needed.get(use)
+        others = frozenset(Permission) - {needed_for(use)}
+        if needed_for(use) is None:
+            check_use_permitted(NOBODY, use)
+            continue
+        check_use_permitted(frozenset(Permission) - others, use)
+        with pytest.raises(KmsError) as caught:
+            check_use_permitted(others, use)
+        assert (caught.value.reason, caught.value.metadata) == (Reason.PERMISSION_DENIED, {"permission": needed[use]})
+
+
+def test_who_may_use_compromised_keys_may_all_that_others_may_and_not_read_the_trail() -> None:
+    recovery = frozenset({Permission.KEYS_USE_COMPROMISED, Permission.KEYS_USE_REVOKED})
+    for rpc in ("KeyService/CreateKey", "CryptoService/Sign", "AdminService/GetStatus"):
+        check_permitted(recovery, rpc)
+    for held, rpc in ((recovery, "AuditService/SearchEvents"), (recovery | AUDITOR, "CryptoService/Decrypt")):
+        with pytest.raises(KmsError, match=r"audit:read"):
+            check_permitted(held, rpc)
 
 
 def test_the_permissions_that_migrations_give_to_roles_are_those_of_the_table() -> None:
