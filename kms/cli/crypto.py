@@ -132,12 +132,18 @@ def decrypt(
         bool, typer.Option("--raw-oaep", help="The input is bare RSA-OAEP made elsewhere; needs --key and --oaep-hash.")
     ] = False,
     oaep_hash: options.OaepHashOption = None,
+    allow_compromised: Annotated[
+        bool, typer.Option("--allow-compromised", help="Also with a key that is compromised; needs the role recovery.")
+    ] = False,
+    allow_revoked: Annotated[
+        bool, typer.Option("--allow-revoked", help="Also with a key that is revoked; needs the role recovery.")
+    ] = False,
     out: options.OutOption = None,
     encoding: options.EncodingOption = None,
 ) -> None:
     """Decrypt a ciphertext. It finds its key by itself.
 
-    The plaintext is written alone; a file gets mode 0600.
+    The plaintext is written alone; a file gets mode 0600. What a compromised or revoked key opens is told to auditors.
     """
     with invocation.client() as client:
         from kms.cli.words import number
@@ -152,6 +158,8 @@ def decrypt(
             key=key or "",
             format=form,
             oaep_hash=number(enums.HASHES, oaep_hash),
+            allow_compromised=allow_compromised,
+            allow_revoked=allow_revoked,
         )
         found = client.call(client.crypto.Decrypt, request)
     if invocation.as_json and (out is None or out == STDOUT):
@@ -242,6 +250,7 @@ def register(app: typer.Typer) -> None:
         "kms decrypt --in secret.kms --out secret.txt",
         "printf secret | kms encrypt backups | kms decrypt",
         "kms decrypt --in mail.oaep --raw-oaep --key inbox --oaep-hash sha-1",
+        "kms decrypt --allow-compromised --in secret.kms | kms encrypt backups-2 --out secret-2.kms",
     )(decrypt)
     command(
         app,

@@ -32,7 +32,7 @@ def reactivate(invocation: Invocation, key: KeyArgument, version: VersionOption 
 
 
 def revoke(invocation: Invocation, key: KeyArgument, reason: ReasonOption, version: VersionOption = 0) -> None:
-    """Revoke a key, for good. No use that begins after this has returned succeeds."""
+    """Revoke a key, for good. No use that begins after this has returned succeeds, but `kms decrypt --allow-revoked`."""
     _move(invocation, "RevokeKey", key=key, version=version, reason=reason)
 
 
@@ -43,7 +43,7 @@ def compromise(
     occurred: Annotated[datetime | None, typer.Option("--occurred", formats=MOMENTS, help="When it happened, if known.")] = None,
     version: VersionOption = 0,
 ) -> None:
-    """Mark a key compromised: it neither protects nor decrypts any more."""
+    """Mark a key compromised: it protects no more, and decrypts only for `kms decrypt --allow-compromised`."""
     _move(invocation, "MarkKeyCompromised", key=key, version=version, reason=reason, occurred_at=stamp(occurred))
 
 

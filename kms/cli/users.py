@@ -29,7 +29,12 @@ def add_service(
         str | None, typer.Option("--server", metavar="HOST:PORT", help="Where it reaches the service. Default: as configured.")
     ] = None,
     role: Annotated[
-        str | None, typer.Option(metavar="ROLE", help="auditor: it reads the trail, and nothing else. Default: none.")
+        str | None,
+        typer.Option(
+            metavar="ROLE",
+            help="auditor: it reads the trail, and nothing else. recovery: it also decrypts with keys of its own that are "
+            "compromised or revoked. Default: none.",
+        ),
     ] = None,
 ) -> None:
     """Make a user that is a program, and print the URI that its client certificate must name.

@@ -18,7 +18,7 @@ from kms.cli.client import Client
 from kms.domain.ids import UserId, identity_uri
 from kms.v1.crypto_pb2 import GenerateDataKeyRequest
 from tests.cli.conftest import NewConfig
-from tests.cli.running import Kms
+from tests.cli.running import Ended, Kms
 from tests.fixtures.server import DEPLOYMENT, RunningServer
 
 MESSAGE = "pay 5 to Bob"
@@ -171,6 +171,38 @@ def test_a_damaged_ciphertext_ends_with_1_and_writes_nothing(as_ada: Kms, tmp_pa
     assert (ended.code, ended.out) == (1, b"")
     assert ended.err.startswith("kms: CIPHERTEXT_INVALID: ")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("state", "move"), [("compromised", "compromise"), ("revoked", "revoke")])
+def test_what_a_compromised_or_revoked_key_protects_is_moved_to_another_by_who_has_the_role(
+    kms: Kms, server: RunningServer, tmp_path: Path, state: str, move: str
+) -> None:
+    out = tmp_path / "rescuer"
+    name = f"rescuer-{state}"
+    add = ("--config", server.deployment.config_file, "user", "add-service", name, "--role", "recovery", "--out", out)
+    assert kms(*add, "--server", server.address).code == 0
+
+    def as_rescuer(*arguments: object, stdin: bytes = b"") -> Ended:
+        return kms("--config", out / "client.toml", *arguments, stdin=stdin)
+
+    for key in ("old", "new"):
+        made(as_rescuer, key, "aes")
+    sealed = as_rescuer("encrypt", "old", stdin=SECRET).out
+    assert as_rescuer("key", move, "old", "--reason", "seen elsewhere").code == 0
+    refused = as_rescuer("decrypt", "--json", stdin=sealed)
+    assert (refused.code, refused.failure["reason"]) == (1, f"KEY_{state.upper()}")
+    opened = as_rescuer("decrypt", f"--allow-{state}", stdin=sealed)
+    assert opened.out == SECRET
+    moved = as_rescuer("encrypt", "new", stdin=opened.out).out
+    assert as_rescuer("decrypt", stdin=moved).out == SECRET
+
+
+def test_without_the_role_the_flag_that_a_key_asks_for_is_not_permitted(as_ada: Kms) -> None:
+    made(as_ada, "old", "aes")
+    sealed = as_ada("encrypt", "old", stdin=SECRET).out
+    as_ada("key", "revoke", "old", "--reason", "left")
+    refused = as_ada("decrypt", "--allow-revoked", "--json", stdin=sealed)
+    assert (refused.code, refused.failure["metadata"]) == (4, {"permission": "keys:use-revoked"})
 
 
 def test_rsa_made_elsewhere_decrypts(as_ada: Kms) -> None:
