@@ -49,6 +49,7 @@ LEADS_TO: Final = {
 ENDS_BY_TIME: Final = ("PRE_ACTIVE", "ACTIVE", "INACTIVE")
 HOUR: Final = 3600
 VERSIONS: Final = st.sampled_from(["any", "any", "any", "seen", "older", "ahead"])
+FLAGS: Final = ((), ("allow_compromised",), ("allow_revoked",), ("allow_compromised", "allow_revoked"))
 KINDS: Final = st.sampled_from(["aes", "secp256k1"])
 
 
@@ -141,6 +142,8 @@ class Lifecycle(RuleBasedStateMachine):
             request.max_usage_count = limit
         self.kind = kind
         self.id = self.caller.keys.CreateKey(request, timeout=20).key.id
+        if kind == "aes":
+            self._encrypt(makes_data_key=False)  # so that every state is asked to decrypt something
 
     @rule(move=st.sampled_from(["activate", "deactivate", "reactivate"]), seen=VERSIONS)
     def move_to_and_fro(self, move: str, seen: str) -> None:
@@ -155,6 +158,9 @@ class Lifecycle(RuleBasedStateMachine):
     @rule(move=st.sampled_from(["compromise", "revoke"]), seen=VERSIONS)
     def move_for_good(self, move: str, seen: str) -> None:
         self._move(move, seen)
+        if self.ciphertexts:
+            for flags in FLAGS:
+                self._decrypt(flags)
 
     def _move(self, move: str, seen: str) -> None:
         is_stale = seen in ("older", "ahead")
@@ -216,6 +222,9 @@ class Lifecycle(RuleBasedStateMachine):
     @precondition(lambda self: self.kind == "aes")
     @rule(makes_data_key=st.booleans())
     def encrypt(self, makes_data_key: bool) -> None:
+        self._encrypt(makes_data_key=makes_data_key)
+
+    def _encrypt(self, *, makes_data_key: bool) -> None:
         crypto = self.caller.crypto
         refusals = self.expected.use_refusals(protects=True)
         if makes_data_key:
@@ -227,8 +236,11 @@ class Lifecycle(RuleBasedStateMachine):
             self.expected.charged()
 
     @precondition(lambda self: self.ciphertexts)
-    @rule(flags=st.sets(st.sampled_from(["allow_compromised", "allow_revoked"])))
-    def decrypt(self, flags: set[str]) -> None:
+    @rule(flags=st.sampled_from(FLAGS))
+    def decrypt(self, flags: Collection[str]) -> None:
+        self._decrypt(flags)
+
+    def _decrypt(self, flags: Collection[str]) -> None:
         request = cpb.DecryptRequest(
             ciphertext=self.ciphertexts[-1],
             allow_compromised="allow_compromised" in flags,
@@ -322,6 +334,10 @@ def run(server: RunningServer, examples: int, steps: int) -> Counter[tuple[str, 
 
 def test_no_sequence_of_calls_reaches_what_the_table_of_states_does_not_allow(server: RunningServer) -> None:
     tried = run(server, examples=30, steps=20)
+    print(
+        *sorted((*key, n) for key, n in tried.items() if key[1] in ("Decrypt", "Encrypt", "RevokeKey", "MarkKeyCompromised")),
+        sep="\n",
+    )
     assert len({state for state, _, _ in tried}) > 5
 
 
@@ -340,4 +356,6 @@ def test_no_long_sequence_of_calls_reaches_what_the_table_of_states_does_not_all
     }
     for state, move in product(STATES, moves):
         assert any(tried[state, name, succeeds] for name in (move, f"{move}Key") for succeeds in (True, False)), (state, move)
+    for state, succeeds in product(("COMPROMISED", "REVOKED"), (True, False)):
+        assert tried[state, "Decrypt", succeeds], (state, succeeds)
     print(*sorted((*key, number) for key, number in tried.items()), sep="\n")
