@@ -137,12 +137,13 @@ class _Writer:
             if connection.connection.is_lost:
                 await self._after_loss(connection, batch)
                 return None
-            if isinstance(error, pg.SerializationFailure):
-                # The number is not the next one: of a writer that was idle for a day the last is forgotten. Nothing has
-                # happened, and on another connection the numbers begin anew.
-                self._again(batch)
+            if isinstance(error, pg.SerializationFailure) and connection.number:
+                # Perhaps its number is not the next one: of a writer that was idle for a day the last is forgotten. Nothing has
+                # happened, and another connection counts from the beginning: what fails there too has another cause.
+                for waiting in batch:
+                    waiting.is_sent = False
                 await self.drop_connection()
-                return None
+                return await self._write(batch)
             await self._after_fault(batch, error)
             return error
         self._count(batch, verdicts, monotonic() - began)
@@ -179,16 +180,12 @@ class _Writer:
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
             if verdicts is None:
-                self._again(batch)
+                for waiting in batch:
+                    waiting.is_sent = False
+                self.queue.extendleft(reversed(batch))
                 return
             _deliver(batch, verdicts)
             return
-
-    def _again(self, batch: Sequence[_Waiting]) -> None:
-        """Let a batch wait for the next, before all others: certainly nothing of it was charged."""
-        for waiting in batch:
-            waiting.is_sent = False
-        self.queue.extendleft(reversed(batch))
 
     def _count(self, batch: Sequence[_Waiting], verdicts: Sequence[str], seconds: float) -> None:
         self.status.batches += 1

@@ -424,3 +424,18 @@ async def test_a_ledger_that_was_idle_for_a_day_goes_on(
     assert rows(database, "SELECT batch FROM cryptography.ledger_writers") == []
     assert await settle_all(ledger, [sign(alice, key) for _ in range(5)]) == ["OK"] * 5
     assert (counter(database, key), ledger.status().losses) == (6, 0)
+
+
+async def test_a_key_whose_history_is_out_of_step_fails_alone_and_at_once(
+    database: Database, store: Pool, ledger: StoredLedger, alice: User, bob: User
+) -> None:
+    mine, theirs = await make_key(store, alice, max_usage_count=1), await make_key(store, bob)
+    await ledger.settle(sign(bob, theirs))
+    # The use that reaches its limit deactivates the key, and the event of that does not follow its head.
+    query = "UPDATE audit.aggregate_heads SET aggregate_version = aggregate_version + 1 WHERE aggregate_id = %s"
+    rows(database, query, mine.identity.key_id)
+    for uses in ([sign(alice, mine)], [sign(bob, theirs), sign(alice, mine), *(sign(bob, theirs) for _ in range(3))]):
+        async with asyncio.timeout(3):
+            told = await settle_all(ledger, uses)
+        assert told == ["STORE_UNAVAILABLE" if use.key_id == mine.identity.key_id else "OK" for use in uses]
+    assert (counter(database, mine), counter(database, theirs)) == (0, 5)
