@@ -53,14 +53,20 @@ TO_BE_EMPTIED: Final = """
         AND starts_with(obj_description(c.oid, 'pg_class'), 'Emptied by a restore')
     ORDER BY 1, 2
 """
-# A key that is due for destruction, superseded, expired, revoked or compromised never protects anything again. One that waits
-# for its destruction may be spared it.
+# A destruction that the backup had waiting may have been cancelled since, which no journal tells: there is time to do it again.
+# What was really destroyed is in the journal.
+POSTPONE: Final = """
+    UPDATE cryptography.keys
+    SET destruction_scheduled_at = clock_timestamp() + INTERVAL '7 days'
+    WHERE destroyed_at IS NULL AND destruction_scheduled_at <= (SELECT clock_timestamp())
+"""
+# A key that is superseded, expired, revoked or compromised never protects anything again. One that waits for its destruction
+# may be spared it.
 DEACTIVATE: Final = """
     WITH concerned AS (
         SELECT id, user_id, key_status, deactivated_at IS NULL AS was_not_deactivated
         FROM cryptography.keys
         WHERE destroyed_at IS NULL AND superseded_at IS NULL
-            AND (destruction_scheduled_at > clock_timestamp()) IS NOT FALSE
             AND cryptography.effective_status(
                 key_status, activated_at, deactivated_at, superseded_at, expires_at, NULL, NULL, clock_timestamp()
             ) IN ('pre_active', 'active', 'inactive')
@@ -223,6 +229,8 @@ def begin_epoch(
 ) -> Beginning:
     """Begin an epoch, all of it or nothing: replay *journal*, empty what must not come back, deactivate what is in doubt.
 
+    A destruction that is due by then, and not in the journal, is put off for seven days.
+
     Unless the journal *is_complete*, every key is in doubt; else those of which it says that they were changed, and those whose
     uses are counted: with a limit, and AES keys.
     The connection's login sees every row. Raises STORE_UNAVAILABLE.
@@ -232,6 +240,7 @@ def begin_epoch(
         connection.execute(BECAUSE_RESTORED)
         replayed = {event: _replay(connection, event, journal) for event in _REPLAYS}
         emptied = _empty_tables(connection)
+        connection.execute(POSTPONE)
         changed = [entry.subject for entry in journal if entry.event is Event.KEY_CHANGED]
         parameters = {"every_key": not is_complete, "changed": changed, "epoch": number}
         row = connection.execute(DEACTIVATE, parameters).fetchone()

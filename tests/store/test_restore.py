@@ -299,7 +299,7 @@ def some_keys(admin: psycopg.Connection[Any], owner: UUID) -> dict[str, UUID]:
     return {name: add_key(admin, owner, name, **columns) for name, columns in kinds.items()}
 
 
-IN_DOUBT = {"limited", "limited-inactive", "limited-pending", "aes"}
+IN_DOUBT = {"limited", "limited-inactive", "limited-pending", "limited-due", "aes"}
 
 
 def test_with_its_journal_keys_whose_uses_are_counted_come_back_inactive(
@@ -310,15 +310,35 @@ def test_with_its_journal_keys_whose_uses_are_counted_come_back_inactive(
     Journal(tmp_path / "journal").append(Event.KEY_REVOKED, uuid4(), occurred_at=PAST, reason="")
     file, _ = backup(database.admin_dsn, tmp_path / "one", [tmp_path / "journal"])
     beginning = restore(other, file, [tmp_path / "journal"]).beginning
-    assert (beginning.unconfirmed, beginning.deactivated) == (4, 3)
+    assert (beginning.unconfirmed, beginning.deactivated) == (5, 4)
     with on(other) as connection:
-        assert states(connection) == before | {"limited": "inactive", "aes": "inactive"}
+        assert states(connection) == before | {
+            "limited": "inactive",
+            "aes": "inactive",
+            "limited-due": "pending_destruction",
+        }
         waiting = connection.execute(b"SELECT key_id, deactivated_by_restore FROM cryptography.restored_keys").fetchall()
         pending = connection.execute(
             b"SELECT deactivated_at FROM cryptography.keys WHERE key_name = 'limited-pending'"
         ).fetchone()
     assert dict(waiting) == {keys[name]: name != "limited-inactive" for name in IN_DOUBT}
     assert pending != (None,), "it could be spared its destruction, and would be active again"
+
+
+def test_a_destruction_that_may_have_been_cancelled_since_the_backup_is_put_off(
+    database: Database, admin: psycopg.Connection[Any], other: str, tmp_path: Path
+) -> None:
+    key = add_key(admin, add_user(admin), "spared", destruction_scheduled_at=SOON)
+    journal = Journal(tmp_path / "journal")
+    journal.append(Event.KEY_REVOKED, uuid4(), occurred_at=PAST, reason="")
+    file, _ = backup(database.admin_dsn, tmp_path / "one", [journal.path])
+    restore(other, file, [journal.path])
+    with on(other) as connection:
+        connection.execute(b"UPDATE cryptography.keys SET destruction_scheduled_at = '2020-01-01'")
+        begin_epoch(connection, Cause.RESTORED, [], is_complete=True)
+        query = b"SELECT destruction_scheduled_at > now() + interval '6 days', destroyed_at FROM cryptography.keys WHERE id = %s"
+        assert connection.execute(query, (key,)).fetchone() == (True, None)
+        assert connection.execute(b"SELECT * FROM cryptography.destroy_due_keys()").fetchall() == []
 
 
 _LOSSES = [
@@ -338,7 +358,7 @@ def test_without_its_journal_every_key_comes_back_inactive(
         journal.append(Event.KEY_REVOKED, uuid4(), occurred_at=PAST, reason="")
     file, _ = backup(database.admin_dsn, tmp_path / "one", [journal.path] if recorded else [])
     # A journal that the backup did not know may be anybody's; to one that tells of nothing perhaps nobody writes.
-    assert restore(other, file, [journal.path] if given else []).beginning.unconfirmed == 5
+    assert restore(other, file, [journal.path] if given else []).beginning.unconfirmed == 6
     with on(other) as connection:
         assert "active" not in states(connection).values()
 
@@ -441,7 +461,7 @@ async def test_an_administrator_confirms_a_key_with_a_count(
         with pytest.raises(KmsError) as caught:
             await confirm_key(pool, keys["limited"], 8)
         assert caught.value.reason is Reason.KEY_NOT_FOUND
-        assert {each.key_id for each in await unconfirmed_keys(pool)} == {keys["limited-pending"]}
+        assert {each.key_id for each in await unconfirmed_keys(pool)} == {keys["limited-pending"], keys["limited-due"]}
     found = states(admin)
     assert (found["limited"], found["aes"], found["limited-inactive"]) == ("active", "inactive", "inactive")
     assert admin.execute(b"SELECT usage_counter FROM cryptography.keys WHERE key_name = 'limited'").fetchone() == (7,)
