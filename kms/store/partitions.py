@@ -22,8 +22,13 @@ from kms.domain.errors import KmsError, malformed
 from kms.store.backup import check_login_sees_all, connected
 from kms.store.backup_file import new_private_file
 from kms.store.backup_tools import find_tool, run
+from kms.store.errors import unavailable
 from kms.store.pool import AS_JOB, Pool, connection_settings
 
+ALONE: Final = "SELECT pg_try_advisory_lock(hashtext('kms partitions archive'))"
+# Until a detachment is committed nobody appends to the trail: the server ends one whose program stands still.
+BRIEFLY: Final = "SET LOCAL idle_in_transaction_session_timeout = '5s'"
+AT_LEISURE: Final = "SET LOCAL idle_in_transaction_session_timeout = 0"  # pg_dump works meanwhile
 ENSURE: Final = "SELECT made::text AS name FROM audit.ensure_partitions(make_interval(days => %(days)s)) AS made"
 IN_DEFAULT: Final = "SELECT parent::text, default_partition::text, row_count FROM audit.default_partition_rows()"
 DRAIN: Final = "SELECT audit.drain_default() AS moved"
@@ -128,10 +133,13 @@ def archive(dsn: str, before: date, directory: Path) -> list[Archived]:
 
     A partition is detached, dumped into a file of its own, the manifest `<file>.json` is on disk, and only then is it dropped; a
     run that was interrupted is completed by the next, which trusts no file of before. Raises OSError, MALFORMED and
-    STORE_UNAVAILABLE.
+    STORE_UNAVAILABLE, also while another run is under way.
     """
     with connected(connection_settings(dsn)) as connection:
         version = check_login_sees_all(connection)
+        if connection.execute(ALONE).fetchone() != (True,):
+            # Each would wait for the other's locks, one of them through pg_dump, where PostgreSQL sees no deadlock.
+            raise unavailable("partitions of this database are being archived already")
         if before > datetime.now(UTC).date():  # noqa: TID251  # a day, and the cutoff is the operator's
             raise malformed("before", "expected a day that is not in the future")
         done = []
@@ -165,6 +173,7 @@ def _detach(connection: psycopg.Connection[Any], parent: str, name: str) -> None
         "archived_at = excluded.archived_at"
     )
     with connection.transaction():
+        connection.execute(BRIEFLY)
         connection.execute(DETACH, {"parent": parent, "name": name})
         connection.execute(note.format(sql.Literal(name), sql.Identifier("audit", name)))
 
@@ -172,6 +181,7 @@ def _detach(connection: psycopg.Connection[Any], parent: str, name: str) -> None
 def _put_away(connection: psycopg.Connection[Any], version: int, name: str, span: tuple[date, date], directory: Path) -> Archived:
     table, path = sql.Identifier("audit", name), _new_path(directory, name)
     with connection.transaction():
+        connection.execute(AT_LEISURE)
         # Nobody writes to it any more: what is counted, dumped and dropped are the same rows.
         connection.execute(sql.SQL("LOCK TABLE {} IN SHARE MODE").format(table))
         counted = connection.execute(sql.SQL("SELECT count(*) FROM {}").format(table)).fetchone()
