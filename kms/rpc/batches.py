@@ -56,8 +56,7 @@ async def answer_each(
 ) -> list[Item]:
     """Answer each of *items*, a few at a time; *note* is told of each that is refused. A bug in one fails the whole call.
 
-    A call whose time is up when uses may be charged (those answered too, where what is answered *is_charged*) ends with
-    OUTCOME_UNKNOWN.
+    Where what is answered *is_charged*, a call whose time is up ends with OUTCOME_UNKNOWN unless certainly nothing was charged.
     """
     room = asyncio.Semaphore(_AT_ONCE)
     gates = [asyncio.Event() for _ in range(len(items) + 1)]
@@ -71,7 +70,7 @@ async def answer_each(
             is_in_doubt = is_in_doubt or is_charged
             return make(result=result)
         except KmsError as error:
-            is_in_doubt = is_in_doubt or error.reason is Reason.OUTCOME_UNKNOWN
+            is_in_doubt = is_in_doubt or (is_charged and error.reason is Reason.OUTCOME_UNKNOWN)
             note(error.reason)
             return make(error=status_of(error))
         finally:

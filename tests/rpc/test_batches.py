@@ -53,7 +53,7 @@ async def test_a_batch_that_is_given_up_ends_though_refused_items_wait_for_their
 
 @pytest.mark.parametrize(
     ("items", "is_charged", "is_in_doubt"),
-    [("ds", True, True), ("ds", False, False), ("?s", True, True), ("?s", False, True), ("bs", True, False)],
+    [("ds", True, True), ("ds", False, False), ("?s", True, True), ("?s", False, False), ("bs", True, False)],
 )
 async def test_a_batch_that_is_given_up_is_in_doubt_where_items_may_be_charged(
     items: str, is_charged: bool, is_in_doubt: bool
