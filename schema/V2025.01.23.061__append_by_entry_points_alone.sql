@@ -14,7 +14,7 @@ GRANT CREATE ON SCHEMA cryptography TO kms_lifecycle;
 SET LOCAL ROLE kms_lifecycle;
 
 -- Destroy at most 100 keys whose time has come: the envelope goes; the row, the public key and the history stay. Returns them
--- with the token objects that are to be removed, of RESIDENT keys. Keys that are in use at the moment wait for the next call,
+-- with the token objects of RESIDENT keys. Keys that are in use at the moment wait for the next call,
 -- and so does one that cannot be destroyed: a warning says why. Of such keys a call tries so many that a few keep no other waiting.
 CREATE OR REPLACE FUNCTION cryptography.destroy_due_keys() RETURNS TABLE (destroyed_id UUID, token_object TEXT)
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp

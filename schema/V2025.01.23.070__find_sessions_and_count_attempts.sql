@@ -9,8 +9,8 @@ GRANT INSERT (user_id, login_method, success, ip_address, user_agent, failure_re
 
 CREATE POLICY users_login_attempts ON authentication.users
     FOR UPDATE TO kms_login
-    USING (TRUE)
-    WITH CHECK (TRUE);
+    USING (password_hash <> '!') -- services have no password, and are not locked by guesses
+    WITH CHECK (password_hash <> '!');
 CREATE POLICY login_history_login ON authentication.login_history
     FOR INSERT TO kms_login
     WITH CHECK (TRUE);

@@ -14,7 +14,10 @@ BEGIN
     RETURN QUERY
     SELECT k.hsm_key_id::TEXT
     FROM cryptography.keys AS k
-    WHERE k.hsm_key_id = ANY (objects) AND k.hsm_key_id IS NOT NULL AND k.destroyed_at IS NOT NULL;
+    WHERE k.hsm_key_id = ANY (objects) AND k.hsm_key_id IS NOT NULL AND k.destroyed_at IS NOT NULL
+        AND NOT EXISTS (
+            SELECT FROM cryptography.keys AS l WHERE l.hsm_key_id = k.hsm_key_id AND l.destroyed_at IS NULL
+        );
 END;
 $$;
 REVOKE ALL ON FUNCTION cryptography.destroyed_objects(TEXT[]) FROM PUBLIC;
