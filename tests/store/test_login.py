@@ -177,8 +177,7 @@ def test_a_session_is_found_by_its_user_and_token_with_what_the_user_may(
     database: Database, admin: psycopg.Connection[Any]
 ) -> None:
     assert session(database) == [(ALICE, "alice", 0, [])]
-    give = b"INSERT INTO authentication.user_roles (user_id, role_id) SELECT %s, id FROM authentication.roles WHERE name = 'auditor'"
-    admin.execute(give, (ALICE,))
+    admin.execute(b"SELECT authentication.assign_role(%s, 'auditor')", (ALICE,))
     admin.execute(b"UPDATE authentication.users SET version = 7")
     assert session(database) == [(ALICE, "alice", 7, ["audit:read"])]
     assert session(database, SERVICE) == []
