@@ -142,9 +142,13 @@ class Edge(Interceptor):
         try:
             async with asyncio.timeout(seconds):
                 user_id = self._identify(context.auth_context())
+                peer = peer_address(context.peer())
+                if (known := room.crowded_out(user_id)) is not None:
+                    _CALL.set(Call(known, request_id, peer))  # what he is refused is his, and no stranger's
                 with room.taken(user_id):
                     user = await self._access.admit(user_id, recent=method.name.startswith(_RECENT_WILL_DO))
-                    _CALL.set(Call(user, request_id, peer_address(context.peer())))
+                    room.know(user)
+                    _CALL.set(Call(user, request_id, peer))
                     check_permitted(user.permissions, method.name)
                     response = await act()
         except TimeoutError:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from kms.app.ports import User
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import UserId
 
@@ -16,6 +17,15 @@ class Room:
         self._per_user_max = per_user_max
         self._total_max = total_max
         self._taken: Counter[UserId] = Counter()
+        self._users: dict[UserId, User] = {}
+
+    def know(self, user: User) -> None:
+        """Remember a user who holds a place, for as long as he holds one."""
+        self._users[user.user_id] = user
+
+    def crowded_out(self, user_id: UserId) -> User | None:
+        """Return the user who has no place left because he holds so many; None where there is room, or he is not known yet."""
+        return self._users.get(user_id) if self._taken[user_id] >= self._per_user_max else None
 
     @contextmanager
     def taken(self, user: UserId) -> Iterator[None]:
@@ -34,3 +44,4 @@ class Room:
             self._taken[user] -= 1
             if not self._taken[user]:
                 del self._taken[user]
+                self._users.pop(user, None)

@@ -156,3 +156,6 @@ def test_one_user_has_so_many_calls_in_flight_and_another_is_not_touched(deploym
         for call in slow:
             assert call.result().key.name
         busy.keys.ListKeys(LIST)
+    query = "SELECT DISTINCT user_id FROM audit.security_events WHERE event_details ->> 'reason' = 'RATE_LIMITED'"
+    with psycopg.connect(deployment.database.admin_dsn) as connection:
+        assert connection.execute(query).fetchall() == [(busy.user_id,)], "who is crowded out by himself is no stranger"
