@@ -193,6 +193,7 @@ CASES: Final[Mapping[str, Mapping[str, Make]]] = {
         "the user of a tenth, a type that he has not": _page(of_the_many=True, type="rsa"),
         "the user of a tenth, a state that no key has": _page(of_the_many=True, state="compromised"),
     },
+    "lifecycle.DESTROYED_OBJECTS": {"": _fixed(objects=["00ff", "00fe", "00fd", "00fc"])},
     "lifecycle.MOVE": {
         "update": _move("update", metadata={"a": "b"}),
         "deactivate": _move("deactivate", reason="a"),
@@ -203,6 +204,7 @@ CASES: Final[Mapping[str, Mapping[str, Make]]] = {
     "pool.ACT_AS": {"": lambda size: Sending(None, ["authenticated_users", str(size.owner(a_key(size)))])},
     "refusals.RECORD": {"100 refusals": _refusals},
     "repeats.FIND": {"": _answer},
+    "migrate.AS_ROLE": {"": _fixed(role="postgres")},
     "migrate.RECORD": {"": _fixed(version="V9999", description="", script_name="", checksum="")},
     "wrapping.REGISTER": {"": lambda _: Sending(None, {"id": uuid4(), "kind": "kek", "generation": 9, "serial": "1"})},
     "users.CREATE_SERVICE": {"": lambda _: Sending(None, {"name": f"service-{uuid4().hex}"})},
