@@ -4,7 +4,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
-from kms.app.ports import Call, Trail
+from kms.app.ports import Call
+from kms.app.trail_ports import Trail
 from kms.app.verifying import VerifyTrail
 from kms.domain.errors import malformed
 from kms.domain.trail import Cursor, EventFilter, Found, Place, Stretch

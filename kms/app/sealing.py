@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final
 
-from kms.app.ports import Hsm, OutsideCheckpoints, SealedTrail, StoredCheckpoint
+from kms.app.ports import Hsm
+from kms.app.trail_ports import OutsideCheckpoints, SealedTrail, StoredCheckpoint
 from kms.domain.algorithms import KeyType, signature_algorithm
 from kms.domain.checkpoint import Checkpoint, signed_note
 from kms.domain.errors import KmsError, Reason

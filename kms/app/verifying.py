@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Final
 
-from kms.app.ports import SealedTrail
+from kms.app.trail_ports import SealedTrail
 from kms.domain.errors import KmsError, malformed
 from kms.domain.trail_check import NoteReader, OutsideNotes, TrailCheck, TrailReport, epoch_starts
 from kms.domain.trail_lines import (

@@ -8,7 +8,7 @@ from typing import Final
 from psycopg import errors as pg
 from psycopg.rows import DictRow
 
-from kms.app.ports import StoredCheckpoint
+from kms.app.trail_ports import StoredCheckpoint
 from kms.domain.errors import KmsError, Reason
 from kms.domain.merkle import Frontier
 from kms.domain.trail_lines import Leaf, RowPlace, Unplaced

@@ -10,9 +10,9 @@ import psycopg
 from psycopg import sql
 
 from kms.app.keyring import Keyring
-from kms.app.ports import OutsideCheckpoints
 from kms.app.sealing import ALGORITHM, Sealing
 from kms.app.sealing_key import SealingKeys
+from kms.app.trail_ports import OutsideCheckpoints
 from kms.app.verifying import exported, verify_lines
 from kms.dev.postgres import EmbeddedPostgres
 from kms.domain.trail_check import NoteReader, TrailReport

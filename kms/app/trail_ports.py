@@ -1,0 +1,112 @@
+"""What reading, sealing and verifying the trail need of the outside."""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from kms.app.ports import Call
+from kms.domain.merkle import Frontier
+from kms.domain.trail import Cursor, EventFilter, Found, Place, Stretch
+from kms.domain.trail_lines import Leaf, RowPlace, Unplaced
+
+
+class Trail(Protocol):
+    """The trail as an auditor reads it. That he does is durably a line of it before he has the answer.
+
+    Where it is recorded it is also decided: PERMISSION_DENIED or CREDENTIALS_INVALID for a caller who at that moment may not.
+    """
+
+    async def search(self, call: Call, which: EventFilter, *, before: Place | None, limit: int) -> Found:
+        """Return at most *limit* events that fit, behind *before*, the newest first."""
+        ...
+
+    async def begin(self, call: Call, after: Cursor | None) -> Cursor:
+        """Record that *call* follows the trail, and return where it begins: behind *after*, or where the trail ends now."""
+        ...
+
+    def follow(self, call: Call, after: Cursor) -> AsyncIterator[Stretch]:
+        """Yield all events behind *after*, each once, as they become final, without end; now and then an empty stretch.
+
+        STORE_UNAVAILABLE ends it; whoever then begins again behind the last cursor misses nothing.
+        """
+        ...
+
+    async def record(self, call: Call, action: str, details: Mapping[str, object]) -> None:
+        """Record a reading of another kind."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCheckpoint:
+    """A checkpoint with what is needed to go on from it. It counts the rows whose order is below `horizon`."""
+
+    tree: Frontier
+    horizon: int
+    epoch: int
+    note: str
+
+
+class SealedTrail(Protocol):
+    """The rows of the trail in their order, and its checkpoints. All methods may raise STORE_UNAVAILABLE."""
+
+    async def horizon(self) -> int:
+        """Return the order below which no row appears any more."""
+        ...
+
+    async def next_order(self) -> int:
+        """Return an order that is above that of every row that was seen before."""
+        ...
+
+    async def epoch(self) -> int:
+        """Return the number of the epoch."""
+        ...
+
+    async def leaves(self, after: RowPlace, below: int | None, limit: int) -> Sequence[Leaf]:
+        """Return about *limit* rows that stand behind *after*, of an order below *below* (None: to the end), hashed.
+
+        Rows of one place come together, be they more; none only where there is none.
+        """
+        ...
+
+    async def lines(self, after: RowPlace, below: int | None, limit: int) -> Sequence[tuple[RowPlace, str]]:
+        """The same rows, each as its canonical line."""
+        ...
+
+    async def unplaced(self) -> Sequence[Unplaced]:
+        """Return a row without an order of each table that has one. `leaves` and `lines` know of none."""
+        ...
+
+    async def last(self) -> StoredCheckpoint | None:
+        """Return the newest checkpoint. Raises STORE_UNAVAILABLE for one that was changed, and is no tree any more."""
+        ...
+
+    async def at_most(self, size: int) -> StoredCheckpoint | None:
+        """Return the newest checkpoint with at most *size* rows, or the oldest whose later rows are all in the database.
+
+        Of the two the newer; None where the rows are there from the first. Raises as `last` does.
+        """
+        ...
+
+    async def notes(self, after_size: int, limit: int) -> Sequence[tuple[int, int, str]]:
+        """Return size, horizon and note of at most *limit* checkpoints with more than *after_size* rows, in their order."""
+        ...
+
+    async def notes_since(self, epoch: int, size: int, limit: int) -> Sequence[str]:
+        """Return the notes behind that of *size* rows in *epoch*, at most *limit*, in the order in which they were made."""
+        ...
+
+    async def append(self, previous_size: int, checkpoint: StoredCheckpoint) -> None:
+        """Append a checkpoint behind that of *previous_size* rows, or raise STALE where that is not the last."""
+        ...
+
+
+class OutsideCheckpoints(Protocol):
+    """Where checkpoints are kept outside the database."""
+
+    async def last(self) -> str | None:
+        """Return the last note, or None. Raises STORE_UNAVAILABLE, as `append` does."""
+        ...
+
+    async def append(self, notes: Sequence[str]) -> None:
+        """Append notes, and return when they are on disk."""
+        ...
