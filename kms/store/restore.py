@@ -13,6 +13,7 @@ from uuid import uuid4
 import psycopg
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
+from psycopg.pq import TransactionStatus
 
 from kms.store.backup import LOGIN_SEES_ALL, check_login_sees_all, connected
 from kms.store.backup_catalog import DatabaseProperties, read_catalog, read_owners
@@ -30,12 +31,14 @@ HOLDS_ANYTHING: Final = """
         SELECT FROM pg_class AS c WHERE c.relnamespace::regnamespace::text !~ '^(pg_|information_schema)'
     ) OR EXISTS (SELECT FROM pg_namespace WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'public'))
 """
+END_BACKEND: Final = "SELECT pg_terminate_backend(%(pid)s::int, %(milliseconds)s::bigint)"
 DATABASE_EXISTS: Final = "SELECT EXISTS (SELECT FROM pg_database WHERE datname = %(name)s)"
 MIGRATOR: Final = """
     SELECT (SELECT pg_get_userbyid(relowner)::text FROM pg_class WHERE oid = to_regclass('public.schema_migrations')),
         session_user::text
 """
 _MAINTENANCE: Final = "postgres"
+_END_MILLISECONDS: Final = 10_000
 _NAME_BYTES_MAX: Final = 63
 _DIFFERENCES_TOLD: Final = 5
 
@@ -164,7 +167,21 @@ def scratch_database(
     except psycopg.Error as error:
         raise unavailable(f"the backup could not be restored: {error.diag.message_primary or error}") from None
     finally:
-        server.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
+        _drop(server, settings, name)
+
+
+def _drop(server: psycopg.Connection[Any], settings: dict[str, Any], name: str) -> None:
+    """Drop the scratch database, also where an interrupt came in the middle of a statement on *server*."""
+    drop = sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name))
+    if server.info.transaction_status is TransactionStatus.IDLE:
+        server.execute(drop)
+        return
+    # It takes no other statement, and what it was doing may be making that very database.
+    pid = server.info.backend_pid
+    server.close()
+    with connected(settings) as another:
+        another.execute(END_BACKEND, {"pid": pid, "milliseconds": _END_MILLISECONDS})
+        another.execute(drop)
 
 
 def _restorer(server: psycopg.Connection[Any], manifest: Manifest) -> Tool:

@@ -18,15 +18,15 @@ from kms.domain.algorithms import KeyType
 from kms.domain.errors import KmsError, Reason
 from kms.domain.lifecycle import Move
 from kms.domain.secret import Secret
-from kms.store.backup import backup
+from kms.store.backup import backup, connected
 from kms.store.backup_catalog import read_catalog, read_properties, read_roles
 from kms.store.backup_file import seal
 from kms.store.epoch import Cause, begin_epoch, check_epoch, confirm_key, continue_epoch, current_epoch, unconfirmed_keys
 from kms.store.journal import Event, Journal, changed_line, read_journal
 from kms.store.lifecycle import StoredLifecycle
 from kms.store.migrate import check, set_service_password
-from kms.store.pool import Pool, open_pool
-from kms.store.restore import drilled, restore
+from kms.store.pool import Pool, connection_settings, open_pool
+from kms.store.restore import drilled, restore, scratch_database
 from tests.fixtures.postgres import Database
 from tests.store.backup_rows import add_key, add_session, add_user, states
 from tests.store.uses import a_call, make_key, make_user
@@ -219,6 +219,23 @@ def test_a_login_that_cannot_restore_is_told_what_to_do(
             assert "restoring takes a superuser" in refused(lambda: restore(login, file))  # noqa: B023  # called at once
     finally:
         admin.execute(b"DROP ROLE nearly_mighty")
+    assert databases(postgres) == before
+
+
+def test_an_interrupt_in_the_middle_of_a_statement_leaves_no_copy_of_the_keys(
+    postgres: EmbeddedPostgres, database: Database, tmp_path: Path
+) -> None:
+    _, manifest = backup(database.admin_dsn, tmp_path / "one")
+    settings, before = connection_settings(postgres.superuser_dsn()), databases(postgres)
+
+    def interrupted() -> None:
+        with connected(settings) as server, scratch_database(server, settings, manifest, "interrupted"):
+            assert databases(postgres) != before
+            server.pgconn.send_query(b"SELECT pg_sleep(60)")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert databases(postgres) == before
 
 
