@@ -84,7 +84,7 @@ def test_batches_that_are_given_up_again_and_again_take_no_room(deployment: Depl
         good, bad = cpb.SignRequest(key="k", message=b"m"), cpb.SignRequest(key="", message=b"m")
         for _ in range(30):
             with pytest.raises(grpc.RpcError):
-                caller.crypto.BatchSign(cpb.BatchSignRequest(items=[good, bad] * 20), timeout=0.02)
+                caller.crypto.BatchSign(cpb.BatchSignRequest(items=[good, bad] * 128), timeout=0.02)
         soon(lambda: caller.crypto.Sign(good, timeout=10).signature != b"")
 
 
