@@ -8,6 +8,8 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -72,58 +74,67 @@ async def test_a_distance_that_cannot_be_is_refused(store: Pool, days: int) -> N
     assert caught.value.reason is Reason.MALFORMED
 
 
-async def test_attaching_does_not_hold_up_writers(database: Database, store: Pool) -> None:
-    done, longest, written = threading.Event(), 0.0, 0
+@dataclass(slots=True)
+class Beside:
+    """Statements that were sent again and again beside something else: how often, and how long the slowest took, in seconds."""
 
-    def write() -> None:
-        nonlocal longest, written
-        with psycopg.connect(database.admin_dsn, autocommit=True) as writer:
+    times: int = 0
+    longest: float = 0.0
+
+
+@contextmanager
+def beside(database: Database, *statements: tuple[bytes, tuple[object, ...]]) -> Iterator[Beside]:
+    """Send *statements* in turn, over a connection of their own, until the end of the block."""
+    found, done = Beside(), threading.Event()
+
+    def send() -> None:
+        with psycopg.connect(database.admin_dsn, autocommit=True) as other:
             while not done.is_set():
                 begun = time.monotonic()
-                writer.execute(ADD, ("a", datetime.now(UTC)))
-                longest, written = max(longest, time.monotonic() - begun), written + 1
+                for statement, values in statements:
+                    other.execute(statement, values)
+                found.longest, found.times = max(found.longest, time.monotonic() - begun), found.times + 1
 
-    thread = threading.Thread(target=write)
+    thread = threading.Thread(target=send)
     thread.start()
     try:
-        begun = time.monotonic()
-        made = await partitions.ensure(store, 1100)
-        took = time.monotonic() - begun
+        yield found
     finally:
         done.set()
         thread.join()
+
+
+async def test_attaching_does_not_hold_up_writers(database: Database, store: Pool) -> None:
+    with beside(database, (ADD.encode(), ("a", datetime.now(UTC)))) as writing:
+        begun = time.monotonic()
+        made = await partitions.ensure(store, 1100)
+        took = time.monotonic() - begun
     assert len(made) >= 10
-    assert written > 10
-    assert longest < max(0.5, took / 3)
+    assert writing.times > 10
+    assert writing.longest < max(0.5, took / 3)
 
 
 async def test_making_partitions_holds_up_neither_changes_of_users_nor_who_reads_the_whole_trail(
     database: Database, store: Pool
 ) -> None:
     add_user(database.admin_dsn, uuid4(), "alice")
-    done, longest, times = threading.Event(), 0.0, 0
-
-    def change_and_read() -> None:
-        nonlocal longest, times
-        with psycopg.connect(database.admin_dsn, autocommit=True) as other:
-            while not done.is_set():
-                begun = time.monotonic()
-                other.execute(b"UPDATE authentication.users SET mfa_enabled = NOT mfa_enabled")
-                other.execute(b"SELECT count(*) FROM audit.security_events")
-                longest, times = max(longest, time.monotonic() - begun), times + 1
-
-    thread = threading.Thread(target=change_and_read)
-    thread.start()
-    try:
+    change = b"UPDATE authentication.users SET mfa_enabled = NOT mfa_enabled"
+    with beside(database, (change, ()), (b"SELECT count(*) FROM audit.security_events", ())) as others:
         begun = time.monotonic()
         made = await partitions.ensure(store, 3600)
         took = time.monotonic() - begun
-    finally:
-        done.set()
-        thread.join()
     assert len(made) >= 90
-    assert times > 10
-    assert longest < max(0.3, took / 3)
+    assert others.times > 10
+    assert others.longest < max(0.3, took / 3)
+
+
+def test_a_second_archive_beside_the_first_is_refused_and_touches_nothing(database: Database, tmp_path: Path) -> None:
+    with psycopg.connect(database.admin_dsn, autocommit=True) as first:
+        first.execute(partitions.ALONE)
+        with pytest.raises(KmsError, match="being archived already"):
+            partitions.archive(database.admin_dsn, date(2024, 2, 1), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert [each.table for each in partitions.archive(database.admin_dsn, date(2024, 2, 1), tmp_path)] != []
 
 
 def test_a_migration_makes_partitions_two_years_ahead(database: Database, admin: psycopg.Connection[Any]) -> None:
