@@ -1,6 +1,6 @@
 """Making keys and looking at them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class Keyring:
     keys: Keys
     hsm: Hsm
 
-    async def create(self, call: Call, wish: KeyWish, keep: Callable[[KeyId], Repeat] | None = None) -> KeyRecord:
+    async def create(self, call: Call, wish: KeyWish, keep: Callable[[KeyId], Awaitable[Repeat]] | None = None) -> KeyRecord:
         """Make a key in the token and store it, or raise NAME_TAKEN, CUSTODY_UNAVAILABLE, MALFORMED or HSM_UNAVAILABLE.
 
         What *keep* makes of its id is stored with it, for a repeat of the request.
@@ -62,7 +62,8 @@ class Keyring:
         material = await self.hsm.generate(identity, custody)
         try:
             new = NewKey(identity, name, material, dict(wish.metadata), wish.max_usage_count, wish.activated_at, wish.expires_at)
-            return await self.keys.insert(caller, new, call=call, repeat=keep and keep(identity.key_id))
+            repeat = None if keep is None else await keep(identity.key_id)
+            return await self.keys.insert(caller, new, call=call, repeat=repeat)
         except BaseException:
             await self._discard_unless_stored(identity, material)
             raise

@@ -5,15 +5,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from kms.app.keyring import check_metadata, existing
-from kms.app.ports import Call, Change, Hsm, Keys, Lifecycle
+from kms.app.ports import Call, Hsm, Keys, Lifecycle
 from kms.domain.errors import malformed
 from kms.domain.ids import KeyId, KeyRef
 from kms.domain.keys import Custody, KeyMaterial, KeyRecord
-from kms.domain.lifecycle import Move, check_move
+from kms.domain.lifecycle import Change, Move, check_move
 
 REASON_CHARACTERS_MAX: Final = 200
 PENDING_DAYS: Final = range(7, 91)
-PENDING_DAYS_DEFAULT: Final = 30
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -45,7 +44,7 @@ class Destruction:
 
     async def remove_objects(self) -> None:
         """Remove the token objects of all destroyed keys: of those of now, and those that could not be removed at their time."""
-        for hsm_key_id in await self.lifecycle.destroyed_objects(await self.hsm.residents()):
+        for hsm_key_id in await self.lifecycle.removable_objects(await self.hsm.residents()):
             await self.hsm.discard(KeyMaterial(Custody.RESIDENT, "", "", hsm_key_id))
 
 

@@ -12,7 +12,7 @@ from typing import Protocol
 from kms.domain.algorithms import Hash, KeySpec, SignatureAlgorithm
 from kms.domain.ids import KeyId, KeyName, KeyRef, UserId
 from kms.domain.keys import Custody, HeldKey, KeyFilter, KeyIdentity, KeyMaterial, KeyRecord, UsableKey
-from kms.domain.lifecycle import Move, Use
+from kms.domain.lifecycle import Change, Move, Use
 from kms.domain.permissions import Permission
 
 
@@ -39,10 +39,14 @@ class NewKey:
 
 @dataclass(frozen=True, slots=True)
 class KeyPage:
-    """Keys in the order of their names. The next page begins behind the name `goes_on_after`; None: there is none."""
+    """Keys in the order of their names. The next page begins after the name `goes_on_after`; None: there is none.
+
+    `invalid` are keys of this page whose records are not as the service left them: each is RECORD_INVALID to who asks for it.
+    """
 
     keys: Sequence[KeyRecord]
     goes_on_after: KeyName | None
+    invalid: Sequence[KeyId] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,18 +233,6 @@ class Ledger(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
-    """What a move brings with it. Fields that a move does not use are None."""
-
-    reason: str | None = None
-    occurred_at: datetime | None = None
-    pending_days: int | None = None
-    max_usage_count: int | None = None
-    expires_at: datetime | None = None
-    metadata: Mapping[str, str] | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class DestroyedKey:
     """A key that was destroyed."""
 
@@ -264,8 +256,11 @@ class Lifecycle(Protocol):
         """Destroy at most 100 keys whose time has come and return them: their envelopes are gone, the rows stay."""
         ...
 
-    async def destroyed_objects(self, hsm_key_ids: Collection[str]) -> Collection[str]:
-        """Return which of *hsm_key_ids* are those of destroyed keys."""
+    async def removable_objects(self, hsm_key_ids: Collection[str]) -> Collection[str]:
+        """Return which of *hsm_key_ids* may be removed from the token: those of keys that the service destroyed when due.
+
+        Never those of keys that are bound to the service, nor any that nothing but a row of the database speaks of.
+        """
         ...
 
 

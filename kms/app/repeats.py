@@ -11,6 +11,7 @@ from kms.app.access import Access
 from kms.app.keyring import existing, is_read_anew
 from kms.app.ports import Call, Hsm, Keys, Ledger, Repeat
 from kms.app.uses import LOOK_AGAIN, Draft, Turn, used
+from kms.domain.answers import answer_bytes, answer_invalid, parse_answer, stored_answer
 from kms.domain.errors import KmsError, Reason, malformed
 from kms.domain.ids import KeyId
 from kms.domain.keys import KeyRecord
@@ -23,6 +24,8 @@ _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,64}")
 _TAKEN: Final = frozenset({Reason.NAME_TAKEN, Reason.REQUEST_ID_REUSED})
 
 T = TypeVar("T")
+Keep = Callable[[KeyId], Awaitable[Repeat]]
+"""Makes of a new key's id what is stored for a repeat of the request that made the key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +87,12 @@ class Uses:
                 if kept is None:
                     raise
                 return await again(kept)
-            repeat = Repeat(asked.rpc, asked.request_id, body_mac, keep(made.result))
+            repeat = await self._repeat(call, asked, body_mac, keep(made.result))
             return Draft(made.result, made.entry and replace(made.entry, repeat=repeat))
 
         return await used(self.ledger, answered_or_drafted, turn)
 
-    async def created(
-        self, call: Call, asked: Asked | None, create: Callable[[Callable[[KeyId], Repeat] | None], Awaitable[KeyRecord]]
-    ) -> KeyRecord:
+    async def created(self, call: Call, asked: Asked | None, create: Callable[[Keep | None], Awaitable[KeyRecord]]) -> KeyRecord:
         """Return the key that *create* makes, or, repeated, the key that was made then, as it is now.
 
         Raises what *create* raises, and REQUEST_ID_REUSED for an id that was used with another request.
@@ -102,7 +103,7 @@ class Uses:
         kept = await self._kept(call, asked, body_mac)
         if kept is None:
             try:
-                return await create(lambda key_id: Repeat(asked.rpc, asked.request_id, body_mac, key_id.bytes))
+                return await create(lambda key_id: self._repeat(call, asked, body_mac, key_id.bytes))
             except KmsError as error:
                 # A twin of this request was faster: it has taken the name, or the id.
                 kept = await self._kept(call, asked, body_mac) if error.reason in _TAKEN else None
@@ -120,6 +121,11 @@ class Uses:
         check_permitted((await self.access.admit(call.user.user_id)).permissions, _ANY_USE)
         check_repeat((await existing(self.keys, call.user.user_id, key_id)).state)
 
+    async def _repeat(self, call: Call, asked: Asked, body_mac: bytes, content: bytes) -> Repeat:
+        """Return *content* as it is stored, proven to be ours: the database's owner cannot plant an answer."""
+        made = await self.hsm.mac(answer_bytes(call.user.user_id, asked.rpc, asked.request_id, body_mac, content))
+        return Repeat(asked.rpc, asked.request_id, body_mac, stored_answer(made, content))
+
     async def _body_mac(self, asked: Asked) -> bytes:
         return await self.hsm.mac(asked.rpc.encode() + b"\x00" + asked.body)
 
@@ -129,4 +135,8 @@ class Uses:
             return None
         if not hmac.compare_digest(found.body_mac, body_mac):
             raise KmsError(Reason.REQUEST_ID_REUSED, "this request_id was used for another request", field="request_id")
-        return found.result
+        mac, content = parse_answer(found.result)
+        expected = await self.hsm.mac(answer_bytes(call.user.user_id, asked.rpc, asked.request_id, body_mac, content))
+        if not hmac.compare_digest(mac, expected):
+            raise answer_invalid()
+        return content

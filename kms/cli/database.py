@@ -61,13 +61,13 @@ def restore(
     """Make the database of [migration], which must not be there yet or be empty, from a backup.
 
     A new epoch begins: sessions are gone, the journal is replayed, and keys whose uses are counted, or which were changed
-    after the backup, are inactive until kms epoch confirm. Without the journal every key is. --drill needs [hsm] too, uses no
-    key, and fails unless all open.
+    after the backup, are inactive until kms epoch confirm. Without the journal every key is. Needs [hsm] too, since changed
+    records get new MACs. --drill uses no key, and fails unless all open.
     """
     if drill:
         _drill(invocation, file, journal)
         return
-    config = invocation.operator_config("migration")
+    config = invocation.operator_config("migration", "hsm")
     from kms.wiring import database as wiring
 
     with interruptible():
@@ -86,10 +86,10 @@ def restore(
 def begin(invocation: Invocation, journal: JournalOption = None) -> None:
     """Begin an epoch in a database that was recovered to a point in time, or restored by other means.
 
-    Stop the service first. Does what kms restore does after restoring. Needs [migration]. Give every journal that there is,
-    and be sure that none has lost its end; with none, every key is inactive.
+    Stop the service first. Does what kms restore does after restoring. Needs [migration] and [hsm]. Give every journal that there
+    is, and be sure that none has lost its end; with none, every key is inactive.
     """
-    config = invocation.operator_config("migration")
+    config = invocation.operator_config("migration", "hsm")
     from kms.wiring import database as wiring
 
     _show(invocation, _told(wiring.begin_epoch(config, journal or [])))
@@ -98,9 +98,9 @@ def begin(invocation: Invocation, journal: JournalOption = None) -> None:
 def go_on(invocation: Invocation) -> None:
     """State that the database has lost nothing, though it lies elsewhere: a standby was promoted, or the cluster upgraded.
 
-    If a single committed transaction may be missing, use kms epoch begin instead. Needs [migration].
+    If a single committed transaction may be missing, use kms epoch begin instead. Needs [migration] and [hsm].
     """
-    config = invocation.operator_config("migration")
+    config = invocation.operator_config("migration", "hsm")
     from kms.wiring import database as wiring
 
     _show(invocation, {"epoch": wiring.continue_epoch(config)})
@@ -179,6 +179,7 @@ def _told(beginning: "Beginning") -> dict[str, Any]:
         "emptied": list(beginning.emptied),
         "deactivated": beginning.deactivated,
         "unconfirmed": beginning.unconfirmed,
+        "invalid": list(map(str, beginning.invalid)),
     }
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Final, NoReturn
 
 import typer
 
-from kms.cli import audit, crypto, database, events, hsm, keys, moves, partitions, service, status, users
+from kms.cli import audit, crypto, database, events, hsm, keys, moves, partitions, records, service, status, users
 from kms.cli.failures import EXIT_CODES_HELP, ExitCode, Failure, failure_of, interrupted, report, usage_failure
 from kms.cli.invocation import Invocation, JsonOption
 
@@ -41,7 +41,7 @@ def _global(
     ctx.obj = Invocation(config_file, as_json)
 
 
-for _part in (service, database, partitions, hsm, users, crypto, status):
+for _part in (service, database, partitions, hsm, records, users, crypto, status):
     _part.register(app)
 moves.register(keys.register(app))
 audit.register(events.register(app))

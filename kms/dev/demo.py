@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Final, NoReturn
+from typing import Final, LiteralString, NoReturn
 
 import psycopg
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -58,11 +58,15 @@ _STORED: Final = """
     WHERE bound_to = '' -- the service has one of its own, which signs the checkpoints of the trail
     ORDER BY created_at, key_name
 """
-_SWAP: Final = """
+_NO_TRIGGERS: Final = "SET session_replication_role = replica"
+_SWAP_ENVELOPES: Final = """
     UPDATE cryptography.keys AS one SET encrypted_private_key = other.encrypted_private_key
     FROM cryptography.keys AS other
     WHERE (one.key_name, other.key_name) IN (('web', 'ethereum'), ('ethereum', 'web'))
 """
+_LIFT_LIMIT: Final = "UPDATE cryptography.keys SET max_usage_count = 1000000 WHERE key_name = 'web'"
+_PUT_BACK: Final = "UPDATE cryptography.keys SET max_usage_count = NULL WHERE key_name = 'web'"
+_REMEMBERED_SECONDS: Final = 1.1  # a worker trusts what it read for a second
 _NEXT: Final = """
 
 How to go on:
@@ -130,7 +134,7 @@ def demonstrate(client: Client, report: Report) -> None:
 def look_inside(superuser_dsn: str, client: Client, report: Report) -> None:
     """Show what the database has of the keys that `demonstrate` made, and what becomes of an edit."""
     _show_stored(superuser_dsn, report)
-    _swap_envelopes(superuser_dsn, client, report)
+    _edit_rows(superuser_dsn, client, report)
 
 
 def _make_keys(client: Client, report: Report) -> None:
@@ -225,14 +229,23 @@ def _show_stored(superuser_dsn: str, report: Report) -> None:
     report.check(all(row[3] for row in rows), "every private key is in an envelope")
 
 
-def _swap_envelopes(superuser_dsn: str, client: Client, report: Report) -> None:
-    report.heading("What if somebody edits the database? The envelopes of web and ethereum change places, and back")
+def _edit_rows(superuser_dsn: str, client: Client, report: Report) -> None:
+    report.heading("What if somebody edits the database, as its owner and past every trigger?")
     request = crypto_pb2.SignRequest(key="web", message=MESSAGE)
     with psycopg.connect(superuser_dsn, autocommit=True) as connection:
-        connection.execute(_SWAP)
-        report.check(_reason(client, request) == "ENVELOPE_INVALID", "swapped: ENVELOPE_INVALID, no signature by a wrong key")
-        connection.execute(_SWAP)
-    report.check(_reason(client, request) == "", "back again: signs")
+        connection.execute(_NO_TRIGGERS)
+
+        def reason_after(edit: LiteralString) -> str:
+            connection.execute(edit)
+            time.sleep(_REMEMBERED_SECONDS)
+            return _reason(client, request)
+
+        swapped = reason_after(_SWAP_ENVELOPES)
+        report.check(swapped == "ENVELOPE_INVALID", "the envelopes of web and ethereum change places: ENVELOPE_INVALID")
+        report.check(reason_after(_SWAP_ENVELOPES) == "", "back again: signs")
+        lifted = reason_after(_LIFT_LIMIT)
+        report.check(lifted == "RECORD_INVALID", "the limit of web is another: RECORD_INVALID, its MAC is the token's to make")
+        report.check(reason_after(_PUT_BACK) == "", "back again: signs")
 
 
 def _reason(client: Client, request: crypto_pb2.SignRequest) -> str:

@@ -101,8 +101,7 @@ class KeyRecord:
     @property
     def usage_limit(self) -> int | None:
         """How often the key may be used, which for AES has an end anyhow; None: without end."""
-        ends = AES_USES_MAX if self.identity.spec.key_type is KeyType.AES else None
-        return min((limit for limit in (self.max_usage_count, ends) if limit is not None), default=None)
+        return usage_limit(self.identity.spec.key_type, self.max_usage_count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +120,12 @@ class KeyFilter:
     purpose: str | None = None
     status: str | None = None
     name_prefix: str | None = None
+
+
+def usage_limit(key_type: str, max_usage_count: int | None) -> int | None:
+    """Return how often a key may be used: the mirror of `cryptography.usage_limit`. None: without end."""
+    ends = AES_USES_MAX if key_type == KeyType.AES else None
+    return min((limit for limit in (max_usage_count, ends) if limit is not None), default=None)
 
 
 def check_custody(custody: Custody, minimum: Custody | None) -> None:

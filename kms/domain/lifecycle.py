@@ -1,12 +1,13 @@
 """The states of a key and what each allows: the only copy in code of the table in `docs/architecture.md`.
 
-A key's stored columns and a moment give its *state*; the SQL function `cryptography.effective_status` computes the same and is
-compared with `effective_state` exhaustively. The state decides three things: whether the key may protect
+A key's stored columns, its uses and a moment give its *state*; the SQL function `cryptography.effective_status` computes the same
+and is compared with `effective_state` exhaustively. The state decides three things: whether the key may protect
 (sign, encrypt, make data keys), process (decrypt), or only verify. That a key which is compromised or revoked processes is a
 use of its own, which its request and a permission must allow.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Final
@@ -38,7 +39,7 @@ class Use(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """The stored columns that decide a key's state. Moments are aware; None means never."""
+    """What decides a key's state: stored columns, and whether it has reached its limit. Moments are aware; None means never."""
 
     status: str
     activated_at: datetime | None = None
@@ -47,6 +48,7 @@ class Standing:
     expires_at: datetime | None = None
     destruction_scheduled_at: datetime | None = None
     destroyed_at: datetime | None = None
+    is_spent: bool = field(default=False, kw_only=True)
 
 
 def effective_state(key: Standing, now: datetime) -> State:
@@ -64,9 +66,10 @@ def effective_state(key: Standing, now: datetime) -> State:
         return State.EXPIRED
     if key.deactivated_at is not None or key.superseded_at is not None:
         return State.INACTIVE
-    if key.activated_at is None:
-        return State.ACTIVE if key.status == "active" else State.PRE_ACTIVE
-    return State.ACTIVE if key.activated_at <= now else State.PRE_ACTIVE
+    is_activated = key.status == "active" if key.activated_at is None else key.activated_at <= now
+    if not is_activated:
+        return State.PRE_ACTIVE
+    return State.INACTIVE if key.is_spent else State.ACTIVE
 
 
 class Move(StrEnum):
@@ -80,6 +83,18 @@ class Move(StrEnum):
     SCHEDULE_DESTRUCTION = "schedule_destruction"
     CANCEL_DESTRUCTION = "cancel_destruction"
     UPDATE = "update"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a move brings with it. Fields that a move does not use are None."""
+
+    reason: str | None = None
+    occurred_at: datetime | None = None
+    pending_days: int | None = None
+    max_usage_count: int | None = None
+    expires_at: datetime | None = None
+    metadata: Mapping[str, str] | None = None
 
 
 _MOVES_FROM: Final[dict[Move, frozenset[State]]] = {

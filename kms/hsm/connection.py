@@ -36,6 +36,7 @@ class Connection:
         self._login = login
         self.wrapping_keys: tuple[WrappingKey, ...] = tuple(inventory.keys)
         self.own_keys = inventory.own
+        self.says_records_have_macs = inventory.says_records_have_macs
         self.canaries: tuple[Canary, ...] = inventory.canaries
         self.oaep_hashes: frozenset[Hash] = frozenset()
         self.sessions = 1

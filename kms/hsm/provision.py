@@ -29,6 +29,7 @@ from kms.hsm.wrapping_keys import (
     make_canary,
     make_mac_key,
     make_wrapping_key,
+    say_records_have_macs,
     take_inventory,
 )
 
@@ -99,7 +100,38 @@ def check_copy(settings: HsmSettings) -> TokenDescription:
     return _with_token(settings, check)
 
 
+@contextmanager
+def token_mac(settings: HsmSettings) -> Iterator[Callable[[bytes], bytes]]:
+    """Yield HMAC-SHA-256 under the token's MAC key, for a command. Raises HSM_UNAVAILABLE, and HSM_KEK_MISSING without one."""
+    with _logged_in(settings) as (_, session):
+        try:
+            inventory = take_inventory(session)
+            check_attributes(inventory)
+            yield as_token_session(session, inventory, frozenset()).mac
+        except pkcs11.PKCS11Error as error:
+            raise translate(error) from None
+
+
+def records_have_macs(settings: HsmSettings) -> bool:
+    """Whether the token says that every record of the database has a MAC."""
+    return _with_token(settings, lambda _, session: take_inventory(session).says_records_have_macs)
+
+
+def record_that_records_have_macs(settings: HsmSettings) -> None:
+    """Record in the token, once, that every record of the database has a MAC."""
+
+    def record(_: pkcs11.Token, session: pkcs11.Session) -> None:
+        if not take_inventory(session).says_records_have_macs:
+            say_records_have_macs(session)
+
+    with _alone(settings):
+        _with_token(settings, record)
+
+
 def _add_missing(session: pkcs11.Session, inventory: Inventory) -> None:
+    # First of all: of a token that has nothing yet there are no records, and there never will be any without a MAC.
+    if not inventory.own and not inventory.canaries and not inventory.says_records_have_macs:
+        say_records_have_macs(session)
     if not inventory.mac_keys:
         make_mac_key(session, _new_id(session), _FIRST)
     # A canary is made last: where there is one, its keys are there or were lost, and lost keys are not made anew.

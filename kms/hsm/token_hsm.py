@@ -137,6 +137,11 @@ class TokenHsm:
         return WrappingKeys(self._link.last.serial, self._link.last.wrapping_keys)
 
     @property
+    def says_records_have_macs(self) -> bool:
+        """Whether the token says that every record of the database has a MAC."""
+        return self._link.last.says_records_have_macs
+
+    @property
     def is_sealed_allowed(self) -> bool:
         """Whether keys whose best custody is SEALED are made."""
         return self._settings.allow_sealed

@@ -1,7 +1,8 @@
 """The token's own keys: KEKs, sealing keys, MAC keys, and the canaries that tell a broken token from an altered envelope.
 
-They are token objects named `neo-kms <kek, seal, mac or canary> <generation>`; a key is named in envelopes by its CKA_ID, a UUID
-of ours. The newest generation makes new envelopes and MACs.
+They are token objects named `neo-kms <kek, seal, mac, canary or records> <generation>`; a key is named in envelopes by its
+CKA_ID, a UUID of ours. The newest generation makes new envelopes and MACs. The object `records` says that every record of the
+database has a MAC: from then on one without it is refused.
 """
 
 import re
@@ -24,7 +25,7 @@ from kms.hsm.session import TokenSession
 from kms.hsm.templates import Template
 
 APPLICATION: Final = "neo-kms"
-_LABEL: Final = re.compile(r"neo-kms (kek|seal|mac|canary) ([1-9][0-9]{0,5})")
+_LABEL: Final = re.compile(r"neo-kms (kek|seal|mac|canary|records) ([1-9][0-9]{0,5})")
 _KEY_BITS: Final = 256
 
 
@@ -39,6 +40,8 @@ _WORDS: Final[dict[str, Kind]] = {"kek": Kind.KEK, "seal": Kind.SEALING}
 _LABELS: Final[dict[Kind, str]] = {Kind.KEK: "neo-kms kek {}", Kind.SEALING: "neo-kms seal {}"}
 _MAC: Final = "mac"
 _MAC_LABEL: Final = "neo-kms mac {}"
+_RECORDS: Final = "records"
+_RECORDS_LABEL: Final = "neo-kms records 1"
 _CANARY: Final = "canary"
 _CANARY_LABEL: Final = "neo-kms canary {}"
 _DEMANDS: Final[dict[Kind, Template]] = {Kind.KEK: templates.WRAPPING_DEMANDS, Kind.SEALING: templates.SEALING_DEMANDS}
@@ -89,6 +92,7 @@ class Inventory:
     keys: dict[WrappingKey, Any]
     mac_keys: dict[MacKey, Any]
     canaries: tuple[Canary, ...]
+    says_records_have_macs: bool = False
 
     @property
     def own(self) -> frozenset[WrappingKey | MacKey]:
@@ -119,14 +123,15 @@ def take_inventory(session: pkcs11.Session) -> Inventory:
             keys[WrappingKey(_WORDS[named[0]], _uuid(item), named[1])] = item
         elif named is not None and named[0] == _MAC:
             mac_keys[MacKey(_uuid(item), named[1])] = item
-    canaries = []
+    canaries, says_records_have_macs = [], False
     for item in list(session.get_objects({Attribute.CLASS: ObjectClass.DATA, Attribute.TOKEN: True})):
         named = _name(item)
         if named is not None and named[0] == _CANARY:
             canaries.append(_read_canary(named[1], bytes(item[Attribute.VALUE])))
+        says_records_have_macs = says_records_have_macs or (named is not None and named[0] == _RECORDS)
     _refuse_doubles([(key.kind, key.generation, key.key_id) for key in keys])
     _refuse_doubles([(_MAC, key.generation, key.key_id) for key in mac_keys])
-    return Inventory(keys, mac_keys, tuple(sorted(canaries, key=lambda canary: canary.generation)))
+    return Inventory(keys, mac_keys, tuple(sorted(canaries, key=lambda canary: canary.generation)), says_records_have_macs)
 
 
 def check_attributes(inventory: Inventory) -> None:
@@ -191,6 +196,20 @@ def make_canary(session: TokenSession, generation: int) -> Canary:
         }
     )
     return canary
+
+
+def say_records_have_macs(session: pkcs11.Session) -> None:
+    """Record in the token that every record of the database has a MAC."""
+    session.create_object(
+        {
+            Attribute.CLASS: ObjectClass.DATA,
+            Attribute.TOKEN: True,
+            Attribute.PRIVATE: True,
+            Attribute.APPLICATION: APPLICATION,
+            Attribute.LABEL: _RECORDS_LABEL,
+            Attribute.VALUE: b"1",
+        }
+    )
 
 
 def check_canary(session: TokenSession, canary: Canary) -> None:

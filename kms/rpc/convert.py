@@ -11,13 +11,12 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from kms.app.encryption import DATA_KEY_BYTES_DEFAULT, ToDecrypt, ToEncrypt
-from kms.app.ports import Change
 from kms.app.repeats import Asked
 from kms.app.signing import Signed, ToSign
 from kms.domain.errors import KmsError, malformed
 from kms.domain.ids import parse_key_name, parse_key_ref
 from kms.domain.keys import KeyFilter, KeyRecord
-from kms.domain.lifecycle import Use
+from kms.domain.lifecycle import Change, Use
 from kms.rpc import enums
 from kms.v1 import crypto_pb2, keys_pb2
 

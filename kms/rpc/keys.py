@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 from kms.app.keyring import Keyring, KeyWish, existing
-from kms.app.moving import PENDING_DAYS_DEFAULT, Moving
-from kms.app.ports import Change
+from kms.app.moving import Moving
 from kms.app.repeats import Uses
 from kms.domain.algorithms import key_spec
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import parse_key_name, parse_key_ref
-from kms.domain.lifecycle import Move
+from kms.domain.key_row import PENDING_DAYS_DEFAULT
+from kms.domain.lifecycle import Change, Move
 from kms.rpc import convert, enums
 from kms.rpc.edge import Context, caller, current
 from kms.v1 import keys_pb2, keys_pb2_grpc
@@ -64,7 +64,11 @@ class KeyServicer(keys_pb2_grpc.KeyServiceServicer):
         which, after, limit = convert.page_request(request)
         page = await self.keyring.keys.page(caller(), which, after=after, limit=limit)
         token = convert.page_token(page.goes_on_after, which) if page.goes_on_after is not None else ""
-        return keys_pb2.ListKeysResponse(keys=[convert.wire_key(key) for key in page.keys], next_page_token=token)
+        for key_id in page.invalid:
+            self.uses.ledger.note_refusal(current(), "ListKeys", key_id, Reason.RECORD_INVALID)
+        return keys_pb2.ListKeysResponse(
+            keys=[convert.wire_key(key) for key in page.keys], next_page_token=token, invalid_key_ids=map(str, page.invalid)
+        )
 
     async def GetPublicKey(self, request: keys_pb2.GetPublicKeyRequest, context: Context) -> keys_pb2.GetPublicKeyResponse:
         """Return the public half of a key."""

@@ -11,7 +11,6 @@ from uuid import UUID
 
 from kms.app.ports import (
     Call,
-    Change,
     DestroyedKey,
     Entry,
     KeyPage,
@@ -28,7 +27,7 @@ from kms.app.uses import LOOK_AGAIN
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId, KeyRef, UserId
 from kms.domain.keys import KeyFilter, KeyRecord, UsableKey
-from kms.domain.lifecycle import Move
+from kms.domain.lifecycle import Change, Move
 from kms.store.cache import Cache, CacheStatus
 from kms.store.misses import Misses
 
@@ -169,9 +168,9 @@ class ForgettingLifecycle:
             self.keys.drop(key.key_id)
         return destroyed
 
-    async def destroyed_objects(self, hsm_key_ids: Collection[str]) -> Collection[str]:
-        """Return which of *hsm_key_ids* are those of destroyed keys."""
-        return await self.lifecycle.destroyed_objects(hsm_key_ids)
+    async def removable_objects(self, hsm_key_ids: Collection[str]) -> Collection[str]:
+        """Return which objects may be removed from the token: see `Lifecycle.removable_objects`."""
+        return await self.lifecycle.removable_objects(hsm_key_ids)
 
 
 def _key_size(key: UsableKey) -> int:

@@ -9,6 +9,7 @@ import psycopg_pool
 from psycopg import errors as pg
 
 from kms.domain.errors import KmsError, Reason, malformed
+from kms.domain.key_row import record_invalid
 
 # A server that turned into a standby refuses to write: the pool's other connections lead to it as well, until it is replaced.
 _UNAVAILABLE: Final = (psycopg.OperationalError, psycopg_pool.PoolClosed, pg.ReadOnlySqlTransaction)
@@ -26,7 +27,9 @@ def unavailable(detail: str) -> KmsError:
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Raise the driver's exceptions of the block as `KmsError`: STORE_UNAVAILABLE, NAME_TAKEN, MALFORMED, KEY_INACTIVE.
+    """Raise the driver's exceptions of the block as `KmsError`.
+
+    STORE_UNAVAILABLE, NAME_TAKEN, MALFORMED, KEY_INACTIVE, RECORD_INVALID.
 
     STORE_UNAVAILABLE of a write leaves open whether it was stored.
     """
@@ -40,6 +43,9 @@ def translated() -> Iterator[None]:
     except psycopg.DataError as error:
         if error.sqlstate is not None:
             raise
+        if "NUL" not in str(error):
+            # A value that the driver cannot read, such as a moment at infinity: no record of ours has it.
+            raise record_invalid() from None
         raise malformed("text", "expected no NUL character") from None
     except _UNAVAILABLE as error:
         # To the driver it is an operational error, as if the server were in trouble.

@@ -34,10 +34,12 @@ class Event(StrEnum):
 
     KEY_CHANGED: the key may do less than before, or is to be destroyed; the reason begins with the version that it has then.
     FOLLOWED: the journal has every move of the epoch that is its subject, up to the place in its reason.
+    EPOCH_SEEN: a service began to serve the epoch that is its subject; versions in lines before it are those of another.
     """
 
     JOURNAL_BEGUN = "journal_begun"
     FOLLOWED = "followed"
+    EPOCH_SEEN = "epoch_seen"
     KEY_REVOKED = "key_revoked"
     KEY_COMPROMISED = "key_compromised"
     KEY_DESTROYED = "key_destroyed"
@@ -90,6 +92,15 @@ class Journal:
         with self._opened(at) as (_, head):
             return head
 
+    def see_epoch(self, epoch: UUID, *, at: datetime) -> None:
+        """Write down that *epoch* is served, unless it was the last that was. Raises as `begin` does."""
+
+        def decide(entries: Iterator[Entry]) -> Sequence[Line]:
+            last = next((entry for entry in entries if entry.event is Event.EPOCH_SEEN), None)
+            return () if last is not None and last.subject == epoch else [Line(Event.EPOCH_SEEN, epoch, at, "")]
+
+        self.extend(decide, at=at)
+
     def append(self, event: Event, subject: UUID, *, occurred_at: datetime, reason: str) -> Head:
         """Write a line, force it to disk and return the new head. Raises as `begin` does.
 
@@ -133,7 +144,7 @@ def read_journal(path: Path) -> tuple[Entry, ...]:
     head, found = Head(), list[Entry]()
     with path.open("rb") as file:
         for number, line in enumerate(_finished_lines(file), 1):
-            entry = _parsed(line, f"{path}, line {number}")
+            entry = parse_line(line, f"{path}, line {number}")
             if line != _canonical(_fields_of(entry, head)) or entry.head.sequence != number:
                 raise unavailable(f"{path}, line {number}: it does not follow the line before, or was edited")
             head = entry.head
@@ -181,7 +192,7 @@ def _find_head(file: IO[bytes], path: Path) -> Head:
     file.truncate(file.seek(start + len(finished)))
     if not finished:
         return Head()
-    return _parsed(finished.removesuffix(b"\n").rpartition(b"\n")[2], f"{path}, last line").head
+    return parse_line(finished.removesuffix(b"\n").rpartition(b"\n")[2], f"{path}, last line").head
 
 
 def _backwards(file: IO[bytes], path: Path) -> Iterator[Entry]:
@@ -193,10 +204,11 @@ def _backwards(file: IO[bytes], path: Path) -> Iterator[Entry]:
         begun, *lines = (file.read(size) + begun).split(b"\n")
         if start == 0:
             lines.insert(0, begun)
-        yield from (_parsed(line, str(path)) for line in reversed(lines) if line)
+        yield from (parse_line(line, str(path)) for line in reversed(lines) if line)
 
 
-def _parsed(line: bytes, where: str) -> Entry:
+def parse_line(line: bytes, where: str) -> Entry:
+    """Return the entry in *line* as it stands. Raises STORE_UNAVAILABLE saying *where* there is none."""
     try:
         fields: dict[str, Any] = json.loads(line)
         if fields.keys() != _FIELDS:

@@ -3,16 +3,18 @@
 import asyncio
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final
+from uuid import UUID
 
-from kms.app.ports import Call, Change, DestroyedKey, Lifecycle
+from kms.app.ports import Call, DestroyedKey, Lifecycle
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId
 from kms.domain.keys import KeyRecord
-from kms.domain.lifecycle import Move
-from kms.store.journal import Event, Journal, Line, changed_line
+from kms.domain.lifecycle import Change, Move
+from kms.store.journal import Entry, Event, Journal, Line, changed_line, read_journal
 
+_DELAY_MIN: Final = timedelta(days=7)
 _NARROWING: Final = frozenset({Move.DEACTIVATE, Move.SCHEDULE_DESTRUCTION})
 
 
@@ -42,9 +44,18 @@ class JournaledLifecycle:
             await self._write(Line(Event.KEY_DESTROYED, key.key_id, key.destroyed_at, "scheduled"))
         return destroyed
 
-    async def destroyed_objects(self, hsm_key_ids: Collection[str]) -> Collection[str]:
-        """Return which of *hsm_key_ids* are those of destroyed keys."""
-        return await self.lifecycle.destroyed_objects(hsm_key_ids)
+    async def removable_objects(self, hsm_key_ids: Collection[str]) -> Collection[str]:
+        """Return which objects may be removed: those of keys whose destruction this journal was told of long enough ago.
+
+        The line, of the day on which it was scheduled, is by this host's clock. See `Lifecycle.removable_objects`.
+        """
+        found = await self.lifecycle.removable_objects(hsm_key_ids)
+        if not found:
+            return ()
+        lines = await asyncio.to_thread(read_journal, self.journal.path)
+        scheduled = {line.subject for line in lines if _is_old_schedule(line, self.clock())}
+        # The object of a RESIDENT key is named by the key's id.
+        return [hsm_key_id for hsm_key_id in found if UUID(hsm_key_id) in scheduled]
 
     async def _write(self, line: Line) -> None:
         # Shielded: a caller who gives up must not keep the line from the disk.
@@ -56,6 +67,13 @@ class JournaledLifecycle:
             raise KmsError(
                 Reason.OUTCOME_UNKNOWN, f"the change is made, but the journal of the service cannot be written ({told})"
             ) from None
+
+
+def _is_old_schedule(line: Entry, now: datetime) -> bool:
+    """Whether *line* is one that a move of ours wrote, as `_line_of` does, and the shortest delay has passed since."""
+    _, _, what = line.reason.partition(", ")
+    is_ours = line.event is Event.KEY_CHANGED and what.startswith(f"{Move.SCHEDULE_DESTRUCTION.value} ")
+    return is_ours and line.occurred_at + _DELAY_MIN <= now
 
 
 def _line_of(moved: KeyRecord, move: Move, change: Change, now: datetime) -> Line | None:

@@ -1,8 +1,10 @@
 """The port `Keys`: stored keys, as the calling user sees them."""
 # ruff: noqa: S608  # queries are put together from literals alone: LiteralString, which basedpyright checks
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from datetime import datetime
+from typing import Any, Final, LiteralString
 from uuid import UUID
 
 from psycopg import AsyncConnection
@@ -11,21 +13,22 @@ from psycopg.rows import DictRow
 from psycopg.types.json import Jsonb
 
 from kms.app.ports import Call, KeyPage, NewKey, Repeat
+from kms.app.records import Records
 from kms.domain.algorithms import KeySpec, KeyType, Purpose
 from kms.domain.errors import KmsError, Reason, malformed
 from kms.domain.ids import KeyId, KeyName, KeyRef, UserId
+from kms.domain.key_row import AUTHENTICATED, record_invalid, state_of
 from kms.domain.keys import Custody, HeldKey, KeyFilter, KeyIdentity, KeyMaterial, KeyRecord, Origin, UsableKey
 from kms.domain.lifecycle import State
 from kms.store.pool import Pool, as_user
 
 _STATE: Final = """cryptography.effective_status(
         key_status, activated_at, deactivated_at, superseded_at, expires_at, destruction_scheduled_at, destroyed_at,
-        clock_timestamp()
+        clock_timestamp(), usage_counter >= cryptography.usage_limit(key_type, max_usage_count)
     )"""
-_STORED: Final = """id, user_id, key_name, key_type, key_purpose, key_strength, bound_to, origin, custody, public_key,
-    hsm_key_id, version, usage_counter, max_usage_count, created_at, activated_at, expires_at, last_used_at, deactivated_at,
-    superseded_at, compromised_at, compromise_occurred_at, revoked_at, destruction_scheduled_at, destroyed_at, metadata"""
-_RECORD: Final = f"{_STORED}, {_STATE} AS state"
+# All that a reader sees, and what proves it. The state is not asked of the database: it follows from these and the clock.
+COLUMNS: Final[LiteralString] = ", ".join((*AUTHENTICATED, "usage_counter", "last_used_at", "record_mac"))
+_RECORD: Final = f"{COLUMNS}, clock_timestamp() AS now"
 
 FIND_BY_ID: Final = f"SELECT {_RECORD} FROM cryptography.keys WHERE user_id = %(caller)s AND id = %(ref)s"
 FIND_BY_NAME: Final = f"SELECT {_RECORD} FROM cryptography.keys WHERE user_id = %(caller)s AND key_name = %(ref)s"
@@ -38,24 +41,26 @@ FIND_USABLE_BY_NAME: Final = f"""
 INSERT: Final = f"""
     INSERT INTO cryptography.keys (
         id, user_id, key_name, key_type, key_purpose, key_curve, key_strength, bound_to, origin, custody, public_key,
-        encrypted_private_key, hsm_key_id, metadata, max_usage_count, activated_at, expires_at
+        encrypted_private_key, hsm_key_id, metadata, max_usage_count, created_at, activated_at, expires_at, key_status, record_mac
     ) VALUES (
-        %(id)s, %(caller)s, %(name)s, %(type)s, %(purpose)s, %(curve)s, %(strength)s, %(bound_to)s, %(origin)s, %(custody)s,
-        %(public_key)s, %(envelope)s, %(hsm_key_id)s, %(metadata)s, %(max_usage_count)s, %(activated_at)s, %(expires_at)s
+        %(id)s, %(user_id)s, %(key_name)s, %(key_type)s, %(key_purpose)s, %(key_curve)s, %(key_strength)s, %(bound_to)s,
+        %(origin)s, %(custody)s, %(public_key)s, %(encrypted_private_key)s, %(hsm_key_id)s, %(metadata)s, %(max_usage_count)s,
+        %(created_at)s, %(activated_at)s, %(expires_at)s, %(key_status)s, %(record_mac)s
     )
     RETURNING {_RECORD}
 """
 # What the trigger that writes the trail says of the call.
 FOR_CALL: Final = "SELECT set_config('app.request_id', %(request_id)s, true), set_config('app.peer', %(peer)s, true)"
+NOW: Final = "SELECT clock_timestamp() AS now"
 KEEP_ANSWER: Final = "SELECT cryptography.keep_answer(%(rpc)s, %(request_id)s, %(body_mac)s, %(result)s) AS is_kept"
 WALKED_MAX: Final = 1_000
 # One call looks at so many keys, or a filter that few fit would take it through all of them: the last of them tells where to
 # go on, whether it fits or not. Names are ASCII and compared byte by byte: DEL is behind every character of a name, so the
 # prefix is a range of the index.
 PAGE: Final = f"""
-    SELECT {_STORED}, state, fits, place
+    SELECT {COLUMNS}, now, fits, place
     FROM (
-        SELECT {_RECORD}, row_number() OVER (ORDER BY key_name) AS place
+        SELECT {_RECORD}, {_STATE} AS state, row_number() OVER (ORDER BY key_name) AS place
         FROM cryptography.keys
         WHERE user_id = %(caller)s AND key_name > %(after)s
             AND key_name >= %(prefix)s AND key_name < %(prefix)s || chr(127)
@@ -75,49 +80,60 @@ PAGE: Final = f"""
 
 @dataclass(frozen=True, slots=True)
 class StoredKeys:
-    """`Keys` in `cryptography.keys`. Nothing is remembered here: *recent* makes no difference."""
+    """`Keys` in `cryptography.keys`. Nothing is remembered here: *recent* makes no difference.
+
+    No answer of the database says who owns a key or which it is: each row is held against what was asked for, and is proven.
+    """
 
     pool: Pool
+    records: Records
 
     async def insert(self, caller: UserId, key: NewKey, *, call: Call | None = None, repeat: Repeat | None = None) -> KeyRecord:
-        """Store a key, and with it *repeat*; *call* goes into the trail.
-
-        Raises NAME_TAKEN; MALFORMED for an expiry that has passed; REQUEST_ID_REUSED where something is kept under the id of
-        *repeat* already.
-        """
+        """Store a key: see `Keys.insert`."""
         try:
             async with self.pool.transaction(as_user(caller)) as connection:
                 if call is not None:
                     await connection.execute(FOR_CALL, {"request_id": call.request_id, "peer": call.peer})
-                cursor = await connection.execute(INSERT, _columns(caller, key))
-                row = await cursor.fetchone()
+                now = await (await connection.execute(NOW)).fetchone()
+                assert now is not None  # noqa: S101  # a SELECT without FROM gives a row
+                row = _new_row(caller, key, now["now"])
+                parameters = {
+                    **row,
+                    "metadata": Jsonb(row["metadata"]),
+                    "encrypted_private_key": key.material.envelope,
+                    "record_mac": await self.records.mac_of_key(row),
+                }
+                stored = await (await connection.execute(INSERT, parameters)).fetchone()
+                assert stored is not None  # noqa: S101  # INSERT … RETURNING gives a row or raises
+                record = await self._proven(stored, caller, key.identity.key_id)
                 if repeat is not None:
                     await _keep(connection, repeat)
         except pg.CheckViolation as error:
             if error.diag.constraint_name != "key_expiration_logic":
                 raise
             raise malformed("expires_at", "expected a moment ahead") from None
-        assert row is not None  # noqa: S101  # INSERT … RETURNING gives a row or raises
-        return key_record(row)
+        return record
 
     async def find(self, caller: UserId, ref: KeyRef, *, recent: bool = False) -> KeyRecord | None:
         """Return the key, or None where the caller has none by that id or name."""
         query = FIND_BY_ID if isinstance(ref, UUID) else FIND_BY_NAME
         rows = await self.pool.fetch(as_user(caller), query, {"caller": caller, "ref": ref})
-        return key_record(rows[0]) if rows else None
+        return await self._proven(rows[0], caller, ref) if rows else None
 
     async def find_usable(self, caller: UserId, ref: KeyRef, *, recent: bool = False) -> UsableKey | None:
         """Return the key with its envelope, or None. A destroyed key is found by `find` only."""
         query = FIND_USABLE_BY_ID if isinstance(ref, UUID) else FIND_USABLE_BY_NAME
         rows = await self.pool.fetch(as_user(caller), query, {"caller": caller, "ref": ref})
-        if not rows or rows[0]["state"] == State.DESTROYED:
+        if not rows:
             return None
-        record = key_record(rows[0])
+        record = await self._proven(rows[0], caller, ref)
+        if record.state is State.DESTROYED:
+            return None
         material = KeyMaterial(record.custody, record.public_key, rows[0]["encrypted_private_key"], record.hsm_key_id)
         return UsableKey(record, HeldKey(record.identity, material, record.version))
 
     async def page(self, caller: UserId, which: KeyFilter, *, after: str, limit: int) -> KeyPage:
-        """Return those of the next 1,000 keys behind the name *after* that fit, at most *limit*, in the order of their names."""
+        """Return those of the next 1,000 keys after the name *after* that fit, at most *limit*, in the order of their names."""
         parameters = {
             "caller": caller,
             "after": after,
@@ -129,11 +145,31 @@ class StoredKeys:
             "rows_max": limit + 1,
         }
         rows = await self.pool.fetch(as_user(caller), PAGE, parameters)
-        found = [key_record(row) for row in rows if row["fits"]]
-        if len(found) > limit:
-            return KeyPage(found[:limit], found[limit - 1].name)
+        fitting = [row for row in rows if row["fits"]]
+        found, invalid = await self._listed(caller, fitting[:limit])
+        if len(fitting) > limit:
+            return KeyPage(found, KeyName(fitting[limit - 1]["key_name"]), invalid)
         is_cut = bool(rows) and rows[-1]["place"] == WALKED_MAX
-        return KeyPage(found, KeyName(rows[-1]["key_name"]) if is_cut else None)
+        return KeyPage(found, KeyName(rows[-1]["key_name"]) if is_cut else None, invalid)
+
+    async def _listed(self, caller: UserId, rows: Sequence[DictRow]) -> tuple[list[KeyRecord], tuple[KeyId, ...]]:
+        """Return the keys in *rows*, and the ids of those that are not as the service left them."""
+        found, invalid = list[KeyRecord](), list[KeyId]()
+        for row in rows:
+            try:
+                found.append(await self._proven(row, caller, KeyId(row["id"])))
+            except KmsError as error:
+                if error.reason is not Reason.RECORD_INVALID:
+                    raise
+                invalid.append(KeyId(row["id"]))
+        return found, tuple(invalid)
+
+    async def _proven(self, row: DictRow, caller: UserId, ref: KeyRef) -> KeyRecord:
+        """Return the key in *row*, or raise RECORD_INVALID unless it is the one that *caller* asked for, as we left it."""
+        if row["user_id"] != caller or row["id" if isinstance(ref, UUID) else "key_name"] != ref:
+            raise record_invalid()
+        await self.records.prove_key(row)
+        return key_record(row, self.records.judged_at(row["now"]))
 
 
 async def _keep(connection: AsyncConnection[DictRow], repeat: Repeat) -> None:
@@ -143,37 +179,42 @@ async def _keep(connection: AsyncConnection[DictRow], repeat: Repeat) -> None:
         raise KmsError(Reason.REQUEST_ID_REUSED, "this request_id was used before", field="request_id")
 
 
-def _columns(caller: UserId, key: NewKey) -> dict[str, Any]:
+def _new_row(caller: UserId, key: NewKey, now: datetime) -> dict[str, Any]:
+    """Return the row of a new key: all of it, as the database will have it."""
     identity, material = key.identity, key.material
     return {
+        **dict.fromkeys(AUTHENTICATED),
         "id": identity.key_id,
-        "caller": caller,
-        "name": key.name,
-        "type": identity.spec.key_type,
-        "purpose": identity.spec.purpose,
-        "curve": identity.spec.curve,
-        "strength": identity.spec.strength_bits,
+        "user_id": caller,
+        "key_name": str(key.name),
+        "key_type": str(identity.spec.key_type),
+        "key_purpose": str(identity.spec.purpose),
+        "key_curve": identity.spec.curve,
+        "key_strength": identity.spec.strength_bits,
+        "key_status": "inactive" if key.activated_at is not None and key.activated_at > now else "active",
+        "encryption_algorithm": "AES-256-GCM",
         "bound_to": identity.bound_to,
-        "origin": identity.origin,
-        "custody": material.custody,
+        "origin": str(identity.origin),
+        "custody": str(material.custody),
         "public_key": material.public_key,
-        "envelope": material.envelope,
         "hsm_key_id": material.hsm_key_id,
-        "metadata": Jsonb(key.metadata),
+        "metadata": dict(key.metadata),
         "max_usage_count": key.max_usage_count,
+        "created_at": now,
         "activated_at": key.activated_at,
         "expires_at": key.expires_at,
+        "version": 1,
     }
 
 
-def key_record(row: DictRow) -> KeyRecord:
-    """Return the key in a row of `FIND_BY_ID` and its like."""
+def key_record(row: DictRow, moment: datetime) -> KeyRecord:
+    """Return the key in a row that has `COLUMNS`, which was proven, as it is at *moment*."""
     spec = KeySpec(KeyType(row["key_type"]), Purpose(row["key_purpose"]), row["key_strength"])
     identity = KeyIdentity(KeyId(row["id"]), UserId(row["user_id"]), spec, row["bound_to"], Origin(row["origin"]))
     return KeyRecord(
         identity=identity,
         name=KeyName(row["key_name"]),
-        state=State(row["state"]),
+        state=state_of(row, moment),
         custody=Custody(row["custody"]),
         public_key=row["public_key"],
         version=row["version"],

@@ -1,8 +1,10 @@
 """The port `Lifecycle`: moves of keys between states, each with its event and its line of the trail in one transaction."""
+# ruff: noqa: S608  # queries are put together from literals alone: LiteralString, which basedpyright checks
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 import structlog
@@ -13,36 +15,61 @@ from psycopg.types.json import Jsonb
 
 from kms.app.access import credentials_invalid
 from kms.app.keyring import key_not_found
-from kms.app.ports import Call, Change, DestroyedKey
+from kms.app.ports import Call, DestroyedKey
+from kms.app.records import Records
 from kms.domain.errors import KmsError, Reason, malformed
-from kms.domain.ids import KeyId
+from kms.domain.ids import KeyId, UserId
+from kms.domain.key_row import destroyed, key_bytes, moved, record_invalid, state_of
 from kms.domain.keys import KeyRecord
-from kms.domain.lifecycle import Move, State, check_move
-from kms.store.keys import FIND_BY_ID, key_record
-from kms.store.pool import AS_JOB, Pool, as_user
+from kms.domain.lifecycle import Change, Move, State, check_move
+from kms.store.errors import unavailable
+from kms.store.keys import COLUMNS, FIND_BY_ID, key_record
+from kms.store.pool import AS_ADMINISTRATOR, AS_JOB, Pool, as_user
 
 MOVE: Final = """
     SELECT verdict, field
     FROM cryptography.move_key(
-        %(key)s, %(move)s, %(change)s, %(user_version)s, %(version)s, %(request_id)s, %(peer)s
+        %(key)s, %(move)s, %(change)s, %(user_version)s, %(version)s, %(moment)s, %(mac)s, %(request_id)s, %(peer)s
     )
 """
-DESTROY_DUE: Final = "SELECT destroyed_id AS id, clock_timestamp() AS at FROM cryptography.destroy_due_keys()"
-DESTROYED_OBJECTS: Final = "SELECT o AS token_object FROM cryptography.destroyed_objects(%(objects)s) AS o"
+# By the index of what is due: a bare clock_timestamp() is volatile and no condition of an index. So many are looked at that a few
+# which cannot be destroyed keep no other waiting.
+DUE: Final = f"""
+    SELECT {COLUMNS}, clock_timestamp() AS now
+    FROM cryptography.keys
+    WHERE destroyed_at IS NULL AND destruction_scheduled_at <= (SELECT clock_timestamp())
+    ORDER BY destruction_scheduled_at
+    LIMIT 1000
+"""
+DESTROY: Final = "SELECT d AS id FROM cryptography.destroy_keys(%(ids)s, %(versions)s, %(moment)s, %(macs)s) AS d"
+OF_DESTROYED_KEYS: Final = f"""
+    SELECT {COLUMNS}
+    FROM cryptography.keys AS k
+    WHERE hsm_key_id = ANY (%(objects)s) AND hsm_key_id IS NOT NULL AND destroyed_at IS NOT NULL
+        AND NOT EXISTS (SELECT FROM cryptography.keys AS l WHERE l.hsm_key_id = k.hsm_key_id AND l.destroyed_at IS NULL)
+"""
+_ATTEMPTS: Final = 4
+_DESTROYED_MAX: Final = 100
 _EXPECTED: Final = {
     "occurred_at": "expected a moment that has passed",
     "pending_days": "expected 7 to 90 days",
     "max_usage_count": "expected no more than the limit now, no fewer than the uses so far, and at least 1",
     "expires_at": "expected a moment ahead, and not behind the expiry now",
 }
+_CLOCKS_APART_MAX: Final = timedelta(hours=1)
 _LOG = structlog.get_logger("kms")
 
 
 @dataclass(frozen=True, slots=True)
 class StoredLifecycle:
-    """`Lifecycle` in `cryptography.keys`."""
+    """`Lifecycle` in `cryptography.keys`.
+
+    A move reads the key and proves it, makes the MAC of the row as it will be, and writes both where the key is still at the
+    version that was read. No lock is held meanwhile.
+    """
 
     pool: Pool
+    records: Records
 
     async def move(self, call: Call, key_id: KeyId, move: Move, change: Change, *, version: int | None) -> KeyRecord:
         """Make the move and return the key as it is then.
@@ -50,43 +77,109 @@ class StoredLifecycle:
         Raises KEY_NOT_FOUND, CREDENTIALS_INVALID, STALE, the state's reason, USAGE_LIMIT_REACHED or MALFORMED: then nothing has
         changed.
         """
-        caller = call.user.user_id
+        for attempts_left in reversed(range(_ATTEMPTS)):
+            try:
+                return await self._move(call, key_id, move, change, version)
+            except KmsError as error:
+                # Another move came between; a caller who named the version is told so.
+                if error.reason is not Reason.STALE or version is not None or not attempts_left:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _move(self, call: Call, key_id: KeyId, move: Move, change: Change, version: int | None) -> KeyRecord:
+        caller, which = call.user.user_id, {"caller": call.user.user_id, "ref": key_id}
+        rows = await self.pool.fetch(as_user(caller), FIND_BY_ID, which)
+        if not rows:
+            raise key_not_found()
+        before = rows[0]
+        await self._prove(before, caller, key_id)
+        moment = before["now"]
+        check_move(state_of(before, self.records.judged_at(moment)), move)
+        _check_clocks(move, moment, self.records.clock())
+        expected = moved(before, move, change, moment)
         parameters = {
             "key": key_id,
             "move": move,
             "change": Jsonb(_told(change)),
             "user_version": call.user.version,
-            "version": version,
+            "version": before["version"] if version is None else version,
+            "moment": moment,
+            "mac": await self.records.mac_of_key(expected),
             "request_id": call.request_id,
             "peer": call.peer,
         }
         try:
             # Not `transaction`, which would hold the key's lock until we have answered: others move and use it too.
-            (verdict,), after = await self.pool.fetch_each(
-                as_user(caller), (MOVE, parameters), (FIND_BY_ID, {"caller": caller, "ref": key_id})
-            )
+            (verdict,), after = await self.pool.fetch_each(as_user(caller), (MOVE, parameters), (FIND_BY_ID, which))
         except pg.SerializationFailure:
             raise _stale() from None
         if verdict["verdict"] != "OK":
             raise _refusal(verdict["verdict"], verdict["field"], move)
-        return key_record(after[0])
+        if not after or key_bytes(after[0]) != key_bytes(expected):
+            raise record_invalid(key_id)
+        await self._prove(after[0], caller, key_id)
+        return key_record(after[0], self.records.judged_at(after[0]["now"]))
 
     async def destroy_due(self) -> Sequence[DestroyedKey]:
         """Destroy at most 100 keys whose time has come and return them: their envelopes are gone, the rows stay.
 
-        One that cannot be destroyed is logged with the reason, and is tried again by the next call.
+        One that cannot be destroyed, or whose record is not as we left it, is logged with the reason, and is tried again by the
+        next call.
         """
+        done = list[DestroyedKey]()
+        due = await self.pool.fetch(AS_ADMINISTRATOR, DUE)
+        while due and len(done) < _DESTROYED_MAX:
+            done += await self._destroy(due[:_DESTROYED_MAX])
+            due = due[_DESTROYED_MAX:]
+        return done
+
+    async def _destroy(self, due: Sequence[DictRow]) -> Sequence[DestroyedKey]:
+        moment = max(row["now"] for row in due)
+        rows = [row for row in due if await self._is_due(row)]
+        parameters = {
+            "ids": [row["id"] for row in rows],
+            "versions": [row["version"] for row in rows],
+            "moment": moment,
+            "macs": [await self.records.mac_of_key(destroyed(row, moment)) for row in rows],
+        }
         async with self.pool.transaction(AS_JOB) as connection:
             with _warnings_logged(connection):
-                rows = await (await connection.execute(DESTROY_DUE)).fetchall()
-        return [DestroyedKey(KeyId(row["id"]), row["at"]) for row in rows]
+                found = await (await connection.execute(DESTROY, parameters)).fetchall()
+        return [DestroyedKey(KeyId(row["id"]), moment) for row in found]
 
-    async def destroyed_objects(self, hsm_key_ids: Collection[str]) -> Collection[str]:
-        """Return which of *hsm_key_ids* are those of destroyed keys."""
+    async def _is_due(self, row: DictRow) -> bool:
+        try:
+            await self.records.prove_key(row)
+        except KmsError as error:
+            if error.reason is not Reason.RECORD_INVALID:
+                raise
+            _LOG.error("key not destroyed", key=str(row["id"]), reason=error.reason, message=error.message)
+            return False
+        return True
+
+    async def removable_objects(self, hsm_key_ids: Collection[str]) -> Collection[str]:
+        """Return which of *hsm_key_ids* are those of keys that we destroyed when their time had come."""
         if not hsm_key_ids:
             return ()
-        rows = await self.pool.fetch(AS_JOB, DESTROYED_OBJECTS, {"objects": list(hsm_key_ids)})
-        return [row["token_object"] for row in rows]
+        rows = await self.pool.fetch(AS_ADMINISTRATOR, OF_DESTROYED_KEYS, {"objects": list(hsm_key_ids)})
+        return [row["hsm_key_id"] for row in rows if await self._is_removable(row)]
+
+    async def _is_removable(self, row: DictRow) -> bool:
+        # The service's own keys end by an operator's command alone. The host's clock decides, since that of the database is its
+        # owner's.
+        due_at = row["destruction_scheduled_at"]
+        return not row["bound_to"] and due_at is not None and due_at <= self.records.clock() and await self._is_due(row)
+
+    async def _prove(self, row: DictRow, caller: UserId, key_id: KeyId) -> None:
+        if row["id"] != key_id or row["user_id"] != caller:
+            raise record_invalid(key_id)
+        await self.records.prove_key(row)
+
+
+def _check_clocks(move: Move, moment: datetime, host: datetime) -> None:
+    """Raise STORE_UNAVAILABLE where a destruction would be scheduled by a clock of the database that is slow."""
+    if move is Move.SCHEDULE_DESTRUCTION and moment < host - _CLOCKS_APART_MAX:
+        raise unavailable("the database's clock is over an hour behind the host's: no destruction is scheduled by it")
 
 
 @contextmanager

@@ -32,7 +32,7 @@ _BATCH_MAX: Final = 500
 _FLUSH_SECONDS: Final = 0.1
 _ANSWER_SECONDS: Final = 5.0
 _RETRY_SECONDS: Final = 1.0
-_CRITICAL: Final = frozenset({Reason.ENVELOPE_INVALID})
+_CRITICAL: Final = frozenset({Reason.ENVELOPE_INVALID, Reason.RECORD_INVALID})
 # What somebody who has no business here would meet, and what nobody should.
 _HIGH: Final = frozenset(
     {
@@ -50,6 +50,7 @@ _MEDIUM: Final = frozenset(
 _FAILURES: Final = frozenset(
     {
         Reason.ENVELOPE_INVALID,
+        Reason.RECORD_INVALID,
         Reason.HSM_UNAVAILABLE,
         Reason.HSM_KEK_MISSING,
         Reason.HSM_MECHANISM_UNSUPPORTED,

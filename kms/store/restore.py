@@ -25,6 +25,7 @@ from kms.store.errors import unavailable
 from kms.store.journal import Entry, Event, Head, check_continues, read_journal
 from kms.store.migrate import migrate
 from kms.store.pool import connection_settings
+from kms.store.renewed_macs import TokenMac
 
 HOLDS_ANYTHING: Final = """
     SELECT EXISTS (
@@ -55,10 +56,11 @@ class Restored:
     beginning: Beginning
 
 
-def restore(dsn: str, file: Path, journals: Sequence[Path] = ()) -> Restored:
+def restore(dsn: str, file: Path, journals: Sequence[Path] = (), *, mac: TokenMac) -> Restored:
     """Restore the backup in *file* as the database that *dsn* names, which is not there yet or is empty.
 
-    *journals* are all the journals whose heads the backup recorded; without them every key comes back inactive. Raises
+    *journals* are all the journals whose heads the backup recorded; without them every key comes back inactive. *mac* is that of
+    the token, for the records that change. Raises
     OSError, and STORE_UNAVAILABLE saying what to do; the database is then as it was before.
     """
     settings = connection_settings(dsn)
@@ -73,7 +75,12 @@ def restore(dsn: str, file: Path, journals: Sequence[Path] = ()) -> Restored:
             applied = _brought_up_to_date(scratch)
             with connected(scratch) as connection:
                 beginning = begin_epoch(
-                    connection, Cause.RESTORED, entries, is_complete=is_complete, backup_created_at=manifest.created_at
+                    connection,
+                    Cause.RESTORED,
+                    entries,
+                    is_complete=is_complete,
+                    mac=mac,
+                    backup_created_at=manifest.created_at,
                 )
             _settle(server, str(scratch["dbname"]), target, manifest.properties, replaces=is_there)
     return Restored(target, manifest.created_at, made, applied, sum(manifest.rows.values()), beginning)
@@ -94,7 +101,7 @@ def drilled(dsn: str, file: Path) -> Iterator[tuple[str, Manifest]]:
             yield _dsn(scratch), manifest
 
 
-def begin_recovered(dsn: str, journals: Sequence[Path]) -> Beginning:
+def begin_recovered(dsn: str, journals: Sequence[Path], *, mac: TokenMac) -> Beginning:
     """Begin an epoch in the database of *dsn*, which was recovered to a point in time or restored by other means.
 
     That *journals* are all there are and have lost nothing is the operator's to know: here nothing recorded their heads.
@@ -104,10 +111,10 @@ def begin_recovered(dsn: str, journals: Sequence[Path]) -> Beginning:
     entries = [entry for each in found for entry in each]
     with connected(connection_settings(dsn)) as connection:
         check_login_sees_all(connection)
-        return begin_epoch(connection, Cause.RECOVERED, entries, is_complete=_are_written(found))
+        return begin_epoch(connection, Cause.RECOVERED, entries, is_complete=_are_written(found), mac=mac)
 
 
-def continue_moved(dsn: str) -> int:
+def continue_moved(dsn: str, mac: TokenMac) -> int:
     """Begin an epoch in which nothing is in doubt, since the operator says that nothing was lost; return its number.
 
     Raises STORE_UNAVAILABLE where the database is where it was served last.
@@ -117,7 +124,7 @@ def continue_moved(dsn: str) -> int:
         epoch = read_epoch(connection)
         if epoch is None or epoch.is_here:
             raise unavailable("the database is where it was served last: there is nothing to do")
-        return continue_epoch(connection)
+        return continue_epoch(connection, mac)
 
 
 def read_journals(manifest: Manifest, journals: Sequence[Path]) -> tuple[list[Entry], bool]:

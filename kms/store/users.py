@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
+import structlog
 from psycopg.rows import DictRow
 
 from kms.app.ports import User
@@ -17,6 +18,7 @@ FIND_BY_NAME: Final = "SELECT id FROM authentication.users WHERE username = %(na
 CREATE_SERVICE: Final = "SELECT authentication.create_service_user(%(name)s) AS id"
 ROLES: Final = "SELECT name FROM authentication.roles ORDER BY name"
 ASSIGN_ROLE: Final = "SELECT authentication.assign_role(%(user)s, %(role)s)"
+_LOG = structlog.get_logger("kms.store.users")
 _SERVICE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,99}")
 
 
@@ -29,7 +31,11 @@ class StoredUsers:
     async def find(self, user_id: UserId, *, recent: bool = False) -> User | None:
         """Return the user in good standing, or None for one that is unknown, locked or deleted."""
         rows = await self.pool.fetch(BEFORE_LOGIN, FIND_BY_URI, {"id": user_id})
-        return _user(rows[0]) if rows else None
+        if rows and rows[0]["id"] != user_id:
+            # Who calls is in the certificate. An answer about somebody else is no answer, and no accident.
+            _LOG.error("the database answered for another user", asked=str(user_id), answered=str(rows[0]["id"]))
+            return None
+        return _user(rows[0], user_id) if rows else None
 
     async def create_service(self, name: str, role: str | None = None) -> UserId:
         """Make a user that is known by its client certificate alone, with *role* if one is named: both or neither.
@@ -58,7 +64,7 @@ class StoredUsers:
         return await self.find_service(name) or await self.create_service(name)
 
 
-def _user(row: DictRow) -> User:
+def _user(row: DictRow, user_id: UserId) -> User:
     # A permission that this program does not know opens nothing in it.
     permissions = frozenset(permission for permission in Permission if permission in row["permissions"])
-    return User(UserId(row["id"]), row["username"], row["version"], permissions)
+    return User(user_id, row["username"], row["version"], permissions)

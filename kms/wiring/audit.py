@@ -10,6 +10,7 @@ import structlog
 
 from kms.app.keyring import Keyring
 from kms.app.ports import Hsm
+from kms.app.records import Records
 from kms.app.sealing import ALGORITHM, LastSealed, Sealing
 from kms.app.sealing_key import KEY_NAME, USER_NAME, SealingKeys, origin_of, reader_of
 from kms.app.verifying import VerifyTrail, exported, verify_lines
@@ -25,14 +26,15 @@ from kms.store.keys import StoredKeys
 from kms.store.pool import Pool
 from kms.store.sealed_trail import StoredSealedTrail
 from kms.store.users import StoredUsers
-from kms.wiring.parts import with_pool
+from kms.wiring.parts import token_records, with_pool
 
 _LOG = structlog.get_logger("kms")
 
 
 def audit_key(config: Config) -> VerifierKey:
     """Return the key with which checkpoints are verified. Raises KEY_NOT_FOUND where none was ever made."""
-    return asyncio.run(with_pool(config, partial(trail_reader, config))).key
+    with token_records(config) as records:
+        return asyncio.run(with_pool(config, lambda pool: trail_reader(config, pool, records))).key
 
 
 def export_trail(config: Config, file: Path, after_size: int) -> int:
@@ -50,9 +52,9 @@ def verify_file(file: Path, key: str, checkpoints: Path | None) -> TrailReport:
     return verify_lines(reader, partial(finished_lines, file), outside)
 
 
-def sealing(config: Config, pool: Pool, hsm: Hsm) -> Callable[[], Awaitable[Sealing]]:
+def sealing(config: Config, pool: Pool, records: Records, hsm: Hsm) -> Callable[[], Awaitable[Sealing]]:
     """Return what makes a `Sealing`, with the key that it finds or makes."""
-    keys, settings = StoredKeys(pool), config.audit or AuditConfig()
+    keys, settings = StoredKeys(pool, records), config.audit or AuditConfig()
     found = SealingKeys(
         keys, Keyring(keys, hsm), StoredUsers(pool).find_or_create_service, _is_valid, origin_of(config.deployment_id)
     )
@@ -67,19 +69,19 @@ def sealing(config: Config, pool: Pool, hsm: Hsm) -> Callable[[], Awaitable[Seal
     return make
 
 
-def verifying(config: Config, pool: Pool) -> Callable[[], Awaitable[VerifyTrail]]:
+def verifying(config: Config, pool: Pool, records: Records) -> Callable[[], Awaitable[VerifyTrail]]:
     """Return what makes a `VerifyTrail`. Raises KEY_NOT_FOUND where no checkpoint was ever made."""
 
     async def make() -> VerifyTrail:
-        return VerifyTrail(StoredSealedTrail(pool), await trail_reader(config, pool))
+        return VerifyTrail(StoredSealedTrail(pool), await trail_reader(config, pool, records))
 
     return make
 
 
-async def trail_reader(config: Config, pool: Pool) -> NoteReader:
+async def trail_reader(config: Config, pool: Pool, records: Records) -> NoteReader:
     """Return what reads this deployment's checkpoints. Raises KEY_NOT_FOUND where none was ever made."""
     owner = await StoredUsers(pool).find_service(USER_NAME)
-    key = None if owner is None else await StoredKeys(pool).find(owner, KEY_NAME)
+    key = None if owner is None else await StoredKeys(pool, records).find(owner, KEY_NAME)
     if key is None:
         raise KmsError(Reason.KEY_NOT_FOUND, "there is no key for checkpoints yet: `kms serve` makes it at its first start")
     return reader_of(key, _is_valid, origin_of(config.deployment_id))

@@ -8,6 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from kms import __version__
+from kms.app.records import Records
 from kms.domain.errors import KmsError
 from kms.hsm.token_hsm import TokenHsm
 from kms.store import epoch as epochs
@@ -57,6 +58,7 @@ class Condition:
     hsm: TokenHsm
     ledger: StoredLedger
     pool: Pool
+    records: Records
     disk: Disk
     store_answers: Callable[[], bool]
     caches: Mapping[str, Callable[[], CacheStatus]]
@@ -113,13 +115,13 @@ class Condition:
         """Ask the database for what it alone knows."""
         if not self.store_answers():
             return
-        self.epoch_fault = await self._fault(epochs.check_epoch)
+        self.epoch_fault = await self._fault(lambda pool: epochs.check_epoch(pool, self.records))
         self.schema_fault = await self._fault(migrate.check_schema)
         self.default_rows = sum(rows.row_count for rows in await partitions.default_rows(self.pool))
         self.seal_watch.see(await StoredSealedTrail(self.pool).status(), monotonic())
         self.keys_unconfirmed = len(await epochs.unconfirmed_keys(self.pool))
 
-    async def _fault(self, check: Callable[[Pool], Awaitable[None]]) -> str:
+    async def _fault(self, check: Callable[[Pool], Awaitable[object]]) -> str:
         try:
             await check(self.pool)
         except KmsError as error:

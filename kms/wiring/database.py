@@ -9,6 +9,7 @@ from uuid import UUID
 from kms.config import Config
 from kms.domain.errors import KmsError, Reason
 from kms.hsm.drill import Drill, open_envelopes
+from kms.hsm.provision import token_mac
 from kms.store import epoch as epochs
 from kms.store import migrate as migrations
 from kms.store import partitions
@@ -17,7 +18,7 @@ from kms.store.backup import backup as make_backup
 from kms.store.backup_file import Manifest
 from kms.store.epoch import Beginning
 from kms.store.restore_drill import held_keys
-from kms.wiring.parts import database_dsn, hsm_settings, migration_dsn, ready_pool, with_pool
+from kms.wiring.parts import database_dsn, hsm_settings, migration_dsn, ready_pool, token_records, with_pool
 
 
 def migrate(config: Config) -> list[str]:
@@ -41,7 +42,8 @@ def backup(config: Config, out: Path, journals: Sequence[Path]) -> tuple[Path, M
 
 def restore(config: Config, file: Path, journals: Sequence[Path]) -> restoration.Restored:
     """Restore a backup as the database of [migration], which is not there yet, in a new epoch."""
-    return restoration.restore(migration_dsn(config), file, journals)
+    with token_mac(hsm_settings(config)) as mac:
+        return restoration.restore(migration_dsn(config), file, journals, mac=mac)
 
 
 def restore_drill(config: Config, file: Path) -> Drill:
@@ -52,12 +54,14 @@ def restore_drill(config: Config, file: Path) -> Drill:
 
 def begin_epoch(config: Config, journals: Sequence[Path]) -> Beginning:
     """Begin an epoch in a database that was recovered or restored by other means."""
-    return restoration.begin_recovered(migration_dsn(config), journals)
+    with token_mac(hsm_settings(config)) as mac:
+        return restoration.begin_recovered(migration_dsn(config), journals, mac=mac)
 
 
 def continue_epoch(config: Config) -> int:
     """Begin an epoch in which nothing is in doubt, and return its number."""
-    return restoration.continue_moved(migration_dsn(config))
+    with token_mac(hsm_settings(config)) as mac:
+        return restoration.continue_moved(migration_dsn(config), mac)
 
 
 def epoch_status(config: Config) -> tuple[epochs.Epoch | None, Sequence[epochs.UnconfirmedKey]]:
@@ -67,7 +71,8 @@ def epoch_status(config: Config) -> tuple[epochs.Epoch | None, Sequence[epochs.U
 
 def confirm_restored_key(config: Config, key_id: UUID, count: int) -> bool:
     """State how often a restored key was used; return whether it is active again."""
-    return asyncio.run(with_pool(config, lambda pool: epochs.confirm_key(pool, key_id, count)))
+    with token_records(config) as records:
+        return asyncio.run(with_pool(config, lambda pool: epochs.confirm_key(pool, records, key_id, count)))
 
 
 def ensure_partitions(config: Config, ahead_days: int) -> Sequence[str]:

@@ -1,12 +1,15 @@
 """Parts that several commands need: settings of the token, connection strings, a database that is as it must be."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar
 
+from kms.app.records import Records
 from kms.config import Config, needed
 from kms.domain.secret import Secret
+from kms.hsm.provision import token_mac
 from kms.hsm.settings import HsmSettings
+from kms.pki.client_identity import host_clock
 from kms.store import migrate as migrations
 from kms.store.pool import Pool, check_server, open_pool
 
@@ -40,6 +43,17 @@ def database_dsn(config: Config) -> str:
 def migration_dsn(config: Config) -> str:
     """Return the connection string of the login that owns the schema."""
     return needed(config.migration).read_secret("migration").decode()
+
+
+@contextmanager
+def token_records(config: Config) -> Iterator[Records]:
+    """Yield what proves records, for a command that has the token to itself."""
+    with token_mac(hsm_settings(config)) as mac:
+
+        async def made(data: bytes) -> bytes:
+            return mac(data)
+
+        yield Records(made, host_clock)
 
 
 @asynccontextmanager

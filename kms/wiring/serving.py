@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
+from uuid import UUID
 
 import structlog
 import uvloop
@@ -19,6 +20,7 @@ from kms.app.encryption import Encryption
 from kms.app.keyring import Keyring
 from kms.app.moving import Destruction, Moving
 from kms.app.ports import Keys, Ledger, Lifecycle, Users
+from kms.app.records import Records
 from kms.app.repeats import Uses
 from kms.app.signing import Signing
 from kms.app.status import Administration
@@ -40,6 +42,7 @@ from kms.store.changes import heard
 from kms.store.disk import Disk
 from kms.store.journal import Journal
 from kms.store.journal_follower import JournalFollower
+from kms.store.journal_knowledge import JournalKnowledge, KnownKeys
 from kms.store.journaled import JournaledLifecycle
 from kms.store.keys import StoredKeys
 from kms.store.ledger import open_ledger
@@ -141,22 +144,26 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
     async with AsyncExitStack() as stack:
         dsn = database_dsn(config)
         pool = await stack.enter_async_context(ready_pool(config, dsn))
-        await epochs.check_epoch(pool)
         await stack.enter_async_context(partitions.kept_up(pool))
         hsm = await open_hsm(hsm_settings(config))
         stack.push_async_callback(hsm.close)
         await check_token(config, hsm, StoredWrappingKeys(pool))
+        records = Records(hsm.mac, host_clock)
+        epoch = await epochs.check_epoch(pool, records)
         telemetry = Telemetry(stack.enter_context(tracing(config.tracing, config.deployment_id)))
         disk = Disk(needed(config.database).disk_path)
         await stack.enter_async_context(repeating("disk", CHECK_SECONDS, disk.watch))
-        keys = CachedKeys(telemetry.observed(StoredKeys(pool), "store", "insert", "find", "find_usable", "page", of="keys."))
+        keys = CachedKeys(
+            telemetry.observed(StoredKeys(pool, records), "store", "insert", "find", "find_usable", "page", of="keys.")
+        )
         users = CachedUsers(telemetry.observed(StoredUsers(pool), "store", "find", of="users."))
         await stack.enter_async_context(heard(dsn, {"key": keys.drop, "user": users.drop}))
         ledger = await stack.enter_async_context(
             open_ledger(dsn, pool, settled=telemetry.settled, records_strangers=disk.has_room_for_strangers)
         )
-        journal = _journal(server_config.journal)
-        moves = telemetry.observed(_lifecycle(pool, journal), "store", "move", of="lifecycle.")
+        journal = _journal(server_config.journal, epoch)
+        known_keys = keys if journal is None else KnownKeys(keys, JournalKnowledge(journal.path))
+        moves = telemetry.observed(_lifecycle(pool, records, journal), "store", "move", of="lifecycle.")
         lifecycle = ForgettingLifecycle(moves, keys)
         await stack.enter_async_context(
             repeating("destruction", UPKEEP_SECONDS, partial(destroy_due, Destruction(lifecycle, hsm)))
@@ -165,19 +172,19 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
             await stack.enter_async_context(repeating("journal", JOURNAL_SECONDS, JournalFollower(pool, journal).catch_up))
         await stack.enter_async_context(repeating("repeats", UPKEEP_SECONDS, partial(forget_answers, StoredRepeats(pool))))
         seal_seconds = (config.audit or AuditConfig()).seal_seconds
-        await stack.enter_async_context(sealed(dsn, sealing(config, pool, hsm), interval_seconds=seal_seconds))
+        await stack.enter_async_context(sealed(dsn, sealing(config, pool, records, hsm), interval_seconds=seal_seconds))
         store_answers = await stack.enter_async_context(watched(pool))
         caches = {"keys": keys.status, "users": users.status}
         advice = _advice(config)
         for sentence in advice:
             _LOG.warning("configuration", advice=sentence)
-        condition = Condition(hsm, ledger, pool, disk, store_answers, caches, SealWatch(seal_seconds), advice)
+        condition = Condition(hsm, ledger, pool, records, disk, store_answers, caches, SealWatch(seal_seconds), advice)
         await stack.enter_async_context(repeating("condition", CHECK_SECONDS, condition.check))
         await stack.enter_async_context(seen(seen_on, telemetry, condition))
         settled = telemetry.observed(ledger, "store", "settle", "earlier", of="ledger.")
         server = _server(
-            Auditing(StoredTrail(pool), verifying(config, pool)),
-            keys,
+            Auditing(StoredTrail(pool), verifying(config, pool, records)),
+            known_keys,
             users,
             hsm,
             ForgettingLedger(settled, keys, users),
@@ -238,19 +245,19 @@ def _advice(config: Config) -> list[str]:
     return ["checkpoints of the trail are kept nowhere outside the database, and can be cut off with it: set audit.checkpoints"]
 
 
-def _journal(file: Path | None) -> Journal | None:
+def _journal(file: Path | None, epoch: UUID) -> Journal | None:
     if file is None:
         return None
     journal = Journal(file)
     try:
-        journal.begin(at=host_clock())
+        journal.see_epoch(epoch, at=host_clock())
     except OSError as error:
         raise KmsError(Reason.STORE_UNAVAILABLE, f"the journal {file} cannot be written: {error.strerror}") from None
     return journal
 
 
-def _lifecycle(pool: Pool, journal: Journal | None) -> Lifecycle:
-    stored = StoredLifecycle(pool)
+def _lifecycle(pool: Pool, records: Records, journal: Journal | None) -> Lifecycle:
+    stored = StoredLifecycle(pool, records)
     return stored if journal is None else JournaledLifecycle(stored, journal, host_clock)
 
 

@@ -36,6 +36,12 @@ def confirm_backup(config: Config) -> None:
 
 async def check_token(config: Config, hsm: TokenHsm, known: StoredWrappingKeys) -> None:
     """Record the token's keys. Raises HSM_KEK_MISSING for another token, and in production for one without a tested copy."""
+    if not hsm.says_records_have_macs:
+        raise KmsError(
+            Reason.HSM_UNAVAILABLE,
+            "the token does not say that the records of the database have their MACs: run `kms records adopt` once, with a "
+            "database that you trust",
+        )
     serial, found = hsm.wrapping_keys().token_serial, _token_keys(hsm.wrapping_keys().keys)
     serials = {key.token_serial for key in await known.read()}
     if serials - {serial}:

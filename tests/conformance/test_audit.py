@@ -262,8 +262,9 @@ def test_what_is_refused_of_a_key_is_found_by_the_key(server: RunningServer, aud
 def test_a_call_that_ends_with_a_bug_is_in_the_trail(server: RunningServer, auditor: Caller) -> None:
     caller = server.caller()
     key = made(caller, "ed25519")
+    # The driver of public keys has never seen such a thing, since no record of ours has it.
     damage = "UPDATE cryptography.keys SET public_key = overlay(public_key placing '=' from 30 for 1) WHERE id = %s"
-    execute(server.deployment, damage, key.id)
+    server.deployment.edit_keys(damage, key.id)
     assert refusal(caller.keys.GetPublicKey, kpb.GetPublicKeyRequest(key="k")).reason == "INTERNAL"
     event = wait_for(auditor, user_id=str(caller.user_id), event_type="request.refused")
     assert (event.action, event.outcome, event.severity) == ("GetPublicKey", apb.OUTCOME_FAILURE, apb.SEVERITY_HIGH)

@@ -129,7 +129,8 @@ def test_what_is_not_recorded_trusts_what_is_a_second_old_and_no_longer(
     if not hears:
         cut = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query = 'LISTEN kms_changed'"
         as_superuser(services, cut)
-    as_superuser(services, "UPDATE cryptography.keys SET key_name = 'gone' WHERE user_id = %s", here.user_id)
+    rename = "UPDATE cryptography.keys SET key_name = 'gone' WHERE user_id = %s"
+    services[0].deployment.edit_keys(rename, here.user_id)
     time.sleep(1.0)
     assert refusal(there.crypto.Verify, verify).reason == "KEY_NOT_FOUND"
     assert refusal(there.keys.GetPublicKey, kpb.GetPublicKeyRequest(key="k")).reason == "KEY_NOT_FOUND"

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import grpc
 import psycopg
 import pytest
-from psycopg import sql
 
 from kms.domain.ids import UserId
 from kms.v1 import crypto_pb2 as cpb
@@ -24,13 +23,13 @@ SIGN = cpb.SignRequest(key="k", message=b"m")
 
 @pytest.fixture
 def edit(server: RunningServer) -> Edit:
-    """Change a column of a key behind the service's back, as the superuser does."""
+    """Change a column of a key as the superuser does, under a MAC that fits: what holds then is the envelope."""
 
     def change(key_id: str, column: str, value: object) -> None:
         with psycopg.connect(server.deployment.database.admin_dsn, autocommit=True) as connection:
             connection.execute("SET session_replication_role = replica")  # no trigger, no foreign key
-            query = sql.SQL("UPDATE cryptography.keys SET {} = %s, version = version + 1 WHERE id = %s")
-            assert connection.execute(query.format(sql.Identifier(column)), (value, key_id)).rowcount == 1
+            query = f"UPDATE cryptography.keys SET {column} = %s, version = version + 1 WHERE id = %s"
+            assert len(server.deployment.macs.edit(connection, query, value, key_id)) == 1
 
     return change
 
@@ -108,10 +107,8 @@ def test_a_key_given_to_another_user_behind_the_services_back_does_not_open(new_
 def test_each_bound_attribute_is_bound(server: RunningServer, kind: str, changes: dict[str, object]) -> None:
     caller = server.caller()
     key = made(caller, kind)
-    with psycopg.connect(server.deployment.database.admin_dsn, autocommit=True) as connection:
-        columns = sql.SQL(", ").join(sql.SQL("{} = %s").format(sql.Identifier(name)) for name in changes)
-        query = sql.SQL("UPDATE cryptography.keys SET {} WHERE id = %s").format(columns)
-        connection.execute(query, (*changes.values(), key.id))
+    columns = ", ".join(f"{name} = %s" for name in changes)
+    server.deployment.edit_keys(f"UPDATE cryptography.keys SET {columns} WHERE id = %s", *changes.values(), key.id)
     is_for_encryption = (changes.get("key_purpose") or kind) in ("aes", "rsa-encryption", "encryption")
     if kind == "aes":
         found = refusal(caller.crypto.Encrypt, cpb.EncryptRequest(key="k", plaintext=b"p"))

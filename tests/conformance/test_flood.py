@@ -123,9 +123,8 @@ def test_a_key_that_a_server_has_not_seen_is_looked_for_as_long_as_its_owner_has
         here = one.caller()
         there = other.caller(here.user_id)
         destroyed = made(here, "ed25519", name="destroyed")
-        with psycopg.connect(deployment.database.admin_dsn) as connection:
-            change = "key_status = 'inactive', destroyed_at = now(), encrypted_private_key = ''"
-            connection.execute(f"UPDATE cryptography.keys SET {change} WHERE id = %s".encode(), (destroyed.id,))
+        change = "key_status = 'inactive', destroyed_at = now(), encrypted_private_key = ''"
+        deployment.edit_keys(f"UPDATE cryptography.keys SET {change} WHERE id = %s", destroyed.id)
         seen = [made(here, "ed25519", name=name).id for name in ("by-name", "by-id")]
         unseen = [made(here, "ed25519", name=f"unseen-{number}").id for number in range(10)]
         there.crypto.Sign(cpb.SignRequest(key="by-name", message=b"m"))

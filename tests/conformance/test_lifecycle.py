@@ -86,11 +86,8 @@ def test_destruction_is_scheduled_cancelled_and_when_due_final(caller: Caller, s
     back = caller.keys.CancelKeyDestruction(kpb.CancelKeyDestructionRequest(key="k")).key
     assert back.state == kpb.KEY_STATE_INACTIVE
     caller.keys.ScheduleKeyDestruction(kpb.ScheduleKeyDestructionRequest(key="k", pending_days=7))
-    rows(
-        server,
-        "UPDATE cryptography.keys SET destruction_scheduled_at = now() - interval '1 second' WHERE id = %s RETURNING id",
-        key.id,
-    )
+    due = "UPDATE cryptography.keys SET destruction_scheduled_at = now() - interval '1 second' WHERE id = %s"
+    server.deployment.edit_keys(due, key.id)
     assert caller.keys.GetKey(kpb.GetKeyRequest(key="k")).key.state == kpb.KEY_STATE_DESTROYED
     assert refusal(caller.keys.CancelKeyDestruction, kpb.CancelKeyDestructionRequest(key="k")).reason == "KEY_DESTROYED"
 
@@ -104,12 +101,8 @@ def test_a_key_with_times_is_pre_active_then_active_then_expired(caller: Caller,
     assert refusal(caller.crypto.Sign, SIGN).reason == "KEY_PRE_ACTIVE"
     assert caller.keys.ActivateKey(kpb.ActivateKeyRequest(key="k")).key.state == kpb.KEY_STATE_ACTIVE
     assert caller.crypto.Sign(SIGN).signature
-    rows(
-        server,
-        """UPDATE cryptography.keys SET created_at = now() - interval '2 hours', expires_at = clock_timestamp()
-        WHERE id = %s RETURNING id""",
-        key.id,
-    )
+    expired = "UPDATE cryptography.keys SET created_at = now() - interval '2 hours', expires_at = clock_timestamp() WHERE id = %s"
+    server.deployment.edit_keys(expired, key.id)
     assert refusal(caller.crypto.Sign, SIGN).reason == "KEY_EXPIRED"
     assert caller.keys.GetKey(kpb.GetKeyRequest(key="k")).key.state == kpb.KEY_STATE_EXPIRED
 

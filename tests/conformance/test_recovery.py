@@ -89,7 +89,7 @@ def test_a_key_in_any_other_state_decrypts_with_the_flags_as_without_them(
     change, _, _, processing = STATES[state]
     caller = server.caller(server.deployment.new_user(role=role))
     ciphertext = sealed(caller, "active")
-    execute(server.deployment, f"UPDATE cryptography.keys SET {change} WHERE user_id = %s", caller.user_id)
+    server.deployment.edit_keys(f"UPDATE cryptography.keys SET {change} WHERE user_id = %s", caller.user_id)
     for request in (opening(ciphertext), opening(ciphertext, "compromised", "revoked")):
         if not processing:
             assert caller.crypto.Decrypt(request).plaintext == b"p"
@@ -108,7 +108,7 @@ def test_what_is_to_be_destroyed_or_is_destroyed_opens_nothing_any_more(server: 
     caller.keys.CancelKeyDestruction(kpb.CancelKeyDestructionRequest(key="k"))
     assert caller.crypto.Decrypt(request).plaintext == b"p"
     destroy = "UPDATE cryptography.keys SET destruction_scheduled_at = now() WHERE user_id = %s"
-    execute(server.deployment, destroy, caller.user_id)
+    server.deployment.edit_keys(destroy, caller.user_id)
     assert refusal(caller.crypto.Decrypt, request).reason == "KEY_DESTROYED"
 
 

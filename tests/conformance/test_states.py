@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Final
 
 import grpc
-import psycopg
 import pytest
 
 from kms.v1 import crypto_pb2 as cpb
@@ -66,8 +65,7 @@ def test_a_state_allows_what_the_table_says_also_for_a_key_that_is_loaded(
     made(caller, "secp256k1", name="ec")
     ciphertext = caller.crypto.Encrypt(cpb.EncryptRequest(key="aes", plaintext=b"p")).ciphertext
     signature = caller.crypto.Sign(cpb.SignRequest(key="ec", message=b"m")).signature
-    with psycopg.connect(server.deployment.database.admin_dsn, autocommit=True) as connection:
-        connection.execute(f"UPDATE cryptography.keys SET {change} WHERE user_id = %s", (caller.user_id,))
+    server.deployment.edit_keys(f"UPDATE cryptography.keys SET {change} WHERE user_id = %s", caller.user_id)
 
     def check(call: Callable[..., object], request: object, reason: str) -> None:
         if not reason:

@@ -109,7 +109,7 @@ def deactivate(pair: Pair, used: Used) -> None:
 
 def let_expire(pair: Pair, used: Used) -> None:
     query = "UPDATE cryptography.keys SET created_at = '2020-01-01', expires_at = clock_timestamp() WHERE key_name = %s"
-    pair.execute(query, used.name)
+    pair.first.deployment.edit_keys(query, used.name)
 
 
 def lock_user(pair: Pair, used: Used) -> None:

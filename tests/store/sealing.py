@@ -23,6 +23,7 @@ from kms.store.pool import Pool, open_pool
 from kms.store.sealed_trail import StoredSealedTrail
 from kms.store.users import StoredUsers
 from tests.fixtures.postgres import Database
+from tests.store.records import RECORDS
 
 ORIGIN: Final = "neo-kms/audit"
 EVENT: Final = b"""
@@ -46,7 +47,7 @@ def write(admin: psycopg.Connection[object], times: int = 3) -> None:
 
 async def sealing_of(pool: Pool, hsm: TokenHsm, outside: OutsideCheckpoints | None = None) -> Sealing:
     """Return what seals the trail of the database, with the key of its user."""
-    keys = StoredKeys(pool)
+    keys = StoredKeys(pool, RECORDS)
     found = SealingKeys(keys, Keyring(keys, hsm), StoredUsers(pool).find_or_create_service, is_valid, ORIGIN)
     return Sealing(StoredSealedTrail(pool), hsm, await found.find_or_make(), outside, lambda: datetime.now(UTC))
 

@@ -13,12 +13,12 @@ import pytest
 
 from kms.app.access import Access
 from kms.app.keyring import usable
-from kms.app.ports import Change, Entry, User
+from kms.app.ports import Entry, User
 from kms.app.uses import Alone, Draft, used
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyName
 from kms.domain.keys import KeyRecord
-from kms.domain.lifecycle import Move, State, Use
+from kms.domain.lifecycle import Change, Move, State, Use
 from kms.store import cache as caches
 from kms.store.cache import Cache, boot_clock
 from kms.store.cached import CachedKeys, CachedUsers, ForgettingLedger, ForgettingLifecycle
@@ -30,6 +30,7 @@ from kms.store.pool import Pool, open_pool
 from kms.store.users import StoredUsers
 from kms.store.watch import watched
 from tests.fixtures.postgres import Database
+from tests.store.records import RECORDS
 from tests.store.uses import a_call, counter, make_key, make_user, rows, sign
 
 
@@ -95,9 +96,9 @@ class Worker:
 @asynccontextmanager
 async def worker(database: Database, *, hears: bool) -> AsyncIterator[Worker]:
     async with open_pool(database.dsn, 4) as pool, open_ledger(database.dsn, pool) as ledger:
-        keys, users = CachedKeys(StoredKeys(pool)), CachedUsers(StoredUsers(pool))
+        keys, users = CachedKeys(StoredKeys(pool, RECORDS)), CachedUsers(StoredUsers(pool))
         forgetting = ForgettingLedger(ledger, keys, users)
-        made = Worker(pool, keys, users, forgetting, ForgettingLifecycle(StoredLifecycle(pool), keys))
+        made = Worker(pool, keys, users, forgetting, ForgettingLifecycle(StoredLifecycle(pool, RECORDS), keys))
         if not hears:
             yield made
             return
@@ -380,7 +381,7 @@ async def test_a_change_is_heard_within_milliseconds(database: Database, here: W
     await until(lambda: here.users.status().dropped > users_dropped)
 
 
-async def test_a_charge_tells_nobody_but_where_it_reaches_the_limit(database: Database, here: Worker, alice: User) -> None:
+async def test_a_charge_tells_nobody_also_where_it_reaches_the_limit(database: Database, here: Worker, alice: User) -> None:
     key = await make_key(here.pool, alice, max_usage_count=5)
     with psycopg.connect(database.admin_dsn, autocommit=True) as connection:
         connection.execute("LISTEN kms_changed")

@@ -10,11 +10,11 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from kms.app.ports import Change, User
+from kms.app.ports import User
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId
 from kms.domain.keys import KeyRecord
-from kms.domain.lifecycle import Move
+from kms.domain.lifecycle import Change, Move
 from kms.store import journal_follower
 from kms.store.epoch import Cause, begin_epoch, check_epoch
 from kms.store.journal import Event, Journal, read_journal
@@ -23,6 +23,7 @@ from kms.store.journaled import JournaledLifecycle
 from kms.store.lifecycle import StoredLifecycle
 from kms.store.pool import Pool
 from tests.fixtures.postgres import Database
+from tests.store.records import RECORDS, mac
 from tests.store.uses import a_call, make_key, make_user
 
 Told = list[tuple[Event, KeyId]]
@@ -37,7 +38,7 @@ def journal(tmp_path: Path) -> Journal:
 
 @pytest.fixture
 async def follower(store: Pool, journal: Journal) -> JournalFollower:
-    await check_epoch(store)
+    await check_epoch(store, RECORDS)
     return JournalFollower(store, journal)
 
 
@@ -67,7 +68,7 @@ def places(journal: Journal) -> int:
 async def move(
     store: Pool, user: User, key: KeyRecord, *moves: Move, journal: Journal | None = None, change: Change | None = None
 ) -> KeyId:
-    stored = StoredLifecycle(store)
+    stored = StoredLifecycle(store, RECORDS)
     lifecycle = stored if journal is None else JournaledLifecycle(stored, journal, lambda: NOW)
     for each in moves:
         await lifecycle.move(a_call(user), key.identity.key_id, each, change or Change(reason="left"), version=None)
@@ -77,7 +78,7 @@ async def move(
 async def destroy(store: Pool, admin: psycopg.Connection[Any], user: User, key: KeyRecord) -> KeyId:
     await move(store, user, key, Move.DEACTIVATE, Move.SCHEDULE_DESTRUCTION)
     admin.execute("UPDATE cryptography.keys SET destruction_scheduled_at = now() WHERE id = %s", (key.identity.key_id,))
-    assert await StoredLifecycle(store).destroy_due()
+    assert await StoredLifecycle(store, RECORDS).destroy_due()
     return key.identity.key_id
 
 
@@ -163,7 +164,7 @@ async def test_a_place_of_another_epoch_does_not_count(
     first = await moved_each_way(store, admin, alice)
     await follower.catch_up()
     assert without_detours(told(journal)) == sorted(first)
-    begin_epoch(admin, Cause.RECOVERED, [], is_complete=True)
+    begin_epoch(admin, Cause.RECOVERED, [], is_complete=True, mac=mac)
     await follower.catch_up()
     # Changes are told again, since versions of keys are not the same ones in another epoch.
     again = [line for line in first if line[0] is Event.KEY_CHANGED]

@@ -17,6 +17,7 @@ from kms.store.keys import StoredKeys
 from kms.store.pool import Pool
 from kms.store.users import StoredUsers
 from tests.fixtures.postgres import Database
+from tests.store.records import RECORDS, renew_macs
 
 PEM = "-----BEGIN PUBLIC KEY-----\nMFkw\n-----END PUBLIC KEY-----\n"
 COPIES = b"""
@@ -35,7 +36,7 @@ COPIES = b"""
 
 @pytest.fixture
 def keys(store: Pool) -> StoredKeys:
-    return StoredKeys(store)
+    return StoredKeys(store, RECORDS)
 
 
 @pytest.fixture
@@ -59,6 +60,7 @@ def new_key(owner: UserId, name: str, key_type: KeyType = KeyType.SECP256R1, cus
 def as_superuser(database: Database, query: bytes) -> None:
     with psycopg.connect(database.admin_dsn) as connection:
         connection.execute(query)
+        renew_macs(connection)
 
 
 @pytest.mark.parametrize("custody", list(Custody))

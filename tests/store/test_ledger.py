@@ -12,12 +12,12 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from kms.app.ports import Change, Entry, User
+from kms.app.ports import Entry, User
 from kms.domain.algorithms import KeyType
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId
 from kms.domain.keys import KeyRecord
-from kms.domain.lifecycle import Move, State, Use, check_use
+from kms.domain.lifecycle import Change, Move, State, Use, check_use
 from kms.domain.permissions import needed_for
 from kms.store.batches import BatchConnection, connect, encoded
 from kms.store.keys import StoredKeys
@@ -26,6 +26,7 @@ from kms.store.lifecycle import StoredLifecycle
 from kms.store.pool import Pool, connection_settings
 from kms.store.repeats import StoredRepeats
 from tests.fixtures.postgres import Database
+from tests.store.records import RECORDS
 from tests.store.uses import a_call, charges, counter, decrypt, make_key, make_user, reason, rows, sign
 
 
@@ -90,7 +91,7 @@ async def test_a_use_is_charged_and_recorded(database: Database, store: Pool, le
     key = await make_key(store, alice)
     entry = sign(alice, key)
     await ledger.settle(entry)
-    after = await StoredKeys(store).find(alice.user_id, key.identity.key_id)
+    after = await StoredKeys(store, RECORDS).find(alice.user_id, key.identity.key_id)
     assert after is not None
     assert (after.usage_counter, after.version, after.state) == (1, key.version, State.ACTIVE)
     assert after.last_used_at is not None
@@ -147,26 +148,22 @@ async def test_a_limit_is_reached_and_never_passed(
     assert sorted(row["n"] for row in numbers) == list(range(1, limit + 1))
 
 
-async def test_a_key_at_its_limit_is_deactivated_with_an_event(
+async def test_a_key_at_its_limit_is_inactive_with_a_line_of_the_trail_and_no_stored_state(
     database: Database, store: Pool, ledger: StoredLedger, alice: User
 ) -> None:
-    key = await make_key(store, alice, max_usage_count=1)
-    await ledger.settle(sign(alice, key))
-    after = await StoredKeys(store).find(alice.user_id, key.identity.key_id)
+    key = await make_key(store, alice, max_usage_count=2)
+    await settle_all(ledger, [sign(alice, key), sign(alice, key)])
+    after = await StoredKeys(store, RECORDS).find(alice.user_id, key.identity.key_id)
     assert after is not None
-    assert (after.state, after.version) == (State.INACTIVE, 2)
+    assert (after.state, after.version, after.deactivated_at) == (State.INACTIVE, key.version, None)
     query = """
-        SELECT aggregate_version, event_type, initiated_by, event_data ->> 'reason' AS reason FROM audit.domain_events
-        WHERE aggregate_id = %s ORDER BY aggregate_version DESC LIMIT 1
+        SELECT severity, user_id, event_details FROM audit.security_events
+        WHERE resource_id = %s AND event_type = 'key.limit_reached'
     """
-    assert rows(database, query, key.identity.key_id) == [
-        {
-            "aggregate_version": 2,
-            "event_type": "key.deactivated",
-            "initiated_by": str(alice.user_id),
-            "reason": "usage limit reached",
-        }
-    ]
+    line = {"severity": "medium", "user_id": alice.user_id, "event_details": {"usage_counter": 2}}
+    assert rows(database, query, key.identity.key_id) == [line]
+    assert await settle_all(ledger, [sign(alice, key)]) == ["USAGE_LIMIT_REACHED"]
+    assert rows(database, query, key.identity.key_id) == [line]
 
 
 async def test_an_aes_key_makes_two_to_the_32_ciphertexts(
@@ -183,7 +180,7 @@ async def test_every_entry_of_a_mixed_batch_gets_its_own_verdict(
     database: Database, store: Pool, ledger: StoredLedger, alice: User, bob: User
 ) -> None:
     good, limited, inactive = [await make_key(store, alice, max_usage_count=limit) for limit in (None, 2, None)]
-    lifecycle = StoredLifecycle(store)
+    lifecycle = StoredLifecycle(store, RECORDS)
     inactive = await lifecycle.move(a_call(alice), inactive.identity.key_id, Move.DEACTIVATE, Change(), version=None)
     entries = [
         sign(alice, limited),
@@ -232,7 +229,7 @@ async def test_after_a_move_has_returned_no_use_succeeds(
     key = await make_key(store, alice)
     flood = [asyncio.create_task(settle_all(ledger, [sign(alice, key)] * 3)) for _ in range(20)]
     await asyncio.sleep(0.005)
-    await StoredLifecycle(store).move(a_call(alice), key.identity.key_id, move, Change(), version=None)
+    await StoredLifecycle(store, RECORDS).move(a_call(alice), key.identity.key_id, move, Change(), version=None)
     assert await settle_all(ledger, [sign(alice, key)] * 20) == [refusal] * 20
     assert {word for words in await asyncio.gather(*flood) for word in words} <= {"OK", refusal}
 
@@ -381,12 +378,13 @@ from kms.domain.ids import KeyName, UserId
 from kms.store.keys import StoredKeys
 from kms.store.ledger import open_ledger
 from kms.store.pool import open_pool
+from tests.store.records import RECORDS
 from uuid import UUID
 
 async def main(dsn, user_id, name, tries):
     user = User(UserId(UUID(user_id)), "alice", 0)
     async with open_pool(dsn, 2) as pool, open_ledger(dsn, pool) as ledger:
-        key = await StoredKeys(pool).find(user.user_id, KeyName(name))
+        key = await StoredKeys(pool, RECORDS).find(user.user_id, KeyName(name))
         outcomes = await asyncio.gather(*(ledger.settle(sign(user, key)) for _ in range(int(tries))), return_exceptions=True)
         print(sum(reason(outcome) == "OK" for outcome in outcomes))
 
@@ -426,16 +424,12 @@ async def test_a_ledger_that_was_idle_for_a_day_goes_on(
     assert (counter(database, key), ledger.status().losses) == (6, 0)
 
 
-async def test_a_key_whose_history_is_out_of_step_fails_alone_and_at_once(
+async def test_a_key_whose_history_is_out_of_step_is_used_as_any_other(
     database: Database, store: Pool, ledger: StoredLedger, alice: User, bob: User
 ) -> None:
-    mine, theirs = await make_key(store, alice, max_usage_count=1), await make_key(store, bob)
-    await ledger.settle(sign(bob, theirs))
-    # The use that reaches its limit deactivates the key, and the event of that does not follow its head.
+    mine, theirs = await make_key(store, alice, max_usage_count=2), await make_key(store, bob)
     query = "UPDATE audit.aggregate_heads SET aggregate_version = aggregate_version + 1 WHERE aggregate_id = %s"
     rows(database, query, mine.identity.key_id)
-    for uses in ([sign(alice, mine)], [sign(bob, theirs), sign(alice, mine), *(sign(bob, theirs) for _ in range(3))]):
-        async with asyncio.timeout(3):
-            told = await settle_all(ledger, uses)
-        assert told == ["STORE_UNAVAILABLE" if use.key_id == mine.identity.key_id else "OK" for use in uses]
-    assert (counter(database, mine), counter(database, theirs)) == (0, 5)
+    uses = [sign(bob, theirs), sign(alice, mine), sign(alice, mine), sign(alice, mine), sign(bob, theirs)]
+    assert await settle_all(ledger, uses) == ["OK", "OK", "OK", "USAGE_LIMIT_REACHED", "OK"]
+    assert (counter(database, mine), counter(database, theirs)) == (2, 2)

@@ -13,12 +13,12 @@ import structlog
 from psycopg import errors, sql
 
 from kms.app.moving import Destruction
-from kms.app.ports import Change, User
+from kms.app.ports import User
 from kms.domain.algorithms import KeyType
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId
 from kms.domain.keys import Custody, KeyRecord
-from kms.domain.lifecycle import Move, State, check_move
+from kms.domain.lifecycle import Change, Move, State, check_move
 from kms.store import lifecycle as lifecycle_module
 from kms.store.keys import StoredKeys
 from kms.store.lifecycle import StoredLifecycle
@@ -26,6 +26,7 @@ from kms.store.pool import Pool
 from tests.fakes.hsm import FakeHsm
 from tests.fixtures.postgres import Database
 from tests.store.acting import acting_for
+from tests.store.records import RECORDS
 from tests.store.uses import a_call, make_key, make_user, new_key, rows
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -53,7 +54,7 @@ _LEADS_TO = {
 
 @pytest.fixture
 def lifecycle(store: Pool) -> StoredLifecycle:
-    return StoredLifecycle(store)
+    return StoredLifecycle(store, RECORDS)
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ async def test_every_move_from_a_state_does_what_the_table_says(
     for move in Move:
         key = await make_key(store, alice)
         rows(database, f"{_INTO[state]} WHERE id = %s" if state is not State.ACTIVE else "SELECT %s::uuid", key.identity.key_id)
-        before = await StoredKeys(store).find(alice.user_id, key.identity.key_id)
+        before = await StoredKeys(store, RECORDS).find(alice.user_id, key.identity.key_id)
         assert before is not None
         assert before.state is state
         change: dict[str, Any] = {"metadata": {"a": "b"}} if move is Move.UPDATE else {"reason": "asked"}
@@ -123,7 +124,7 @@ async def test_every_move_from_a_state_does_what_the_table_says(
             assert events(database, key)[-1][0] == after.version
         else:
             assert (await refused(lifecycle, alice, key, move, **change)).reason == table[state, move]
-            assert await StoredKeys(store).find(alice.user_id, key.identity.key_id) == before
+            assert await StoredKeys(store, RECORDS).find(alice.user_id, key.identity.key_id) == before
             assert events(database, key)[-1][0] == before.version
 
 
@@ -332,7 +333,7 @@ async def test_a_key_that_is_created_ahead_of_its_time_is_pre_active_until_then(
         7,
     )
     rows(database, "UPDATE cryptography.keys SET activated_at = now() WHERE id = %s", key.identity.key_id)
-    found = await StoredKeys(store).find(alice.user_id, key.identity.key_id)
+    found = await StoredKeys(store, RECORDS).find(alice.user_id, key.identity.key_id)
     assert found is not None
     assert found.state is State.ACTIVE
     other = await make_key(store, alice, activated_at=AHEAD)
@@ -348,7 +349,7 @@ async def test_a_key_that_has_expired_before_it_is_made_is_refused(store: Pool, 
 async def test_what_is_due_is_destroyed_and_the_row_stays(
     database: Database, store: Pool, lifecycle: StoredLifecycle, alice: User
 ) -> None:
-    resident = await StoredKeys(store).insert(alice.user_id, new_key(alice.user_id, custody=Custody.RESIDENT))
+    resident = await StoredKeys(store, RECORDS).insert(alice.user_id, new_key(alice.user_id, custody=Custody.RESIDENT))
     wrapped, later = await make_key(store, alice), await make_key(store, alice)
     for key in (resident, wrapped, later):
         await moved(lifecycle, alice, key, Move.DEACTIVATE)
@@ -359,9 +360,9 @@ async def test_what_is_due_is_destroyed_and_the_row_stays(
     destroyed = await lifecycle.destroy_due()
     assert {key.key_id for key in destroyed} == set(due)
     objects = [str(resident.hsm_key_id), "0a0b"]
-    assert await lifecycle.destroyed_objects(objects) == objects[:1]
+    assert await lifecycle.removable_objects(objects) == objects[:1]
     assert await lifecycle.destroy_due() == []
-    found = await StoredKeys(store).find(alice.user_id, due[0])
+    found = await StoredKeys(store, RECORDS).find(alice.user_id, due[0])
     assert found is not None
     assert (found.state, found.public_key) == (State.DESTROYED, resident.public_key)
     assert found.destroyed_at is not None
@@ -456,9 +457,9 @@ async def test_nobody_changes_states_and_counters_but_by_the_functions(
     if role != "none":
         attempts.append("SELECT cryptography.settle(gen_random_uuid(), 1, '[]')")
     if role != "authenticated_users":
-        attempts.append("SELECT cryptography.move_key(gen_random_uuid(), 'revoke', '{}', 0, NULL, NULL, NULL)")
+        attempts.append("SELECT cryptography.move_key(gen_random_uuid(), 'revoke', '{}', 0, NULL, now(), NULL, NULL, NULL)")
     if role != "job_runner":
-        attempts.append("SELECT cryptography.destroy_due_keys()")
+        attempts.append("SELECT cryptography.destroy_keys('{}', '{}', now(), '{}')")
     for attempt in attempts:
         with pytest.raises(errors.InsufficientPrivilege), acting_for(database.dsn, role, alice.user_id) as connection:
             connection.execute(attempt.encode())
@@ -488,4 +489,4 @@ async def resident(store: Pool, token: FakeHsm, user: User) -> KeyRecord:
     """Return a RESIDENT key of *user* whose object *token* holds."""
     new = new_key(user.user_id, custody=Custody.RESIDENT)
     material = await token.generate(new.identity, Custody.RESIDENT)
-    return await StoredKeys(store).insert(user.user_id, replace(new, material=material), call=a_call(user))
+    return await StoredKeys(store, RECORDS).insert(user.user_id, replace(new, material=material), call=a_call(user))

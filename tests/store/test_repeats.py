@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from kms.app.ports import Call, Change, User
+from kms.app.ports import Call, User
 from kms.domain.keys import KeyRecord
-from kms.domain.lifecycle import Move
+from kms.domain.lifecycle import Change, Move
 from kms.store.ledger import StoredLedger, open_ledger
 from kms.store.lifecycle import StoredLifecycle
 from kms.store.pool import Pool
 from kms.store.repeats import StoredRepeats
 from tests.fixtures.postgres import Database
+from tests.store.records import RECORDS
 from tests.store.uses import a_call, a_repeat, charges, counter, make_key, make_user, reason, rows, sign
 
 
@@ -89,7 +90,7 @@ async def test_a_repeat_on_a_revoked_or_compromised_key_is_refused(
 ) -> None:
     entry = sign(alice, key, repeat=a_repeat("order-1"))
     await ledger.settle(entry)
-    await StoredLifecycle(store).move(a_call(alice), key.identity.key_id, move, Change(), version=None)
+    await StoredLifecycle(store, RECORDS).move(a_call(alice), key.identity.key_id, move, Change(), version=None)
     outcomes = await asyncio.gather(ledger.settle(entry), return_exceptions=True)
     assert reason(outcomes[0]) == f"KEY_{move.upper()}D"
 

@@ -12,11 +12,10 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from kms.app.ports import Change
 from kms.dev.postgres import EmbeddedPostgres, temporary_postgres
 from kms.domain.algorithms import KeyType
 from kms.domain.errors import KmsError, Reason
-from kms.domain.lifecycle import Move
+from kms.domain.lifecycle import Change, Move
 from kms.domain.secret import Secret
 from kms.store.backup import backup, connected
 from kms.store.backup_catalog import read_catalog, read_properties, read_roles
@@ -29,6 +28,7 @@ from kms.store.pool import Pool, connection_settings, open_pool
 from kms.store.restore import drilled, restore, scratch_database
 from tests.fixtures.postgres import Database
 from tests.store.backup_rows import add_key, add_session, add_user, states
+from tests.store.records import RECORDS, mac
 from tests.store.uses import a_call, make_key, make_user
 
 SOON = datetime.now(UTC) + timedelta(days=20)
@@ -77,7 +77,7 @@ def test_what_is_restored_is_what_was_dumped(
 ) -> None:
     add_key(admin, add_user(admin), "payments")
     file, manifest = backup(database.admin_dsn, tmp_path / "one", [tmp_path / "journal"])
-    restored = restore(other, file, [tmp_path / "journal"])
+    restored = restore(other, file, [tmp_path / "journal"], mac=mac)
     assert (restored.rows, restored.applied, restored.roles_made) == (sum(manifest.rows.values()), (), ())
     with on(other) as connection:
         assert read_catalog(connection).objects == manifest.catalog
@@ -98,7 +98,7 @@ def test_a_server_that_never_had_the_roles_gets_them_first(
     add_key(admin, add_user(admin), "payments")
     file, manifest = backup(database.admin_dsn, tmp_path / "one")
     with temporary_postgres() as bare:
-        restored = restore(bare.superuser_dsn("kms"), file)
+        restored = restore(bare.superuser_dsn("kms"), file, mac=mac)
         assert {"kms_service", "kms_lifecycle"} < set(restored.roles_made)
         with on(bare.superuser_dsn("kms")) as connection:
             assert read_roles(connection) == (manifest.roles, manifest.memberships)
@@ -118,7 +118,7 @@ def test_a_role_that_may_do_more_here_is_refused(
         admin.execute(b"ALTER ROLE mighty BYPASSRLS LOGIN")
         before = databases(postgres)
         assert 'the role "mighty" exists here and may do more than it did: BYPASSRLS, LOGIN' in refused(
-            lambda: restore(other, file)
+            lambda: restore(other, file, mac=mac)
         )
         assert databases(postgres) == before
     finally:
@@ -130,7 +130,7 @@ def test_an_empty_database_of_that_name_is_taken(database: Database, other: str,
     file, _ = backup(database.admin_dsn, tmp_path / "one")
     with on(database.admin_dsn) as connection:
         connection.execute(f"CREATE DATABASE {psycopg.conninfo.conninfo_to_dict(other)['dbname']}".encode())
-    restore(other, file)
+    restore(other, file, mac=mac)
     assert check(other) == []
 
 
@@ -140,7 +140,7 @@ def test_nothing_is_restored_over_a_database_that_holds_anything(
     file, _ = backup(database.admin_dsn, tmp_path / "one")
     add_user(admin)
     before = databases(postgres)
-    assert "is not empty, and nothing is restored over it" in refused(lambda: restore(database.admin_dsn, file))
+    assert "is not empty, and nothing is restored over it" in refused(lambda: restore(database.admin_dsn, file, mac=mac))
     assert databases(postgres) == before
     assert admin.execute(b"SELECT count(*) FROM authentication.users").fetchone() == (1,)
 
@@ -187,7 +187,9 @@ def test_what_came_back_otherwise_is_dropped(
         return read_catalog(connection)
 
     monkeypatch.setattr("kms.store.restore.read_catalog", spoiled)
-    assert "not what was dumped: policy cryptography.keys.keys_own_data is missing" in refused(lambda: restore(other, file))
+    assert "not what was dumped: policy cryptography.keys.keys_own_data is missing" in refused(
+        lambda: restore(other, file, mac=mac)
+    )
     assert databases(postgres) == before
 
 
@@ -200,7 +202,7 @@ def test_a_server_that_is_too_old_for_the_backup_is_refused_before_anything_is_m
     newer.write_bytes(file.read_bytes()[: manifest.dump_bytes])
     seal(newer, replace(manifest, server_version=made_of, client_version=made_with))
     before = databases(postgres)
-    for work in (lambda: restore(other, newer), lambda: drilled(other, newer).__enter__()):
+    for work in (lambda: restore(other, newer, mac=mac), lambda: drilled(other, newer).__enter__()):
         assert f"made of PostgreSQL {made_of} with pg_dump of 18, and this server is PostgreSQL 17: restore it into" in refused(
             work
         )
@@ -216,7 +218,7 @@ def test_a_login_that_cannot_restore_is_told_what_to_do(
     try:
         nearly_mighty = make_conninfo(other, user="nearly_mighty", password="secret")  # noqa: S106  # of this test
         for login in (service_dsn(other, postgres), nearly_mighty):
-            assert "restoring takes a superuser" in refused(lambda: restore(login, file))  # noqa: B023  # called at once
+            assert "restoring takes a superuser" in refused(lambda: restore(login, file, mac=mac))  # noqa: B023  # called at once
     finally:
         admin.execute(b"DROP ROLE nearly_mighty")
     assert databases(postgres) == before
@@ -243,7 +245,7 @@ def test_a_restore_begins_an_epoch_that_the_service_accepts(
     postgres: EmbeddedPostgres, database: Database, other: str, tmp_path: Path
 ) -> None:
     file, manifest = backup(database.admin_dsn, tmp_path / "one")
-    assert restore(other, file).beginning.number == 1
+    assert restore(other, file, mac=mac).beginning.number == 1
     with on(other) as connection:
         row = connection.execute(b"SELECT cause, backup_created_at FROM cryptography.epochs").fetchone()
     assert row == ("RESTORED", datetime.fromisoformat(manifest.created_at))
@@ -252,8 +254,8 @@ def test_a_restore_begins_an_epoch_that_the_service_accepts(
 async def test_a_database_that_was_never_served_begins_its_first_epoch(database: Database) -> None:
     async with open_pool(database.dsn, 1) as pool:
         assert await current_epoch(pool) is None
-        await check_epoch(pool)
-        await check_epoch(pool)
+        await check_epoch(pool, RECORDS)
+        await check_epoch(pool, RECORDS)
         epoch = await current_epoch(pool)
     assert epoch is not None
     assert (epoch.number, epoch.cause, epoch.is_here) == (1, "FIRST_START", True)
@@ -263,20 +265,20 @@ async def test_what_pg_restore_alone_made_is_not_served_until_an_epoch_is_begun(
     postgres: EmbeddedPostgres, database: Database, tmp_path: Path
 ) -> None:
     async with open_pool(database.dsn, 1) as pool:
-        await check_epoch(pool)
+        await check_epoch(pool, RECORDS)
     file, _ = backup(database.admin_dsn, tmp_path / "one")
     with drilled(database.admin_dsn, file) as (dsn, _), on(dsn) as connection:
         connection.execute(b"DO $$BEGIN EXECUTE format('GRANT CONNECT ON DATABASE %I TO kms_service', current_database()); END$$")
         async with open_pool(service_dsn(dsn, postgres), 1) as pool:
             with pytest.raises(KmsError, match="Run `kms epoch begin`"):
-                await check_epoch(pool)
-            begin_epoch(connection, Cause.RECOVERED, [], is_complete=False)
-            await check_epoch(pool)
+                await check_epoch(pool, RECORDS)
+            begin_epoch(connection, Cause.RECOVERED, [], is_complete=False, mac=mac)
+            await check_epoch(pool, RECORDS)
             connection.execute(b"UPDATE cryptography.epochs SET timeline = '0000000A' WHERE number = 2")
             with pytest.raises(KmsError, match="recovered to a point in time"):
-                await check_epoch(pool)
-            assert continue_epoch(connection) == 3
-            await check_epoch(pool)
+                await check_epoch(pool, RECORDS)
+            assert continue_epoch(connection, mac) == 3
+            await check_epoch(pool, RECORDS)
 
 
 def test_sessions_and_grants_do_not_come_back_nor_rows_of_any_table_that_says_so(
@@ -292,7 +294,7 @@ def test_sessions_and_grants_do_not_come_back_nor_rows_of_any_table_that_says_so
     admin.execute(b"CREATE TABLE authentication.api_tokens AS SELECT 1 AS id")
     admin.execute(b"COMMENT ON TABLE authentication.api_tokens IS 'Emptied by a restore: revoked ones would come back.'")
     file, _ = backup(database.admin_dsn, tmp_path / "one")
-    emptied = restore(other, file).beginning.emptied
+    emptied = restore(other, file, mac=mac).beginning.emptied
     tables = {"authentication.api_tokens", "authentication.user_sessions", "cryptography.key_grants"}
     assert tables <= set(emptied)
     with on(other) as connection:
@@ -326,7 +328,7 @@ def test_with_its_journal_keys_whose_uses_are_counted_come_back_inactive(
     before = states(admin)
     Journal(tmp_path / "journal").append(Event.KEY_REVOKED, uuid4(), occurred_at=PAST, reason="")
     file, _ = backup(database.admin_dsn, tmp_path / "one", [tmp_path / "journal"])
-    beginning = restore(other, file, [tmp_path / "journal"]).beginning
+    beginning = restore(other, file, [tmp_path / "journal"], mac=mac).beginning
     assert (beginning.unconfirmed, beginning.deactivated) == (5, 4)
     with on(other) as connection:
         assert states(connection) == before | {
@@ -349,10 +351,10 @@ def test_a_destruction_that_may_have_been_cancelled_since_the_backup_is_put_off(
     journal = Journal(tmp_path / "journal")
     journal.append(Event.KEY_REVOKED, uuid4(), occurred_at=PAST, reason="")
     file, _ = backup(database.admin_dsn, tmp_path / "one", [journal.path])
-    restore(other, file, [journal.path])
+    restore(other, file, [journal.path], mac=mac)
     with on(other) as connection:
         connection.execute(b"UPDATE cryptography.keys SET destruction_scheduled_at = '2020-01-01'")
-        begin_epoch(connection, Cause.RESTORED, [], is_complete=True)
+        begin_epoch(connection, Cause.RESTORED, [], is_complete=True, mac=mac)
         query = b"SELECT destruction_scheduled_at > now() + interval '6 days', destroyed_at FROM cryptography.keys WHERE id = %s"
         assert connection.execute(query, (key,)).fetchone() == (True, None)
         assert connection.execute(b"SELECT * FROM cryptography.destroy_due_keys()").fetchall() == []
@@ -375,7 +377,7 @@ def test_without_its_journal_every_key_comes_back_inactive(
         journal.append(Event.KEY_REVOKED, uuid4(), occurred_at=PAST, reason="")
     file, _ = backup(database.admin_dsn, tmp_path / "one", [journal.path] if recorded else [])
     # A journal that the backup did not know may be anybody's; to one that tells of nothing perhaps nobody writes.
-    assert restore(other, file, [journal.path] if given else []).beginning.unconfirmed == 6
+    assert restore(other, file, [journal.path] if given else [], mac=mac).beginning.unconfirmed == 6
     with on(other) as connection:
         assert "active" not in states(connection).values()
 
@@ -388,7 +390,7 @@ def test_a_journal_whose_end_is_lost_is_refused_before_anything_is_made(
     file, _ = backup(database.admin_dsn, tmp_path / "one", [journal.path])
     journal.path.write_text(journal.path.read_text().splitlines(keepends=True)[0])
     before = databases(postgres)
-    assert "its end is lost" in refused(lambda: restore(other, file, [journal.path]))
+    assert "its end is lost" in refused(lambda: restore(other, file, [journal.path], mac=mac))
     assert databases(postgres) == before
 
 
@@ -416,7 +418,7 @@ def test_the_journal_is_replayed(database: Database, admin: psycopg.Connection[A
     ]
     for minutes, (event, subject) in enumerate(told):
         journal.append(event, subject, occurred_at=PAST + timedelta(minutes=minutes), reason="lost")
-    replayed = restore(other, file, [journal.path]).beginning.replayed
+    replayed = restore(other, file, [journal.path], mac=mac).beginning.replayed
     assert [replayed[event] for event in (Event.KEY_REVOKED, Event.KEY_COMPROMISED, Event.KEY_DESTROYED)] == [2, 1, 1]
     with on(other) as connection:
         found = states(connection)
@@ -447,13 +449,13 @@ async def test_a_key_that_was_changed_after_the_backup_waits_for_its_confirmatio
         journal.write(changed_line(before, 2, occurred_at=PAST, what="deactivate"))
     file, _ = backup(database.admin_dsn, tmp_path / "one", [journal.path for journal in journals])
     journals[1].write(changed_line(after, 2, occurred_at=PAST, what="deactivate"))
-    beginning = restore(other, file, [journal.path for journal in journals]).beginning
+    beginning = restore(other, file, [journal.path for journal in journals], mac=mac).beginning
     assert (beginning.unconfirmed, beginning.deactivated) == (1, 1)
     async with open_pool(service_dsn(other, postgres), 1) as pool:
         assert [each.key_id for each in await unconfirmed_keys(pool)] == [after]
         with on(other) as connection:
             assert states(connection) == {"before": "active", "after": "inactive", "untouched": "active"}
-        assert await confirm_key(pool, after, 3), "without a limit the count is that of its uses"
+        assert await confirm_key(pool, RECORDS, after, 3), "without a limit the count is that of its uses"
     with on(other) as connection:
         assert states(connection)["after"] == "active"
 
@@ -462,21 +464,21 @@ async def test_an_administrator_confirms_a_key_with_a_count(
     postgres: EmbeddedPostgres, database: Database, admin: psycopg.Connection[Any], tmp_path: Path
 ) -> None:
     keys = some_keys(admin, add_user(admin))
-    begin_epoch(admin, Cause.RECOVERED, [], is_complete=True)
+    begin_epoch(admin, Cause.RECOVERED, [], is_complete=True, mac=mac)
     async with open_pool(database.dsn, 1) as pool:
         assert {each.key_id for each in await unconfirmed_keys(pool)} == {keys[name] for name in IN_DOUBT}
         for count in (2, 11, 2**80):
             with pytest.raises(KmsError) as caught:
-                await confirm_key(pool, keys["limited"], count)
+                await confirm_key(pool, RECORDS, keys["limited"], count)
             assert caught.value.reason is Reason.MALFORMED
-        assert await confirm_key(pool, keys["limited"], 7)
+        assert await confirm_key(pool, RECORDS, keys["limited"], 7)
         with pytest.raises(KmsError) as caught:
-            await confirm_key(pool, keys["aes"], 2**32 + 1)
+            await confirm_key(pool, RECORDS, keys["aes"], 2**32 + 1)
         assert caught.value.reason is Reason.MALFORMED
-        assert not await confirm_key(pool, keys["aes"], 2**32), "at its limit"
-        assert not await confirm_key(pool, keys["limited-inactive"], 1)
+        assert not await confirm_key(pool, RECORDS, keys["aes"], 2**32), "at its limit"
+        assert not await confirm_key(pool, RECORDS, keys["limited-inactive"], 1)
         with pytest.raises(KmsError) as caught:
-            await confirm_key(pool, keys["limited"], 8)
+            await confirm_key(pool, RECORDS, keys["limited"], 8)
         assert caught.value.reason is Reason.KEY_NOT_FOUND
         assert {each.key_id for each in await unconfirmed_keys(pool)} == {keys["limited-pending"], keys["limited-due"]}
     found = states(admin)
@@ -491,16 +493,16 @@ async def test_what_a_restore_does_to_a_key_has_the_reason_restored(
     key, revoked = await make_key(store, user, KeyType.AES), await make_key(store, user)
     journal = Journal(tmp_path / "journal")
     journal.append(Event.KEY_REVOKED, revoked.identity.key_id, occurred_at=PAST, reason="lost")
-    begin_epoch(admin, Cause.RESTORED, read_journal(journal.path), is_complete=True)
+    begin_epoch(admin, Cause.RESTORED, read_journal(journal.path), is_complete=True, mac=mac)
     domain = "SELECT event_type, event_data ->> 'reason' FROM audit.domain_events WHERE event_type <> 'key.created' ORDER BY 1"
     security = "SELECT event_type, event_details ->> 'reason' FROM audit.security_events WHERE event_type = 'key.deactivated'"
     assert admin.execute(domain).fetchall() == [("key.deactivated", "RESTORED"), ("key.revoked", "RESTORED")]
     assert admin.execute(security).fetchall() == [("key.deactivated", "RESTORED")]
-    reactivate = StoredLifecycle(store).move(a_call(user), key.identity.key_id, Move.REACTIVATE, Change(), version=None)
+    reactivate = StoredLifecycle(store, RECORDS).move(a_call(user), key.identity.key_id, Move.REACTIVATE, Change(), version=None)
     with pytest.raises(KmsError, match="was restored from a backup, and waits until an administrator confirms") as caught:
         await reactivate
     assert caught.value.reason is Reason.KEY_INACTIVE
-    assert await confirm_key(store, key.identity.key_id, 5)
+    assert await confirm_key(store, RECORDS, key.identity.key_id, 5)
     row = admin.execute("SELECT event_data ->> 'reason' FROM audit.domain_events WHERE event_type = 'key.reactivated'").fetchone()
     assert row == (None,), "what was said of the restore is not said of what comes later"
 
@@ -508,7 +510,7 @@ async def test_what_a_restore_does_to_a_key_has_the_reason_restored(
 def test_nobody_confirms_a_key_of_his_own(database: Database, admin: psycopg.Connection[Any]) -> None:
     owner = add_user(admin)
     key = add_key(admin, owner, "limited", max_usage_count=10)
-    begin_epoch(admin, Cause.RECOVERED, [], is_complete=True)
+    begin_epoch(admin, Cause.RECOVERED, [], is_complete=True, mac=mac)
     with psycopg.connect(database.dsn) as service:
         service.execute("SELECT set_config('role', 'admin_users', true), set_config('app.user_id', %s, true)", (str(owner),))
         with pytest.raises(psycopg.errors.InsufficientPrivilege, match="nobody confirms a key of his own"):
@@ -519,7 +521,7 @@ def test_whatever_reactivates_keys_does_not_reactivate_one_that_waits(admin: psy
     owner = add_user(admin)
     add_key(admin, owner, "limited", max_usage_count=10)
     add_key(admin, owner, "free", deactivated_at=PAST, key_status="inactive")
-    begin_epoch(admin, Cause.RECOVERED, [], is_complete=True)
+    begin_epoch(admin, Cause.RECOVERED, [], is_complete=True, mac=mac)
     reactivate = "UPDATE cryptography.keys SET deactivated_at = NULL, key_status = 'active' WHERE key_name = %s"
     admin.execute(reactivate, ("free",))
     with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="waits until an administrator confirms"):
@@ -531,13 +533,13 @@ async def test_a_key_that_waited_at_the_backup_waits_on_and_then_comes_back(
 ) -> None:
     key = add_key(admin, add_user(admin), "limited", max_usage_count=10)
     confirmed = add_key(admin, add_user(admin), "other", max_usage_count=10)
-    begin_epoch(admin, Cause.RECOVERED, [], is_complete=True)
+    begin_epoch(admin, Cause.RECOVERED, [], is_complete=True, mac=mac)
     async with open_pool(database.dsn, 1) as pool:
-        await confirm_key(pool, confirmed, 1)
-        assert begin_epoch(admin, Cause.RECOVERED, [], is_complete=True).unconfirmed == 2
+        await confirm_key(pool, RECORDS, confirmed, 1)
+        assert begin_epoch(admin, Cause.RECOVERED, [], is_complete=True, mac=mac).unconfirmed == 2
         assert {each.epoch for each in await unconfirmed_keys(pool)} == {2}
-        assert await confirm_key(pool, key, 5)
-        assert await confirm_key(pool, confirmed, 5)
+        assert await confirm_key(pool, RECORDS, key, 5)
+        assert await confirm_key(pool, RECORDS, confirmed, 5)
     assert states(admin) == {"limited": "active", "other": "active"}
 
 
@@ -549,7 +551,7 @@ def test_an_epoch_begins_whole_or_not_at_all(admin: psycopg.Connection[Any], tmp
     journal.append(Event.KEY_REVOKED, key, occurred_at=PAST, reason="")
     admin.execute(b"ALTER TABLE cryptography.restored_keys ADD CHECK (false)")
     with pytest.raises(psycopg.errors.CheckViolation):
-        begin_epoch(admin, Cause.RECOVERED, read_journal(journal.path)[:0], is_complete=True)
+        begin_epoch(admin, Cause.RECOVERED, read_journal(journal.path)[:0], is_complete=True, mac=mac)
     assert admin.execute(b"SELECT count(*) FROM authentication.user_sessions").fetchone() == (1,)
     assert admin.execute(b"SELECT count(*) FROM cryptography.epochs").fetchone() == (0,)
     assert states(admin) == {"aes": "active"}

@@ -17,6 +17,7 @@ from kms.store import restore as restoration
 from kms.store.backup import backup
 from kms.store.migrate import check, migrate, migrations, set_service_password
 from kms.store.restore import restore
+from tests.store.records import mac
 
 SCHEMA = Path(__file__).parents[2] / "schema"
 OLD = "2025.01.23.020"
@@ -66,7 +67,7 @@ def rows(dsn: str, query: bytes) -> list[Any]:
 
 def test_what_the_later_migrations_make_is_the_migrators(prepared: Prepared, tmp_path: Path) -> None:
     admin = prepared.server.superuser_dsn("second")
-    assert len(restore(admin, prepared.file).applied) > 1
+    assert len(restore(admin, prepared.file, mac=mac).applied) > 1
     assert check(prepared.dsn_of("kms_migrator", "second")) == []
     assert rows(admin, UNREADABLE) == []
     backup(prepared.dsn_of("backup_user", "second"), tmp_path / "again")
@@ -82,5 +83,5 @@ def test_a_migration_that_leaves_something_to_the_superuser_undoes_the_restore(
 ) -> None:
     monkeypatch.setattr(restoration, "migrate", lambda dsn, role: migrate(dsn))  # as the superuser
     with pytest.raises(KmsError, match="left what is not its owner's: function audit"):
-        restore(prepared.server.superuser_dsn("third"), prepared.file)
+        restore(prepared.server.superuser_dsn("third"), prepared.file, mac=mac)
     assert rows(prepared.server.superuser_dsn(), b"SELECT FROM pg_database WHERE datname ~ '^third'") == []

@@ -20,6 +20,7 @@ from kms.store.migrate import migrate, set_service_password
 from kms.store.pool import open_pool
 from kms.store.restore import begin_recovered
 from tests.store.backup_rows import add_key, add_session, add_user, states
+from tests.store.records import RECORDS, mac
 
 
 @contextmanager
@@ -86,7 +87,7 @@ async def test_a_database_recovered_to_a_moment_is_as_it_was_then_and_wants_an_e
         set_service_password(dsn, Secret(server.service_password().encode()))
         password = server.service_password()
         async with open_pool(server.service_dsn("kms"), 1) as pool:
-            await check_epoch(pool)
+            await check_epoch(pool, RECORDS)
         with on(dsn) as connection:
             connection.execute(b"CREATE ROLE copier LOGIN REPLICATION")
             with (server.directory / "data" / "pg_hba.conf").open("a") as rules:
@@ -116,9 +117,9 @@ async def test_a_database_recovered_to_a_moment_is_as_it_was_then_and_wants_an_e
         assert states(connection) == {"before": "active"}
         async with open_pool(server.service_dsn("kms"), 1) as pool:
             with pytest.raises(KmsError, match="recovered to a point in time"):
-                await check_epoch(pool)
-            beginning = begin_recovered(server.superuser_dsn("kms"), [])
+                await check_epoch(pool, RECORDS)
+            beginning = begin_recovered(server.superuser_dsn("kms"), [], mac=mac)
             assert (beginning.number, beginning.unconfirmed) == (2, 1)
-            await check_epoch(pool)
+            await check_epoch(pool, RECORDS)
         assert states(connection) == {"before": "inactive"}
         assert value(connection, b"SELECT count(*) FROM authentication.user_sessions") == 0

@@ -30,6 +30,7 @@ from kms.store.sealer import sealed
 from kms.wiring.condition import SealWatch
 from tests.conformance.test_outages import soon
 from tests.fixtures.postgres import Database
+from tests.store.records import RECORDS, mac
 from tests.store.sealing import EVENT, checked, lines_of, sealing_of, write
 
 OLD: Final = b"INSERT INTO audit.security_events (event_type, severity, created_at) VALUES ('old', 'low', '2024-01-05')"
@@ -53,7 +54,7 @@ def other(postgres: EmbeddedPostgres) -> Iterator[str]:
 async def test_of_two_that_seal_at_once_one_is_refused_and_the_trail_does_not_fork(
     store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any]
 ) -> None:
-    await check_epoch(store)
+    await check_epoch(store, RECORDS)
     sealing = await sealing_of(store, hsm)
     write(admin)
     outcomes = await asyncio.gather(*(sealing.seal() for _ in range(4)), return_exceptions=True)
@@ -67,7 +68,7 @@ async def test_of_two_that_seal_at_once_one_is_refused_and_the_trail_does_not_fo
 async def test_a_checkpoint_that_does_not_follow_the_last_is_refused(
     store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any]
 ) -> None:
-    await check_epoch(store)
+    await check_epoch(store, RECORDS)
     sealing, trail = await sealing_of(store, hsm), StoredSealedTrail(store)
     await sealing.seal()
     last = await trail.last()
@@ -84,7 +85,7 @@ async def test_a_checkpoint_that_does_not_follow_the_last_is_refused(
 async def test_a_row_that_commits_behind_later_ones_is_sealed_in_its_place(
     database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any]
 ) -> None:
-    await check_epoch(store)
+    await check_epoch(store, RECORDS)
     sealing = await sealing_of(store, hsm)
     before = await sealing.seal()
     with psycopg.connect(database.admin_dsn) as slow:
@@ -105,7 +106,7 @@ async def test_a_backlog_is_sealed_in_several_checkpoints(
 ) -> None:
     monkeypatch.setattr(app_sealing, "_ROWS_SEALED_MAX", 4)
     monkeypatch.setattr(app_sealing, "_ROWS_READ_MAX", 3)
-    await check_epoch(store)
+    await check_epoch(store, RECORDS)
     sealing = await sealing_of(store, hsm)
     write(admin, 9)
     await sealing.seal()
@@ -118,7 +119,7 @@ async def test_a_backlog_is_sealed_in_several_checkpoints(
 async def test_a_checkpoint_that_somebody_changed_is_not_gone_on_from(
     store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any]
 ) -> None:
-    await check_epoch(store)
+    await check_epoch(store, RECORDS)
     sealing = await sealing_of(store, hsm)
     await sealing.seal()
     admin.execute("UPDATE audit.checkpoints SET epoch = 7")
@@ -130,7 +131,7 @@ async def test_a_checkpoint_that_somebody_changed_is_not_gone_on_from(
 async def test_the_file_outside_is_repaired_and_completed(
     store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], tmp_path: Path
 ) -> None:
-    await check_epoch(store)
+    await check_epoch(store, RECORDS)
     outside = CheckpointFile(tmp_path / "checkpoints")
     sealing = await sealing_of(store, hsm, outside)
     for _ in range(3):
@@ -149,7 +150,7 @@ async def test_the_file_outside_is_repaired_and_completed(
 async def test_another_worker_takes_over_when_the_one_that_seals_is_gone(
     database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any]
 ) -> None:
-    await check_epoch(store)
+    await check_epoch(store, RECORDS)
     made = await sealing_of(store, hsm)
     began: list[str] = []
 
@@ -177,7 +178,7 @@ async def test_after_a_restore_the_trail_goes_on_and_what_was_lost_is_told(
     database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], other: str,
     postgres: EmbeddedPostgres, tmp_path: Path,
 ) -> None:  # fmt: skip
-    await check_epoch(store)
+    await check_epoch(store, RECORDS)
     outside = CheckpointFile(tmp_path / "checkpoints")
     sealing = await sealing_of(store, hsm, outside)
     write(admin)
@@ -185,7 +186,7 @@ async def test_after_a_restore_the_trail_goes_on_and_what_was_lost_is_told(
     file, _ = backup(database.admin_dsn, tmp_path / "backup")
     write(admin)
     lost = await sealing.seal()
-    await asyncio.to_thread(restore, other, file)
+    await asyncio.to_thread(restore, other, file, mac=mac)
     service = make_conninfo(other, user="kms_service", password=postgres.service_password())
     async with open_pool(service, 2) as pool:
         again = replace(await sealing_of(pool, hsm, outside), key=sealing.key)
@@ -207,7 +208,7 @@ async def test_after_a_restore_the_trail_goes_on_and_what_was_lost_is_told(
 async def test_a_trail_that_was_rewritten_from_its_beginning_is_not_sealed(
     database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], tmp_path: Path
 ) -> None:
-    await check_epoch(store)
+    await check_epoch(store, RECORDS)
     outside = CheckpointFile(tmp_path / "checkpoints")
     sealing = await sealing_of(store, hsm, outside)
     write(admin)
@@ -234,7 +235,7 @@ async def test_a_trail_that_was_rewritten_from_its_beginning_is_not_sealed(
 async def test_two_workers_write_a_checkpoint_outside_once(
     store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], tmp_path: Path
 ) -> None:
-    await check_epoch(store)
+    await check_epoch(store, RECORDS)
     outside = CheckpointFile(tmp_path / "checkpoints")
     stopped = await sealing_of(store, hsm)  # between its commit and its file
     write(admin, 1)
@@ -255,14 +256,14 @@ async def test_an_epoch_raises_the_order_above_everything_that_is_there(
     database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], other: str,
     postgres: EmbeddedPostgres, tmp_path: Path,
 ) -> None:  # fmt: skip
-    await check_epoch(store)
+    await check_epoch(store, RECORDS)
     sealing = await sealing_of(store, hsm)
     # Rows of a cluster that had seen far more transactions: the order of a dump is higher than any transaction here.
     write(admin)
     admin.execute("UPDATE audit.security_events SET commit_order = commit_order + 1000000000")
     admin.execute("UPDATE audit.domain_events SET commit_order = commit_order + 1000000000")
     file, _ = backup(database.admin_dsn, tmp_path / "backup")
-    await asyncio.to_thread(restore, other, file)
+    await asyncio.to_thread(restore, other, file, mac=mac)
     service = make_conninfo(other, user="kms_service", password=postgres.service_password())
     with psycopg.connect(other, autocommit=True) as restored:
         write(restored, 1)
@@ -282,7 +283,7 @@ async def test_an_epoch_raises_the_order_above_everything_that_is_there(
 async def test_where_a_partition_was_archived_verifying_begins_behind_it(
     database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], tmp_path: Path
 ) -> None:
-    await check_epoch(store)
+    await check_epoch(store, RECORDS)
     sealing = await sealing_of(store, hsm)
     admin.execute(OLD)
     first = await sealing.seal()
@@ -303,7 +304,7 @@ async def test_where_a_partition_was_archived_verifying_begins_behind_it(
 async def test_where_a_partition_was_archived_twice_verifying_begins_behind_both(
     database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], tmp_path: Path
 ) -> None:
-    await check_epoch(store)
+    await check_epoch(store, RECORDS)
     sealing = await sealing_of(store, hsm)
     sizes = []
     for _ in range(2):
@@ -321,7 +322,7 @@ async def test_where_a_partition_was_archived_twice_verifying_begins_behind_both
 async def test_where_rows_were_archived_before_they_were_sealed_the_others_still_verify(
     database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], tmp_path: Path
 ) -> None:
-    await check_epoch(store)
+    await check_epoch(store, RECORDS)
     sealing = await sealing_of(store, hsm)
     write(admin)
     admin.execute(OLD)
@@ -340,7 +341,7 @@ async def test_where_rows_were_archived_before_they_were_sealed_the_others_still
 async def test_a_trail_without_its_first_rows_is_not_taken_for_an_archived_one(
     database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any]
 ) -> None:
-    await check_epoch(store)
+    await check_epoch(store, RECORDS)
     sealing = await sealing_of(store, hsm)
     admin.execute(OLD)
     await sealing.seal()
@@ -351,7 +352,7 @@ async def test_a_trail_without_its_first_rows_is_not_taken_for_an_archived_one(
 
 
 async def test_the_status_tells_what_waits(store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any]) -> None:
-    await check_epoch(store)
+    await check_epoch(store, RECORDS)
     trail = StoredSealedTrail(store)
     assert (await trail.status()).seconds_since is None
     sealing = await sealing_of(store, hsm)

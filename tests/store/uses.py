@@ -17,6 +17,7 @@ from kms.store.keys import StoredKeys
 from kms.store.pool import Pool
 from kms.store.users import StoredUsers
 from tests.fixtures.postgres import Database
+from tests.store.records import RECORDS, renew_macs
 
 PEM = "-----BEGIN PUBLIC KEY-----\nMFkw\n-----END PUBLIC KEY-----\n"
 
@@ -42,7 +43,9 @@ def new_key(owner: UserId, key_type: KeyType = KeyType.SECP256R1, custody: Custo
 
 
 async def make_key(pool: Pool, user: User, key_type: KeyType = KeyType.SECP256R1, **fields: Any) -> KeyRecord:  # noqa: ANN401
-    return await StoredKeys(pool).insert(user.user_id, replace(new_key(user.user_id, key_type), **fields), call=a_call(user))
+    return await StoredKeys(pool, RECORDS).insert(
+        user.user_id, replace(new_key(user.user_id, key_type), **fields), call=a_call(user)
+    )
 
 
 def sign(user: User, key: KeyRecord, *, repeat: Repeat | None = None) -> Entry:
@@ -67,9 +70,13 @@ def reason(outcome: object) -> str:
 
 
 def rows(database: Database, query: str, *parameters: object) -> list[dict[str, Any]]:
+    """Run a statement as the superuser. What it changes of keys gets a MAC, as if the service had changed it."""
     with psycopg.connect(database.admin_dsn, autocommit=True, row_factory=dict_row) as connection:
         cursor = connection.execute(query.encode(), parameters)
-        return cursor.fetchall() if cursor.description else []
+        found = cursor.fetchall() if cursor.description else []
+        if "cryptography.keys" in query and query.lstrip()[:6] != "SELECT":
+            renew_macs(connection)
+        return found
 
 
 def counter(database: Database, key: KeyRecord) -> int:
