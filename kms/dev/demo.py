@@ -59,8 +59,9 @@ _STORED: Final = """
     ORDER BY created_at, key_name
 """
 _NO_TRIGGERS: Final = "SET session_replication_role = replica"
-_SWAP_ENVELOPES: Final = """
-    UPDATE cryptography.keys AS one SET encrypted_private_key = other.encrypted_private_key
+_SWAP_KEYS: Final = """
+    UPDATE cryptography.keys AS one
+    SET encrypted_private_key = other.encrypted_private_key, public_key = other.public_key
     FROM cryptography.keys AS other
     WHERE (one.key_name, other.key_name) IN (('web', 'ethereum'), ('ethereum', 'web'))
 """
@@ -240,9 +241,11 @@ def _edit_rows(superuser_dsn: str, client: Client, report: Report) -> None:
             time.sleep(_REMEMBERED_SECONDS)
             return _reason(client, request)
 
-        swapped = reason_after(_SWAP_ENVELOPES)
-        report.check(swapped == "ENVELOPE_INVALID", "the envelopes of web and ethereum change places: ENVELOPE_INVALID")
-        report.check(reason_after(_SWAP_ENVELOPES) == "", "back again: signs")
+        swapped = reason_after(_SWAP_KEYS)
+        report.check(
+            swapped == "RECORD_INVALID", "web and ethereum exchange their keys: RECORD_INVALID, no signature by another key"
+        )
+        report.check(reason_after(_SWAP_KEYS) == "", "back again: signs")
         lifted = reason_after(_LIFT_LIMIT)
         report.check(lifted == "RECORD_INVALID", "the limit of web is another: RECORD_INVALID, its MAC is the token's to make")
         report.check(reason_after(_PUT_BACK) == "", "back again: signs")

@@ -5,6 +5,8 @@ from uuid import UUID, uuid4
 
 import psycopg
 
+from tests.store.records import renew_macs
+
 PEM = "-----BEGIN PUBLIC KEY-----\n"
 ADD_USER = b"INSERT INTO authentication.users (id, username, email, password_hash, salt) VALUES ($1, $2, $3, '!', '!')"
 ADD_SESSION = b"""
@@ -44,6 +46,7 @@ def add_key(connection: psycopg.Connection[Any], user_id: UUID, name: str, **col
     defaults = {"usage_counter": 0, "key_status": "active"}
     values = [columns.get(column, defaults.get(column)) for column in (*optional, "key_status")]
     psycopg.RawCursor(connection).execute(ADD_KEY, [key_id, user_id, name, *kind, *values])
+    renew_macs(connection)
     return key_id
 
 

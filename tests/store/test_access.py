@@ -57,7 +57,7 @@ ENTRANCES: Final = {
     "authentication.create_service_user": {"admin_users"},
     "cryptography.begin_first_epoch": {"job_runner"},
     "cryptography.confirm_restored_key": {"admin_users"},
-    "cryptography.destroy_due_keys": {"job_runner"},
+    "cryptography.destroy_keys": {"job_runner"},
     "cryptography.forget_answers": {"job_runner"},
     "cryptography.grant_key": {"authenticated_users"},
     "cryptography.keep_answer": {"authenticated_users"},
@@ -87,6 +87,9 @@ _PROFILE: Final = {
     "metadata",
 }
 _NEW_KEY: Final = {
+    "created_at",
+    "key_status",
+    "record_mac",
     "id",
     "user_id",
     "key_name",

@@ -23,7 +23,7 @@ from kms.store.journaled import JournaledLifecycle
 from kms.store.lifecycle import StoredLifecycle
 from kms.store.pool import Pool
 from tests.fixtures.postgres import Database
-from tests.store.records import RECORDS, mac
+from tests.store.records import RECORDS, mac, renew_macs
 from tests.store.uses import a_call, make_key, make_user
 
 Told = list[tuple[Event, KeyId]]
@@ -78,6 +78,7 @@ async def move(
 async def destroy(store: Pool, admin: psycopg.Connection[Any], user: User, key: KeyRecord) -> KeyId:
     await move(store, user, key, Move.DEACTIVATE, Move.SCHEDULE_DESTRUCTION)
     admin.execute("UPDATE cryptography.keys SET destruction_scheduled_at = now() WHERE id = %s", (key.identity.key_id,))
+    renew_macs(admin)
     assert await StoredLifecycle(store, RECORDS).destroy_due()
     return key.identity.key_id
 
