@@ -23,11 +23,11 @@ from psycopg_pool import AsyncConnectionPool
 from kms.domain.errors import KmsError
 from kms.domain.ids import UserId
 from kms.store.errors import translated, unavailable
+from kms.store.login_settings import take_own_settings
 
 ACT_AS: Final = "SELECT set_config('role', %s, true), set_config('app.user_id', %s, true)"
 CONFIGURE: Final = """
-    SELECT set_config('synchronous_commit', 'on', false), set_config('timezone', 'UTC', false),
-        set_config('statement_timeout', '30s', false), set_config('lock_timeout', '10s', false),
+    SELECT set_config('statement_timeout', '30s', false), set_config('lock_timeout', '10s', false),
         set_config('idle_in_transaction_session_timeout', '60s', false)
 """
 
@@ -242,6 +242,7 @@ def connection_settings(dsn: str) -> dict[str, Any]:
 
 
 async def _configure(connection: PooledConnection) -> None:
+    await take_own_settings(connection)
     await connection.execute(CONFIGURE)
 
 
@@ -289,6 +290,7 @@ async def _check_login(settings: Mapping[str, Any]) -> None:
         except psycopg.OperationalError as error:
             raise unavailable(f"no connection to the database: {error}") from None
         async with connection:
+            await take_own_settings(connection)
             login = await (await connection.execute(LOGIN)).fetchone()
     if login is None or login["is_mighty"] or login["is_owner"] or login["is_heir"] or not set(login["roles"]) <= _ROLES:
         name = "?" if login is None else login["name"]
