@@ -166,7 +166,7 @@ def done_within(working: "Sequence[Future[list[Use]]]", seconds: float) -> bool:
 
 @pytest.mark.timeout(1500)
 def test_limits_are_exact_while_workers_are_killed(deployment: Deployment) -> None:
-    run(deployment, [7, 2000], SHORT)
+    run(deployment, [7, 1000], SHORT)
 
 
 @pytest.mark.slow
