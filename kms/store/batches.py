@@ -19,13 +19,13 @@ from psycopg.rows import DictRow, dict_row
 
 from kms.app.ports import Entry
 from kms.store.errors import unavailable
+from kms.store.login_settings import LOGIN_SETTINGS, OWN_SETTINGS, refused_settings
 from kms.store.pool import Parameters
 
 SETTLE: Final = "SELECT cryptography.settle(%(writer)s, %(number)s, %(entries)s) AS verdicts"
 SETTLED: Final = "SELECT cryptography.settled(%(writer)s, %(number)s) AS verdicts"
 CONFIGURE: Final = """
-    SELECT set_config('synchronous_commit', 'on', false), set_config('timezone', 'UTC', false),
-        set_config('statement_timeout', '4s', false), set_config('lock_timeout', '1s', false),
+    SELECT set_config('statement_timeout', '4s', false), set_config('lock_timeout', '1s', false),
         set_config('idle_in_transaction_session_timeout', '4s', false),
         -- No other holds for a batch whose last bytes never arrive. PostgreSQL 16 does not have it.
         (SELECT set_config(name, '5s', false) FROM pg_catalog.pg_settings WHERE name = 'transaction_timeout')
@@ -67,18 +67,23 @@ class DirectConnection:
 
 
 async def connect(settings: Mapping[str, Any], *, seconds: float) -> DirectConnection:
-    """Return a configured connection, or raise STORE_UNAVAILABLE."""
+    """Return a configured connection, or raise STORE_UNAVAILABLE, also for a login that has settings of its own."""
     opened: AsyncConnection[DictRow] | None = None
     try:
         opened = await AsyncConnection[DictRow].connect(
             **{**settings, "connect_timeout": _CONNECT_SECONDS}, autocommit=True, row_factory=dict_row
         )
         connection = DirectConnection(opened)
+        await connection.ask(OWN_SETTINGS, {}, seconds=seconds)
         await connection.ask(CONFIGURE, {}, seconds=seconds)
+        settings_of_login = await connection.ask(LOGIN_SETTINGS, {}, seconds=seconds)
     except (psycopg.OperationalError, OSError) as error:
         if opened is not None:
             await opened.close()
         raise unavailable("the database does not answer") from error
+    if settings_of_login:
+        await opened.close()
+        raise refused_settings(settings_of_login)
     return connection
 
 

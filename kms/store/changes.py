@@ -15,6 +15,8 @@ import psycopg
 import structlog
 from psycopg import AsyncConnection
 
+from kms.domain.errors import KmsError
+from kms.store.login_settings import take_own_settings
 from kms.store.pool import connection_settings
 
 LISTEN: Final = "LISTEN kms_changed"
@@ -44,13 +46,14 @@ async def _hear(settings: Mapping[str, Any], drops: Mapping[str, Drop]) -> None:
     while True:
         try:
             async with await AsyncConnection.connect(**settings, autocommit=True) as connection:
+                await take_own_settings(connection)
                 await connection.execute(LISTEN)
                 is_heard = True
                 # What was changed before the database began to tell.
                 _drop_all(drops)
                 async for notice in connection.notifies():
                     _drop(drops, notice.payload)
-        except (psycopg.Error, OSError) as error:
+        except (KmsError, psycopg.Error, OSError) as error:
             if is_heard:
                 _LOG.warning("changes are not heard", error=type(error).__name__)
             is_heard = False

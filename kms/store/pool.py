@@ -14,18 +14,20 @@ from typing import Any, Final, LiteralString, TypeVar
 import psycopg
 import psycopg_pool
 from psycopg import AsyncConnection
+from psycopg import errors as pg
 from psycopg.conninfo import conninfo_to_dict
+from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg.rows import DictRow, dict_row
 from psycopg_pool import AsyncConnectionPool
 
 from kms.domain.errors import KmsError
 from kms.domain.ids import UserId
 from kms.store.errors import translated, unavailable
+from kms.store.login_settings import take_own_settings
 
 ACT_AS: Final = "SELECT set_config('role', %s, true), set_config('app.user_id', %s, true)"
 CONFIGURE: Final = """
-    SELECT set_config('synchronous_commit', 'on', false), set_config('timezone', 'UTC', false),
-        set_config('statement_timeout', '30s', false), set_config('lock_timeout', '10s', false),
+    SELECT set_config('statement_timeout', '30s', false), set_config('lock_timeout', '10s', false),
         set_config('idle_in_transaction_session_timeout', '60s', false)
 """
 
@@ -42,6 +44,18 @@ _IDLE_CONNECTIONS: Final = 2
 _RECONNECT_SECONDS: Final = 3.0
 _CLOSE_SECONDS: Final = 5.0
 _UNHEARD_SECONDS: Final = 0.5
+
+# How the database refuses what a caller asks for. Anyone can make it do so, so these must not cost a connection each.
+_REFUSALS: Final = (
+    KmsError,
+    psycopg.IntegrityError,
+    psycopg.DataError,
+    pg.SerializationFailure,
+    pg.ObjectNotInPrerequisiteState,
+    pg.NoDataFound,
+)
+# The server may keep a statement that psycopg prepared in vain. Its memory is freed with the connection.
+_REFUSALS_MAX: Final = 100
 
 Parameters = Mapping[str, object]
 T = TypeVar("T")
@@ -66,14 +80,21 @@ def as_user(user_id: UserId) -> Acting:
     return Acting("authenticated_users", str(user_id))
 
 
+class PooledConnection(AsyncConnection[DictRow]):
+    """A connection that counts the refusals it has seen."""
+
+    refusals: int = 0
+
+
 class Pool:
     """Connections of the service. Its methods raise STORE_UNAVAILABLE; the pool recovers when the database does.
 
     A call that is cancelled, as one is whose deadline passes, gives its place up while it waits. Once it has a connection, the
-    connection is always given back whole: psycopg's own pool loses one whose return is cancelled.
+    connection is always given back: psycopg's own pool loses one whose return is cancelled. One whose state is not known is
+    closed first, and the pool opens another.
     """
 
-    def __init__(self, connections: AsyncConnectionPool[AsyncConnection[DictRow]], *, wait_seconds: float) -> None:
+    def __init__(self, connections: AsyncConnectionPool[PooledConnection], *, wait_seconds: float) -> None:
         self._connections = connections
         self._wait_seconds = wait_seconds
         self._room = asyncio.Semaphore(connections.max_size)
@@ -123,7 +144,7 @@ class Pool:
             return [await cursor.fetchall() for cursor in cursors]
 
     @asynccontextmanager
-    async def _connection(self) -> AsyncIterator[AsyncConnection[DictRow]]:
+    async def _connection(self) -> AsyncIterator[PooledConnection]:
         """Yield a connection to whoever has entered, and leave at the end."""
         try:
             connection = await self._to_its_end(self._take(), unheard=self._connections.putconn)
@@ -134,23 +155,24 @@ class Pool:
         try:
             yield connection
             is_whole = True
-        except Exception:
-            is_whole = True  # an error has its place in the protocol; the pool looks at what is left
+        except _REFUSALS:
+            connection.refusals += 1
+            is_whole = connection.refusals < _REFUSALS_MAX and _is_idle(connection)
             raise
         finally:
             await self._to_its_end(self._give_back(connection, is_whole=is_whole))
 
-    async def _take(self) -> AsyncConnection[DictRow]:
+    async def _take(self) -> PooledConnection:
         # The pool's own check of a connection costs a round trip, and it waits longer after each one that fails it.
         while _was_closed(connection := await self._connections.getconn()):
             await connection.close()
             await self._connections.putconn(connection)
         return connection
 
-    async def _give_back(self, connection: AsyncConnection[DictRow], *, is_whole: bool) -> None:
+    async def _give_back(self, connection: PooledConnection, *, is_whole: bool) -> None:
         try:
             if not is_whole:
-                # Cancelled in the middle of an exchange: what comes next on it, and what it has prepared, is not known.
+                # Cancelled in the middle of an exchange, or an unexpected error: what it has prepared is not known.
                 await connection.close()
             await self._connections.putconn(connection)
         finally:
@@ -190,8 +212,10 @@ async def open_pool(dsn: str, connections_max: int, *, wait_seconds: float = 5.0
     settings = connection_settings(dsn)
     await _check_login(settings)
     connections = AsyncConnectionPool(
-        connection_class=AsyncConnection[DictRow],
-        kwargs={**settings, "autocommit": True, "row_factory": dict_row},
+        connection_class=PooledConnection,
+        # With another threshold psycopg counts uses first. Then it believes that a statement is prepared which the server has
+        # skipped after an error in the pipeline (docs/upstream). What it prepares at the first use it checks.
+        kwargs={**settings, "autocommit": True, "row_factory": dict_row, "prepare_threshold": 0},
         min_size=min(_IDLE_CONNECTIONS, connections_max),
         max_size=connections_max,
         timeout=wait_seconds,
@@ -217,8 +241,15 @@ def connection_settings(dsn: str) -> dict[str, Any]:
         raise unavailable(f"the connection string cannot be read: {expected}") from None
 
 
-async def _configure(connection: AsyncConnection[DictRow]) -> None:
+async def _configure(connection: PooledConnection) -> None:
+    await take_own_settings(connection)
     await connection.execute(CONFIGURE)
+
+
+def _is_idle(connection: AsyncConnection[DictRow]) -> bool:
+    """Whether the connection is outside any transaction and pipeline."""
+    pgconn = connection.pgconn
+    return pgconn.transaction_status == TransactionStatus.IDLE and pgconn.pipeline_status == PipelineStatus.OFF
 
 
 def _was_closed(connection: AsyncConnection[DictRow]) -> bool:
@@ -259,6 +290,7 @@ async def _check_login(settings: Mapping[str, Any]) -> None:
         except psycopg.OperationalError as error:
             raise unavailable(f"no connection to the database: {error}") from None
         async with connection:
+            await take_own_settings(connection)
             login = await (await connection.execute(LOGIN)).fetchone()
     if login is None or login["is_mighty"] or login["is_owner"] or login["is_heir"] or not set(login["roles"]) <= _ROLES:
         name = "?" if login is None else login["name"]

@@ -13,6 +13,7 @@ from psycopg.pq import ExecStatus
 import kms.store
 from kms.domain.lifecycle import Standing, effective_state
 from kms.store.renewed_macs import KEEP
+from kms.store.login_settings import OWN_SETTINGS
 from tests.fixtures.postgres import Database
 
 _STATEMENT = re.compile(r"\s*(SELECT|INSERT|UPDATE|DELETE|WITH)\b")
@@ -51,6 +52,7 @@ def test_the_search_for_statements_finds_them() -> None:
 def test_every_statement_prepares(database: Database) -> None:
     with psycopg.connect(database.admin_dsn) as connection:
         connection.execute(KEEP)  # a table of the transaction's own, which others of that module read
+        connection.execute(OWN_SETTINGS)  # with the search path of the service: names of others are qualified
         for name, statement in statements():
             result = connection.pgconn.prepare(b"", numbered(statement).encode())
             assert result.status == ExecStatus.COMMAND_OK, f"{name}: {result.error_message.decode()}"
