@@ -6,11 +6,13 @@ prints data writes them as JSON does (`\\u202e`).
 """
 
 import json
+import re
 import unicodedata
 from typing import Any, Final
 
 # Control, format, surrogate, private use, unassigned, line and paragraph separator (Unicode's general categories).
 _HIDDEN: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+_DOUBTFUL: Final = re.compile(r"[^ -~]")
 # Hangul fillers are letters and the blank Braille pattern is a symbol, and none of them can be seen.
 _EMPTY: Final = "\u115f\u1160\u2800\u3164\uffa0"
 _JOINERS: Final = "\u200c\u200d"
@@ -20,7 +22,7 @@ _JOINING_LAST: Final = "\u18af"
 
 def has_hidden(text: str) -> bool:
     """Return whether *text* has a hidden character."""
-    return not (text.isascii() and text.isprintable()) and any(_is_hidden(text, place) for place in range(len(text)))
+    return any(_is_hidden(text, found.start()) for found in _DOUBTFUL.finditer(text))
 
 
 def is_blank(text: str) -> bool:
@@ -30,12 +32,12 @@ def is_blank(text: str) -> bool:
 
 def escaped(text: str, *, keep: str = "") -> str:
     """Return *text* with its hidden characters, except those in *keep*, written as in JSON: `\\u001b`, `\\n`."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        json.dumps(character)[1:-1] if _is_hidden(text, place) and character not in keep else character
-        for place, character in enumerate(text)
-    )
+
+    def written(found: re.Match[str]) -> str:
+        character = found[0]
+        return json.dumps(character)[1:-1] if character not in keep and _is_hidden(text, found.start()) else character
+
+    return _DOUBTFUL.sub(written, text)
 
 
 def json_text(value: Any, *, indent: int | None = None, sort_keys: bool = False) -> str:  # noqa: ANN401 - whatever JSON can write
