@@ -88,6 +88,8 @@ def failure_of(error: Exception) -> Failure | None:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return Failure("UNKNOWN", "FILE", (f"{where}{error.strerror or error}",), ExitCode.FAILED)
+    if isinstance(error, UnicodeEncodeError):  # Python keeps bytes of an argument that are no UTF-8 as surrogates
+        return usage_failure("a text on the command line is not UTF-8")
     return _of_configuration(error)
 
 

@@ -239,6 +239,26 @@ def test_a_followed_trail_is_escaped_line_by_line(attacker: Path, form: tuple[st
     _check_shown(ended.err)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("key", "show", "a\udc9b"),
+        ("key", "create", "k", "--type", "aes", "--metadata", "a\udc9b=b"),
+        ("key", "revoke", "k", "--reason", "\udc9b2J"),
+        ("audit", "search", "--action", "\udcff"),
+        ("audit", "search", "--since", "0001-01-01T00:00:00+1400"),
+        ("key", "deactivate", "k", "--version", str(2**63)),
+        ("key", "create", "k", "--type", "a\x1b\x9b"),
+        ("key", "\x9b2J"),
+    ],
+    ids=ascii,
+)
+def test_a_hostile_argument_is_a_usage_error_of_one_line(attacker: Path, arguments: tuple[str, ...]) -> None:
+    ended = run_kms("--config", attacker, *arguments)
+    assert (ended.code, ended.out, ended.err.count("\n")) == (2, b"", 1)
+    assert steering(ended.err) == []
+
+
 def test_an_old_row_of_the_trail_is_escaped_and_means_the_same(server: RunningServer, tmp_path: Path) -> None:
     # jsonb holds every character except NUL, and so did the trail before texts were checked.
     text, action = HOSTILE.replace("\x00", ""), f"old-{uuid.uuid4()}"

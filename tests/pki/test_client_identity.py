@@ -222,11 +222,6 @@ def test_a_certificate_for_a_client_is_accepted_whatever_else_it_is_for(stage: S
     assert str(stage.identity()(peer(issued(stage.authority, URI, ACCEPTED[kind], now=NOW)))) == UUID
 
 
-def test_the_authority_itself_is_no_client(stage: Stage) -> None:
-    pem = stage.authority.certificate.public_bytes(serialization.Encoding.PEM)
-    refused(stage.identity(), {"peer_uri": [URI.encode()], "x509_pem_cert": [pem]})
-
-
 @pytest.mark.parametrize(
     "auth_context",
     [
