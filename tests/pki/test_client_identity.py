@@ -1,6 +1,8 @@
 """Who a client certificate names, told by a real TLS handshake with grpc: hostile certificates are refused, all alike."""
 
 import asyncio
+import re
+import subprocess
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -220,6 +222,24 @@ def test_a_certificate_that_was_not_made_for_a_client_is_refused_and_the_log_say
 @pytest.mark.parametrize("kind", ACCEPTED)
 def test_a_certificate_for_a_client_is_accepted_whatever_else_it_is_for(stage: Stage, kind: str) -> None:
     assert str(stage.identity()(peer(issued(stage.authority, URI, ACCEPTED[kind], now=NOW)))) == UUID
+
+
+def test_openssl_makes_a_certificate_that_is_accepted_as_the_documentation_says(stage: Stage, tmp_path: Path) -> None:
+    documented = (
+        (Path(__file__).parents[2] / "docs/operations.md").read_text().partition("## Certificates")[2].partition("\n## ")[0]
+    )
+    extensions = re.findall(r"^    (\w+ = .*)$", documented, re.MULTILINE)
+    assert len(extensions) == 4
+    uri = URI.rpartition("/user/")[0]
+    content = "\n".join(extensions).replace("kms://<deployment id>", uri).replace("<uuid>", UUID)
+    (tmp_path / "client.ext").write_text(content)
+    command = documented.partition("`openssl x509 -req")[2].partition("`")[0].split()
+    request = ["req", "-new", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/"]
+    for arguments in ([*request, "-keyout", "client.key", "-out", "client.csr"], ["x509", "-req", *command]):
+        subprocess.run(["openssl", *arguments], cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    issued = Issued((tmp_path / "client.crt").read_bytes(), b"")
+    stage.now = host_clock() + timedelta(minutes=1)  # openssl does not backdate it
+    assert str(stage.identity()(peer(issued))) == UUID
 
 
 @pytest.mark.parametrize(
