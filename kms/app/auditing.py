@@ -8,11 +8,11 @@ from kms.app.ports import Call
 from kms.app.trail_ports import Trail
 from kms.app.verifying import VerifyTrail
 from kms.domain.errors import malformed
+from kms.domain.fields import parse_number
 from kms.domain.trail import Cursor, EventFilter, Found, Place, Stretch
 from kms.domain.trail_check import TrailReport
 
 EVENTS_MAX: Final = 1000
-SIZE_MAX: Final = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,7 @@ class Auditing:
         """
         if which.since is not None and which.until is not None and which.until <= which.since:
             raise malformed("until", "expected a moment behind since")
-        if not 0 < limit <= EVENTS_MAX:
-            raise malformed("page_size", f"expected at most {EVENTS_MAX}")
+        parse_number(limit, field="page_size", least=1, most=EVENTS_MAX)
         return await self.trail.search(call, which, before=before, limit=limit)
 
     async def tail(self, call: Call, after: Cursor | None) -> AsyncIterator[Stretch]:
@@ -45,7 +44,8 @@ class Auditing:
 
         Raises KEY_NOT_FOUND where no checkpoint was ever made, and MALFORMED for a range that ends before it begins.
         """
-        if from_size > SIZE_MAX or not from_size < (SIZE_MAX if to_size is None else to_size) <= SIZE_MAX:
-            raise malformed("to_size", "expected 0, or a size above from_size, both below 2^63")
+        parse_number(from_size, field="from_size")
+        if to_size is not None and parse_number(to_size, field="to_size") <= from_size:
+            raise malformed("to_size", "expected 0, or a size above from_size")
         await self.trail.record(call, "verify", {"from_size": from_size, **({} if to_size is None else {"to_size": to_size})})
         return await (await self.verifier()).verify(from_size, to_size)

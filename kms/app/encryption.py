@@ -5,12 +5,13 @@ from hashlib import sha256
 from typing import Final
 
 from kms.app.keyring import existing, usable
-from kms.app.limits import CIPHERTEXT_BYTES_MAX, MESSAGE_BYTES_MAX, check_size
+from kms.app.limits import CIPHERTEXT_BYTES_MAX, DATA_KEY_BYTES, MESSAGE_BYTES_MAX
 from kms.app.ports import Call, Entry, Hsm, Keys, PublicKeys, Sealed
 from kms.app.uses import Draft
 from kms.domain.algorithms import DIGEST_BYTES, Hash, KeyType, Purpose
 from kms.domain.ciphertext import AesCiphertext, Ciphertext, RsaCiphertext, ciphertext_aad, ciphertext_invalid, parse_ciphertext
 from kms.domain.errors import KmsError, Reason, malformed
+from kms.domain.fields import check_size, parse_number
 from kms.domain.ids import KeyId, KeyRef, UserId
 from kms.domain.keys import KeyIdentity, UsableKey
 from kms.domain.lifecycle import Use, use_among
@@ -67,8 +68,8 @@ class Encryption:
 
     async def encrypt(self, call: Call, what: ToEncrypt) -> Draft[tuple[bytes, KeyId]]:
         """Encrypt under a key of the caller, to be charged; the ciphertext names its key."""
-        check_size("plaintext", what.plaintext)
-        check_size("aad", what.aad)
+        check_size("plaintext", what.plaintext, bytes_max=MESSAGE_BYTES_MAX)
+        check_size("aad", what.aad, bytes_max=MESSAGE_BYTES_MAX)
         key = await usable(self.keys, call.user.user_id, what.key, Use.PROTECT)
         identity = _for_encryption(key)
         if identity.spec.key_type is KeyType.RSA:
@@ -85,7 +86,7 @@ class Encryption:
         PERMISSION_DENIED where the key's state leaves it to those who are permitted.
         """
         check_size("ciphertext", what.ciphertext, bytes_max=CIPHERTEXT_BYTES_MAX)
-        check_size("aad", what.aad)
+        check_size("aad", what.aad, bytes_max=MESSAGE_BYTES_MAX)
         key, ciphertext = await (self._bare(call, what) if what.raw_oaep else self._self_describing(call, what))
         use = use_among(key.record.state, *what.uses)
         check_use_permitted(call.user.permissions, use)
@@ -95,9 +96,8 @@ class Encryption:
 
     async def data_key(self, call: Call, ref: KeyRef, size_bytes: int, aad: bytes) -> Draft[DataKey]:
         """Draw a data key of 16 to 64 bytes from the token and encrypt it under an AES key of the caller, to be charged."""
-        check_size("aad", aad)
-        if not 16 <= size_bytes <= 64:
-            raise malformed("size_bytes", "expected 16 to 64")
+        check_size("aad", aad, bytes_max=MESSAGE_BYTES_MAX)
+        parse_number(size_bytes, field="size_bytes", least=DATA_KEY_BYTES[0], most=DATA_KEY_BYTES[-1])
         key = await usable(self.keys, call.user.user_id, ref, Use.PROTECT)
         identity = _for_encryption(key)
         if identity.spec.key_type is not KeyType.AES:
@@ -108,9 +108,7 @@ class Encryption:
 
     async def random(self, size_bytes: int) -> bytes:
         """Return 1 to 65,536 random bytes from the token."""
-        if not 0 < size_bytes <= MESSAGE_BYTES_MAX:
-            raise malformed("size_bytes", f"expected 1 to {MESSAGE_BYTES_MAX}")
-        return await self.hsm.random(size_bytes)
+        return await self.hsm.random(parse_number(size_bytes, field="size_bytes", least=1, most=MESSAGE_BYTES_MAX))
 
     async def _encrypt_aes(self, key: UsableKey, plaintext: bytes, aad: bytes) -> bytes:
         key_id = key.record.identity.key_id

@@ -5,19 +5,16 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final
 from uuid import UUID
 
 from kms.app.ports import Call, Hsm, Keys, NewKey, Repeat
 from kms.domain.algorithms import KeySpec
 from kms.domain.errors import KmsError, Reason, malformed
+from kms.domain.fields import check_metadata
 from kms.domain.ids import KeyId, KeyName, KeyRef, UserId
 from kms.domain.keys import Custody, KeyIdentity, KeyMaterial, KeyRecord, UsableKey
 from kms.domain.lifecycle import State, Use, check_use, is_open_to, use_among
 
-METADATA_ENTRIES_MAX: Final = 32
-METADATA_NAME_BYTES_MAX: Final = 63
-METADATA_VALUE_BYTES_MAX: Final = 255
 _READ_ANEW: ContextVar[bool] = ContextVar("read_anew", default=False)
 _FOUND: ContextVar[KeyId | None] = ContextVar("found", default=None)
 
@@ -136,19 +133,3 @@ def _check_limit(key: KeyRecord, use: Use) -> None:
 def key_not_found() -> KmsError:
     """Return the one answer for a key that does not exist and for one of somebody else."""
     return KmsError(Reason.KEY_NOT_FOUND, "you have no such key")
-
-
-def check_metadata(metadata: Mapping[str, str]) -> None:
-    """Raise MALFORMED unless *metadata* is small and printable."""
-    fits = len(metadata) <= METADATA_ENTRIES_MAX and all(
-        0 < len(name.encode()) <= METADATA_NAME_BYTES_MAX
-        and len(value.encode()) <= METADATA_VALUE_BYTES_MAX
-        and (name + value).isprintable()
-        for name, value in metadata.items()
-    )
-    if not fits:
-        raise malformed(
-            "metadata",
-            f"expected at most {METADATA_ENTRIES_MAX} entries, names of 1 to {METADATA_NAME_BYTES_MAX} bytes, "
-            f"values of at most {METADATA_VALUE_BYTES_MAX} bytes, all printable",
-        )

@@ -1,19 +1,17 @@
 """Moving keys between states, and changing what may be changed."""
 
-import re
 from dataclasses import dataclass
 from typing import Final
 
-from kms.app.keyring import check_metadata, existing
+from kms.app.keyring import existing
 from kms.app.ports import Call, Hsm, Keys, Lifecycle
-from kms.domain.errors import malformed
+from kms.domain.fields import check_metadata, parse_number, parse_text
 from kms.domain.ids import KeyId, KeyRef
 from kms.domain.keys import Custody, KeyMaterial, KeyRecord
 from kms.domain.lifecycle import Change, Move, check_move
 
 REASON_CHARACTERS_MAX: Final = 200
 PENDING_DAYS: Final = range(7, 91)
-_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +47,11 @@ class Destruction:
 
 
 def _check(move: Move, change: Change) -> None:
-    if move in (Move.REVOKE, Move.COMPROMISE) and not (change.reason or "").strip():
-        raise malformed("reason", f"expected 1 to {REASON_CHARACTERS_MAX} characters: why")
-    if len(change.reason or "") > REASON_CHARACTERS_MAX or _CONTROL.search(change.reason or ""):
-        raise malformed("reason", f"expected 1 to {REASON_CHARACTERS_MAX} characters, none of them a control character")
-    if move is Move.SCHEDULE_DESTRUCTION and change.pending_days not in PENDING_DAYS:
-        raise malformed("pending_days", f"expected {PENDING_DAYS[0]} to {PENDING_DAYS[-1]}")
+    if change.reason is not None or move in (Move.REVOKE, Move.COMPROMISE):
+        parse_text(change.reason or "", field="reason", characters_max=REASON_CHARACTERS_MAX)
+    if move is Move.SCHEDULE_DESTRUCTION:
+        parse_number(change.pending_days or 0, field="pending_days", least=PENDING_DAYS[0], most=PENDING_DAYS[-1])
     if change.metadata is not None:
         check_metadata(change.metadata)
-    if change.max_usage_count is not None and change.max_usage_count < 1:
-        raise malformed("max_usage_count", "expected at least 1")
+    if change.max_usage_count is not None:
+        parse_number(change.max_usage_count, field="max_usage_count", least=1)

@@ -1,7 +1,6 @@
 """Repeats: a caller that lost an answer asks again under the same `request_id` and gets that result without a second charge."""
 
 import hmac
-import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar
@@ -12,14 +11,14 @@ from kms.app.keyring import existing, is_read_anew
 from kms.app.ports import Call, Hsm, Keys, Ledger, Repeat
 from kms.app.uses import LOOK_AGAIN, Draft, Turn, used
 from kms.domain.answers import answer_bytes, answer_invalid, parse_answer, stored_answer
-from kms.domain.errors import KmsError, Reason, malformed
+from kms.domain.errors import KmsError, Reason
+from kms.domain.fields import parse_request_id
 from kms.domain.ids import KeyId
 from kms.domain.keys import KeyRecord
 from kms.domain.lifecycle import check_repeat
 from kms.domain.permissions import check_permitted
 
 _ANY_USE: Final = "CryptoService/"  # what is true of the permission to use keys is true of each RPC that does
-_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,64}")
 
 _TAKEN: Final = frozenset({Reason.NAME_TAKEN, Reason.REQUEST_ID_REUSED})
 
@@ -37,8 +36,7 @@ class Asked:
     body: bytes
 
     def __post_init__(self) -> None:
-        if not _REQUEST_ID.fullmatch(self.request_id):
-            raise malformed("request_id", "expected 1 to 64 of A-Z a-z 0-9 . _ : / + = -")
+        parse_request_id(self.request_id)
 
 
 @dataclass(frozen=True, slots=True)

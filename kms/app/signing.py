@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 
 from kms.app.keyring import existing, usable
-from kms.app.limits import check_size
+from kms.app.limits import MESSAGE_BYTES_MAX, SIGNATURE_BYTES_MAX
 from kms.app.ports import Call, Entry, Hsm, Keys, PublicKeys
 from kms.app.uses import Draft
 from kms.domain import ecdsa
@@ -20,11 +20,10 @@ from kms.domain.algorithms import (
 )
 from kms.domain.algorithms import Hash as HashName
 from kms.domain.errors import KmsError, Reason, malformed
+from kms.domain.fields import check_size
 from kms.domain.ids import KeyId, KeyRef, UserId
 from kms.domain.keys import KeyIdentity
 from kms.domain.lifecycle import Use
-
-SIGNATURE_BYTES_MAX = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +36,11 @@ class ToSign:
     scheme: Scheme | None
     hash: HashName | None
     form: SignatureForm | None
+
+    @property
+    def field(self) -> str:
+        """The name of the request's field that holds the data."""
+        return "digest" if self.is_digest else "message"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,7 @@ class Signing:
 
     async def sign(self, call: Call, what: ToSign) -> Draft[Signed]:
         """Sign with a key of the caller, to be charged. ECDSA signatures are always low-S."""
-        check_size("message", what.data)
+        check_size(what.field, what.data, bytes_max=MESSAGE_BYTES_MAX)
         key = await usable(self.keys, call.user.user_id, what.key, Use.PROTECT)
         identity = key.record.identity
         algorithm, form = _fitting(identity, what)
@@ -69,7 +73,7 @@ class Signing:
         details = {
             "scheme": algorithm.scheme,
             "hash": algorithm.hash or "",
-            "input": "digest" if what.is_digest else "message",
+            "input": what.field,
             "input_bytes": len(what.data),
             "input_sha256": sha256(what.data).hexdigest(),
         }
@@ -78,9 +82,8 @@ class Signing:
 
     async def verify(self, caller: UserId, what: ToSign, signature: bytes, *, require_low_s: bool) -> tuple[bool, KeyId]:
         """Say whether *signature* is of *what* by a key of the caller, in whatever state the key is."""
-        check_size("message", what.data)
-        if not 0 < len(signature) <= SIGNATURE_BYTES_MAX:
-            raise malformed("signature", f"expected 1 to {SIGNATURE_BYTES_MAX} bytes")
+        check_size(what.field, what.data, bytes_max=MESSAGE_BYTES_MAX)
+        check_size("signature", signature, bytes_min=1, bytes_max=SIGNATURE_BYTES_MAX)
         record = await existing(self.keys, caller, what.key, recent=True)
         key_type = record.identity.spec.key_type
         algorithm, form = _fitting(record.identity, what)

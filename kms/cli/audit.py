@@ -9,6 +9,7 @@ import typer
 from kms.cli.failures import ExitCode
 from kms.cli.invocation import Invocation, command
 from kms.cli.output import print_json
+from kms.domain.fields import NUMBER_MAX
 
 _RANGE_ROWS = 200_000
 
@@ -32,7 +33,10 @@ def export(
     invocation: Invocation,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A new file.", show_default=False)],
     after: Annotated[
-        int, typer.Option("--after", metavar="ROWS", min=0, help="Leave out what a checkpoint of so many rows covers.")
+        int,
+        typer.Option(
+            "--after", metavar="ROWS", min=0, max=NUMBER_MAX, help="Leave out what a checkpoint of so many rows covers."
+        ),
     ] = 0,
 ) -> None:
     """Write the trail and its checkpoints to a file, a JSON object a line, for kms audit verify. Needs [database].

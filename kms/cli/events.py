@@ -9,6 +9,7 @@ import typer
 from kms.cli.invocation import Invocation, command, group
 from kms.cli.moments import MOMENTS, stamp
 from kms.cli.output import print_json, print_table
+from kms.domain.text import escaped, json_text
 from kms.domain.trail import Outcome, Severity
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def tail(
         for answer in client.followed(after):
             for event in map(_fields, answer.events):
                 if invocation.as_json:
-                    print(json.dumps({**event, "cursor": answer.cursor}, ensure_ascii=False), flush=True)
+                    print(json_text({**event, "cursor": answer.cursor}), flush=True)
                 else:
                     print("  ".join(_row(event)), flush=True)
 
@@ -134,5 +135,5 @@ def _fields(event: "audit_pb2.Event") -> dict[str, Any]:
 
 def _row(event: dict[str, Any]) -> list[str]:
     shown = {**event, "request_id": event["details"].get("request_id", "")}
-    # What a caller chose (a request id) must not end the line or steer the terminal.
-    return ["".join(c if c.isprintable() else "?" for c in str(shown.get(column, ""))) for column in _COLUMNS]
+    # What a caller chose must not end the line or steer the terminal.
+    return [escaped(str(shown.get(column, ""))) for column in _COLUMNS]

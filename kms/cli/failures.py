@@ -1,6 +1,6 @@
 """Failures as a script sees them: an exit code, and one line or one JSON object on standard error."""
 
-import json
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,6 +8,7 @@ from enum import IntEnum
 from typing import Any, Final
 
 from kms.domain.errors import KmsError
+from kms.domain.text import escaped, json_text
 
 
 class ExitCode(IntEnum):
@@ -87,6 +88,8 @@ def failure_of(error: Exception) -> Failure | None:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return Failure("UNKNOWN", "FILE", (f"{where}{error.strerror or error}",), ExitCode.FAILED)
+    if isinstance(error, UnicodeEncodeError):  # Python keeps bytes of an argument that are no UTF-8 as surrogates
+        return usage_failure("a text on the command line is not UTF-8")
     return _of_configuration(error)
 
 
@@ -94,10 +97,10 @@ def report(failure: Failure, *, as_json: bool) -> None:
     """Write *failure* to standard error: a line `kms: REASON: message` for each sentence, or one JSON object."""
     if as_json:
         found: dict[str, Any] = {"code": failure.code, "reason": failure.reason, "message": "; ".join(failure.lines)}
-        print(json.dumps({**found, "metadata": dict(failure.metadata)}, ensure_ascii=False), file=sys.stderr)
+        print(json_text({**found, "metadata": dict(failure.metadata)}), file=sys.stderr)
         return
     for line in failure.lines:
-        print(f"kms: {failure.reason}: {_one_line(line)}", file=sys.stderr)
+        print(_one_line(f"kms: {failure.reason}: {line}"), file=sys.stderr)
 
 
 def _of_status(code: str, reason: str, message: str, metadata: Mapping[str, str]) -> Failure:
@@ -121,5 +124,5 @@ def _of_configuration(error: Exception) -> Failure | None:
 
 
 def _one_line(text: str) -> str:
-    """Return *text* without line ends and other control characters: it may come from a server or from a file's name."""
-    return "".join(character if character.isprintable() else " " for character in text)
+    """Return *text* without line ends and other hidden characters: it may come from a server or from a file's name."""
+    return escaped(re.sub(r"[\n\t]", " ", text))

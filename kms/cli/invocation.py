@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-if TYPE_CHECKING:  # both take longer to import than `--help` may last
+from kms.domain.text import escaped
+
+if TYPE_CHECKING:  # all take longer to import than `--help` may last
+    from structlog.typing import EventDict
+
     from kms.cli.client import Client
     from kms.config import Config
 
@@ -51,6 +55,14 @@ class Invocation:
         import structlog
 
         structlog.configure(
+            processors=[
+                structlog.contextvars.merge_contextvars,
+                structlog.processors.add_log_level,
+                structlog.processors.TimeStamper(fmt="iso", utc=True),
+                structlog.processors.format_exc_info,
+                _on_one_line,
+                structlog.dev.ConsoleRenderer(colors=False),
+            ],
             wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
             logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         )
@@ -65,6 +77,11 @@ class Invocation:
         assert section is not None  # noqa: S101 - `needs` has seen to it
         with connect(section) as client:
             yield client
+
+
+def _on_one_line(_logger: object, _method: str, event: "EventDict") -> "EventDict":
+    """Escape hidden characters: a value may come from the database. Only a traceback has lines."""
+    return {name: escaped(value) if isinstance(value, str) and name != "exception" else value for name, value in event.items()}
 
 
 def command(app: typer.Typer, name: str, *examples: str) -> Callable[[CommandFunction], CommandFunction]:

@@ -1,5 +1,6 @@
 """`kms key`: making keys and looking at them."""
 
+import sys
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -10,7 +11,7 @@ import typer
 from kms.cli.invocation import Invocation, command, group
 from kms.cli.moments import MOMENTS, ExpiresOption, LimitOption, stamp
 from kms.cli.options import KeyArgument, OutOption
-from kms.cli.output import Encoding, json_bytes, print_fields, print_json, print_table, write_bytes
+from kms.cli.output import STDOUT, Encoding, json_bytes, print_fields, print_json, print_table, write_bytes
 from kms.domain.algorithms import KeyType, Purpose
 from kms.domain.keys import Custody
 from kms.domain.lifecycle import State
@@ -117,7 +118,10 @@ def public(
         from kms.v1 import keys_pb2
 
         found = client.call(client.keys.GetPublicKey, keys_pb2.GetPublicKeyRequest(key=key))
-    pem = found.public_key_pem.encode("ascii")
+    pem = found.public_key_pem.encode()
+    if not invocation.as_json and form is KeyForm.PEM and out in (None, STDOUT) and sys.stdout.isatty():
+        print(found.public_key_pem, end="")
+        return
     if not invocation.as_json:
         write_bytes(pem if form is KeyForm.PEM else found.public_key_der, out, Encoding.RAW if form is KeyForm.PEM else None)
         return
@@ -186,5 +190,5 @@ def show_key(invocation: Invocation, key: "keys_pb2.Key") -> None:
 
 def _public_key_fields(pem: bytes, der: bytes, form: KeyForm, out: Path | None) -> dict[str, Any]:
     if form is KeyForm.PEM and out is None:
-        return {"public_key_pem": pem.decode("ascii")}
+        return {"public_key_pem": pem.decode()}
     return json_bytes(f"public_key_{form}", pem if form is KeyForm.PEM else der, None, out)

@@ -9,9 +9,13 @@ from kms.cli.invocation import Invocation, command
 from kms.cli.keys import parse_metadata, show_key
 from kms.cli.moments import MOMENTS, ExpiresOption, LimitOption, stamp
 from kms.cli.options import KeyArgument
+from kms.domain.fields import NUMBER_MAX
 
 VersionOption = Annotated[
-    int, typer.Option("--version", min=0, help="Refuse (STALE) if the key is at another version; 0: any.", show_default=False)
+    int,
+    typer.Option(
+        "--version", min=0, max=NUMBER_MAX, help="Refuse (STALE) if the key is at another version; 0: any.", show_default=False
+    ),
 ]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why: 1 to 200 characters, kept in the trail.", show_default=False)]
 

@@ -1,14 +1,19 @@
-"""What a command answers: tables for people, JSON for programs, bytes alone for pipes and files."""
+"""What a command answers: tables for people, JSON for programs, bytes alone for pipes and files.
+
+What is printed may come from a caller, a server or an old row of the trail, and must not steer the terminal. `guard_streams`
+makes standard output and standard error write hidden characters as JSON does, whoever prints. Only bytes pass as they are.
+"""
 
 import base64
-import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO, cast
+
+from kms.domain.text import escaped, has_hidden, json_text
 
 STDOUT: Final = Path("-")
 
@@ -21,23 +26,46 @@ class Encoding(StrEnum):
     HEX = "hex"
 
 
+class _Guarded:
+    """A text stream that writes hidden characters as JSON does. Lines and tabs stay."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        self.stream.write(escaped(text, keep="\n\t"))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the stream has
+        return getattr(self.stream, name)
+
+
+def guard_streams() -> None:
+    """Let standard output and standard error show no hidden character from now on, also those of a traceback."""
+    sys.stdout, sys.stderr = (cast(TextIO, _Guarded(stream)) for stream in (sys.stdout, sys.stderr))
+
+
 def print_json(value: Mapping[str, Any]) -> None:
     """Print *value* as one JSON object."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(json_text(value, indent=2))
 
 
 def print_fields(fields: Mapping[str, object]) -> None:
-    """Print a name and a value a line, aligned."""
+    """Print a name and a value a line, aligned. A value stays on its line."""
     width = max(map(len, fields), default=0)
     for name, value in fields.items():
-        print(f"{name:<{width}}  {value}")
+        print(f"{name:<{width}}  {escaped(str(value))}")
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table: ruled on a terminal, else a line of tab-separated columns for each row, without headings."""
     if not sys.stdout.isatty():
         for row in rows:
-            print("\t".join(row))
+            print("\t".join(map(escaped, row)))
         return
     from rich import box
     from rich.console import Console
@@ -45,8 +73,10 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
     table = Table(*headings, box=box.SIMPLE_HEAD)
     for row in rows:
-        table.add_row(*row)
-    Console(markup=False, highlight=False).print(table)
+        table.add_row(*map(escaped, row))
+    # rich steers the terminal, so it writes to the stream itself. It would make pictures of texts like :key:.
+    stream = sys.stdout.stream if isinstance(sys.stdout, _Guarded) else sys.stdout
+    Console(file=stream, markup=False, emoji=False, highlight=False).print(table)
 
 
 def text_of(data: bytes, encoding: Encoding | None) -> str:
@@ -121,7 +151,7 @@ def _is_plain_text(data: bytes) -> bool:
         text = data.decode()
     except UnicodeDecodeError:
         return False
-    return all(character.isprintable() or character in "\n\t" for character in text)
+    return not has_hidden(text.replace("\n", "").replace("\t", ""))
 
 
 def _umask() -> int:

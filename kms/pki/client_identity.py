@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import structlog
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from kms.app.access import credentials_invalid
 from kms.domain.errors import KmsError, malformed
@@ -21,10 +22,19 @@ from kms.domain.ids import UserId, parse_identity_uri
 from kms.pki.revocations import Revocations
 
 Clock = Callable[[], datetime]
+E = TypeVar("E", bound=x509.ExtensionType)
 
 _URI: Final = "peer_uri"
 _CERTIFICATE: Final = "x509_pem_cert"
 _CERTIFICATES_MAX: Final = 4096
+# What pyca/cryptography raises for a certificate that does not parse, besides ValueError.
+_UNREADABLE: Final = (
+    x509.ExtensionNotFound,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+    UnsupportedAlgorithm,
+)
 _LOG = structlog.get_logger("kms.pki")
 
 
@@ -55,13 +65,13 @@ class ClientIdentity:
         self._seen: OrderedDict[bytes, _Standing] = OrderedDict()
 
     def __call__(self, auth_context: Mapping[str, Iterable[bytes]]) -> UserId:
-        """Return the user that the certificate names, or raise CREDENTIALS_INVALID, whatever it is that does not fit.
+        """Return the user that the certificate names, or raise CREDENTIALS_INVALID, whatever does not fit.
 
         *auth_context* is `grpc.ServicerContext.auth_context()`. The log tells the operator what the caller is not told.
         """
         try:
             return self._identify(auth_context)
-        except (KmsError, ValueError, OSError, x509.ExtensionNotFound, x509.DuplicateExtension) as error:
+        except (KmsError, ValueError, OSError, *_UNREADABLE) as error:
             _LOG.warning("client refused", cause=getattr(error, "message", None) or str(error) or type(error).__name__)
             raise credentials_invalid() from None
 
@@ -98,6 +108,7 @@ class ClientIdentity:
             certificate.verify_directly_issued_by(self._authority)
         except (InvalidSignature, TypeError):
             raise malformed("client certificate", "expected one issued by the identity authority itself") from None
+        _check_made_for_clients(certificate)
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         return _Standing(
             certificate.serial_number,
@@ -118,6 +129,32 @@ def load_authority_certificate(ca_file: Path) -> x509.Certificate:
     if len(certificates) != 1 or not is_authority:
         raise malformed("server.client_ca_file", expected)
     return certificates[0]
+
+
+def _check_made_for_clients(certificate: x509.Certificate) -> None:
+    """Raise MALFORMED unless *certificate* is an end entity's, and names client authentication among its usages.
+
+    The handshake looks at usages only where a certificate names some. Without this check a certificate for a server, for
+    mail or for signing code, and a subordinate authority's own, would name a user as well as one that was made to.
+    anyExtendedKeyUsage says nothing about clients, so it is not enough.
+    """
+    constraints = _extension(certificate, x509.BasicConstraints)
+    if constraints is not None and constraints.ca:
+        raise malformed("client certificate", "expected one of a client, not of an authority (its basic constraints say CA)")
+    usage = _extension(certificate, x509.KeyUsage)
+    if usage is not None and (usage.key_cert_sign or usage.crl_sign):
+        raise malformed("client certificate", "expected a key usage without keyCertSign and cRLSign, which are for authorities")
+    purposes = _extension(certificate, x509.ExtendedKeyUsage)
+    if purposes is None or ExtendedKeyUsageOID.CLIENT_AUTH not in purposes:
+        raise malformed("client certificate", "expected clientAuth among its extended key usages")
+
+
+def _extension(certificate: x509.Certificate, kind: type[E]) -> E | None:
+    """Return the extension of this *kind*, None where there is none. Raises ValueError for one that does not parse."""
+    try:
+        return certificate.extensions.get_extension_for_class(kind).value
+    except x509.ExtensionNotFound:
+        return None
 
 
 def _only(auth_context: Mapping[str, Iterable[bytes]], name: str) -> bytes:

@@ -1,11 +1,10 @@
 """Wire to domain and back: pure, and the only place where a request's fields are read."""
 
 import base64
-import binascii
 import hashlib
 import json
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import datetime
 
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -14,6 +13,7 @@ from kms.app.encryption import DATA_KEY_BYTES_DEFAULT, ToDecrypt, ToEncrypt
 from kms.app.repeats import Asked
 from kms.app.signing import Signed, ToSign
 from kms.domain.errors import KmsError, malformed
+from kms.domain.fields import open_token, parse_moment, parse_number, parse_optional_number, token_of
 from kms.domain.ids import parse_key_name, parse_key_ref
 from kms.domain.keys import KeyFilter, KeyRecord
 from kms.domain.lifecycle import Change, Use
@@ -22,6 +22,17 @@ from kms.v1 import crypto_pb2, keys_pb2
 
 PAGE_DEFAULT = 50
 PAGE_MAX = 200
+
+Moves = (
+    keys_pb2.UpdateKeyRequest
+    | keys_pb2.ActivateKeyRequest
+    | keys_pb2.DeactivateKeyRequest
+    | keys_pb2.ReactivateKeyRequest
+    | keys_pb2.RevokeKeyRequest
+    | keys_pb2.MarkKeyCompromisedRequest
+    | keys_pb2.ScheduleKeyDestructionRequest
+    | keys_pb2.CancelKeyDestructionRequest
+)
 
 
 def wire_key(key: KeyRecord) -> keys_pb2.Key:
@@ -65,8 +76,7 @@ def der_of(pem: str) -> bytes:
 
 def page_request(request: keys_pb2.ListKeysRequest) -> tuple[KeyFilter, str, int]:
     """Return the filter, the name to begin behind, and the page's size."""
-    if request.page_size > PAGE_MAX:
-        raise malformed("page_size", f"expected at most {PAGE_MAX}")
+    page_size = parse_optional_number(request.page_size, field="page_size", most=PAGE_MAX)
     if request.name_prefix:
         parse_key_name(request.name_prefix, field="name_prefix")
     which = KeyFilter(
@@ -75,28 +85,29 @@ def page_request(request: keys_pb2.ListKeysRequest) -> tuple[KeyFilter, str, int
         status=enums.optional(enums.STATES, request.state, "state"),
         name_prefix=request.name_prefix or None,
     )
-    return which, _parse_page_token(request.page_token, which), request.page_size or PAGE_DEFAULT
+    return which, _parse_page_token(request.page_token, which), page_size or PAGE_DEFAULT
 
 
 def page_token(after: str, which: KeyFilter) -> str:
     """Return the token of the page behind the name *after*."""
-    return base64.urlsafe_b64encode(json.dumps([_fingerprint(which), after]).encode()).decode()
+    return token_of(_fingerprint(which), after)
 
 
 def _parse_page_token(token: str, which: KeyFilter) -> str:
     if not token:
         return ""
     expected = malformed("page_token", "expected next_page_token of the page before, with the same filter")
+    match open_token(token, expected=expected):
+        case [fingerprint, str(after)] if fingerprint == _fingerprint(which):
+            pass
+        case _:
+            raise expected
     try:
-        found = json.loads(base64.b64decode(token, altchars=b"-_", validate=True))
-        fingerprint, after = found
-        # A name is what a token holds; whatever else comes back was not made here.
+        # A name is what a token holds. Anything else does not come from this service.
         parse_key_ref(after)
-    except (binascii.Error, ValueError, TypeError, KmsError, RecursionError):
+    except KmsError:
         raise expected from None
-    if fingerprint != _fingerprint(which):
-        raise expected
-    return str(after)
+    return after
 
 
 def _fingerprint(which: KeyFilter) -> str:
@@ -180,10 +191,12 @@ def moment(request: Message, field: str) -> datetime | None:
     if not request.HasField(field):
         return None
     stamp: Timestamp = getattr(request, field)
-    try:
-        return stamp.ToDatetime(UTC)
-    except (ValueError, OverflowError):
-        raise malformed(field, "expected a moment between the years 1 and 9999, nanoseconds from 0 to 999,999,999") from None
+    return parse_moment(stamp.seconds, stamp.nanos, field=field)
+
+
+def version(request: Moves) -> int | None:
+    """Return the version that the caller has seen, None for any, or raise MALFORMED."""
+    return parse_optional_number(request.version, field="version")
 
 
 def update(request: keys_pb2.UpdateKeyRequest) -> Change:
@@ -202,6 +215,4 @@ def usage_limit(request: keys_pb2.CreateKeyRequest | keys_pb2.UpdateKeyRequest) 
     """Return `max_usage_count`, None if it is absent, or raise MALFORMED."""
     if not request.HasField("max_usage_count"):
         return None
-    if not 0 < request.max_usage_count < 2**63:
-        raise malformed("max_usage_count", "expected 1 to 2^63-1")
-    return request.max_usage_count
+    return parse_number(request.max_usage_count, field="max_usage_count", least=1)

@@ -1,25 +1,22 @@
 """Events of the trail, wire to domain and back."""
 
-import base64
 import hashlib
 import json
-import re
 from dataclasses import astuple
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Final
 from uuid import UUID
 
 from kms.domain.errors import malformed
+from kms.domain.fields import NUMBER_MAX, open_token, parse_filter, token_of
 from kms.domain.ids import UserId, parse_uuid
+from kms.domain.text import json_text
 from kms.domain.trail import Cursor, Event, EventFilter, Place, Stretch
 from kms.domain.trail_check import TrailReport
 from kms.rpc import convert, enums
 from kms.v1 import audit_pb2
 
 PAGE_DEFAULT: Final = 100
-_TEXT: Final = re.compile(r"[^\x00-\x1f\x7f]{0,100}")
-_ORDER_MAX: Final = 2**63 - 1
-_BAD_TOKEN: Final = (ValueError, TypeError, AttributeError, RecursionError)
 
 
 def event_filter(request: audit_pb2.SearchEventsRequest) -> EventFilter:
@@ -29,11 +26,11 @@ def event_filter(request: audit_pb2.SearchEventsRequest) -> EventFilter:
         until=convert.moment(request, "until"),
         user_id=UserId(parse_uuid(request.user_id, field="user_id")) if request.user_id else None,
         resource_id=parse_uuid(request.resource_id, field="resource_id") if request.resource_id else None,
-        event_type=_text(request.event_type, "event_type"),
-        action=_text(request.action, "action"),
+        event_type=parse_filter(request.event_type, field="event_type"),
+        action=parse_filter(request.action, field="action"),
         outcome=enums.optional(enums.OUTCOMES, request.outcome, "outcome"),
         severity_min=enums.optional(enums.SEVERITIES, request.severity_min, "severity_min") or EventFilter().severity_min,
-        request_id=_text(request.request_id, "request_id"),
+        request_id=parse_filter(request.request_id, field="request_id"),
     )
 
 
@@ -51,13 +48,13 @@ def wire_event(event: Event) -> audit_pb2.Event:
         resource_id=str(event.resource_id or ""),
         action=event.action,
         risk_score=event.risk_score,
-        details_json=json.dumps(event.details, ensure_ascii=False, sort_keys=True),
+        details_json=json_text(event.details, sort_keys=True),
     )
 
 
 def wire_stretch(stretch: Stretch) -> audit_pb2.TailEventsResponse:
     """Return *stretch* as a client sees it."""
-    cursor = _token(stretch.cursor.commit_order, str(stretch.cursor.event_id))
+    cursor = token_of(stretch.cursor.commit_order, str(stretch.cursor.event_id))
     return audit_pb2.TailEventsResponse(events=[wire_event(event) for event in stretch.events], cursor=cursor)
 
 
@@ -80,51 +77,40 @@ def wire_report(report: TrailReport) -> audit_pb2.VerifyTrailResponse:
 
 def page_token(place: Place | None, which: EventFilter) -> str:
     """Return the token of the page that begins at *place*, empty where there is none."""
-    return "" if place is None else _token(_fingerprint(which), place.created_at.isoformat(), str(place.event_id))
+    return "" if place is None else token_of(_fingerprint(which), place.created_at.isoformat(), str(place.event_id))
 
 
 def parse_page_token(token: str, which: EventFilter) -> Place | None:
     """Return where the page begins, None for the first, or raise MALFORMED for what no page of this search gave."""
     if not token:
         return None
+    expected = malformed("page_token", "expected next_page_token of the page before, with the same filter")
+    match open_token(token, expected=expected):
+        case [fingerprint, str(created_at), str(event_id)] if fingerprint == _fingerprint(which):
+            pass
+        case _:
+            raise expected
     try:
-        fingerprint, created_at, event_id = _parts(token)
-        place = Place(datetime.fromisoformat(created_at).astimezone(UTC), UUID(event_id))
-    except (*_BAD_TOKEN, OverflowError):
-        fingerprint, place = None, None
-    if place is None or fingerprint != _fingerprint(which):
-        raise malformed("page_token", "expected next_page_token of the page before, with the same filter")
-    return place
+        return Place(datetime.fromisoformat(created_at).astimezone(UTC), UUID(event_id))
+    except (ValueError, OverflowError):
+        raise expected from None
 
 
 def parse_cursor(token: str) -> Cursor | None:
     """Return the cursor, None for an empty one, or raise MALFORMED."""
     if not token:
         return None
+    expected = malformed("cursor", "expected the cursor of an answer of TailEvents")
+    match open_token(token, expected=expected):
+        case [int(order), str(event_id)] if type(order) is int and 0 <= order <= NUMBER_MAX:
+            pass
+        case _:
+            raise expected
     try:
-        order, event_id = _parts(token)
-        cursor = Cursor(order, UUID(event_id))
-    except _BAD_TOKEN:
-        cursor = None
-    if cursor is None or type(cursor.commit_order) is not int or not 0 <= cursor.commit_order <= _ORDER_MAX:
-        raise malformed("cursor", "expected the cursor of an answer of TailEvents")
-    return cursor
-
-
-def _token(*parts: object) -> str:
-    return base64.urlsafe_b64encode(json.dumps(parts).encode()).decode()
-
-
-def _parts(token: str) -> tuple[Any, ...]:
-    """Return what `_token` was given. Raises ValueError, TypeError or RecursionError for what it did not make."""
-    return tuple(json.loads(base64.b64decode(token, altchars=b"-_", validate=True)))
+        return Cursor(order, UUID(event_id))
+    except ValueError:
+        raise expected from None
 
 
 def _fingerprint(which: EventFilter) -> str:
     return hashlib.sha256(json.dumps(astuple(which), default=str).encode()).hexdigest()[:16]
-
-
-def _text(text: str, field: str) -> str | None:
-    if not _TEXT.fullmatch(text):
-        raise malformed(field, "expected at most 100 characters, none of them a control character")
-    return text or None

@@ -14,17 +14,6 @@ from kms.rpc import convert, enums
 from kms.rpc.edge import Context, caller, current
 from kms.v1 import keys_pb2, keys_pb2_grpc
 
-Moves = (
-    keys_pb2.UpdateKeyRequest
-    | keys_pb2.ActivateKeyRequest
-    | keys_pb2.DeactivateKeyRequest
-    | keys_pb2.ReactivateKeyRequest
-    | keys_pb2.RevokeKeyRequest
-    | keys_pb2.MarkKeyCompromisedRequest
-    | keys_pb2.ScheduleKeyDestructionRequest
-    | keys_pb2.CancelKeyDestructionRequest
-)
-
 
 @dataclass(frozen=True, slots=True)
 class KeyServicer(keys_pb2_grpc.KeyServiceServicer):
@@ -123,7 +112,7 @@ class KeyServicer(keys_pb2_grpc.KeyServiceServicer):
         """Cancel the destruction of a key."""
         return keys_pb2.CancelKeyDestructionResponse(key=await self._move(request, Move.CANCEL_DESTRUCTION))
 
-    async def _move(self, request: Moves, move: Move, change: Change | None = None) -> keys_pb2.Key:
-        version = request.version or None
-        key = await self.moving.move(current(), parse_key_ref(request.key), move, change or Change(), version=version)
+    async def _move(self, request: convert.Moves, move: Move, change: Change | None = None) -> keys_pb2.Key:
+        ref, version = parse_key_ref(request.key), convert.version(request)
+        key = await self.moving.move(current(), ref, move, change or Change(), version=version)
         return convert.wire_key(key)

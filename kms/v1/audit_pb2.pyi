@@ -158,15 +158,15 @@ class SearchEventsRequest(_message.Message):
     resource_id: _builtins.str
     """About this key or user: a lower-case UUID, else MALFORMED. Empty: any."""
     event_type: _builtins.str
-    """Exactly this. At most 100 characters, else MALFORMED. Empty: any."""
+    """Exactly this. Text, at most 100 characters. Empty: any."""
     action: _builtins.str
-    """Exactly this. At most 100 characters, else MALFORMED. Empty: any."""
+    """Exactly this. Text, at most 100 characters. Empty: any."""
     outcome: Global___Outcome.ValueType
     """UNSPECIFIED: any."""
     severity_min: Global___Severity.ValueType
     """This and graver."""
     request_id: _builtins.str
-    """Of the call with this x-request-id. At most 100 characters, else MALFORMED. Empty: any."""
+    """Of the call with this x-request-id. Text, at most 100 characters. Empty: any."""
     page_size: _builtins.int
     """At most so many events: 1 to 1000, else MALFORMED; 0: 100."""
     page_token: _builtins.str

@@ -313,7 +313,7 @@ class CreateKeyRequest(_message.Message):
     """
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """At most 32 entries, names to 63 bytes, values to 255 bytes, all printable."""
+        """At most 32 entries of text: names of 1 to 63 bytes, values of at most 255."""
 
     @_builtins.property
     def expires_at(self) -> _timestamp_pb2.Timestamp:
@@ -535,7 +535,7 @@ class UpdateKeyRequest(_message.Message):
     METADATA_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     version: _builtins.int
-    """The version that the caller has seen, else ABORTED (STALE); 0: any."""
+    """At most 2^63-1: the version that the caller has seen, else ABORTED (STALE); 0: any."""
     max_usage_count: _builtins.int
     """Lower than it is, and not below the uses counted."""
     @_builtins.property
@@ -637,7 +637,7 @@ class ActivateKeyRequest(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     version: _builtins.int
-    """The version that the caller has seen, else ABORTED (STALE); 0: any."""
+    """At most 2^63-1: the version that the caller has seen, else ABORTED (STALE); 0: any."""
     def __init__(
         self,
         *,
@@ -680,7 +680,7 @@ class DeactivateKeyRequest(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     version: _builtins.int
-    """The version that the caller has seen, else ABORTED (STALE); 0: any."""
+    """At most 2^63-1: the version that the caller has seen, else ABORTED (STALE); 0: any."""
     def __init__(
         self,
         *,
@@ -723,7 +723,7 @@ class ReactivateKeyRequest(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     version: _builtins.int
-    """The version that the caller has seen, else ABORTED (STALE); 0: any."""
+    """At most 2^63-1: the version that the caller has seen, else ABORTED (STALE); 0: any."""
     def __init__(
         self,
         *,
@@ -767,9 +767,9 @@ class RevokeKeyRequest(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     version: _builtins.int
-    """The version that the caller has seen, else ABORTED (STALE); 0: any."""
+    """At most 2^63-1: the version that the caller has seen, else ABORTED (STALE); 0: any."""
     reason: _builtins.str
-    """1 to 200 characters, no control characters."""
+    """Text, 1 to 200 characters, not only spaces."""
     def __init__(
         self,
         *,
@@ -815,9 +815,9 @@ class MarkKeyCompromisedRequest(_message.Message):
     OCCURRED_AT_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     version: _builtins.int
-    """The version that the caller has seen, else ABORTED (STALE); 0: any."""
+    """At most 2^63-1: the version that the caller has seen, else ABORTED (STALE); 0: any."""
     reason: _builtins.str
-    """1 to 200 characters, no control characters."""
+    """Text, 1 to 200 characters, not only spaces."""
     @_builtins.property
     def occurred_at(self) -> _timestamp_pb2.Timestamp:
         """When it happened, if known; not ahead."""
@@ -867,7 +867,7 @@ class ScheduleKeyDestructionRequest(_message.Message):
     PENDING_DAYS_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     version: _builtins.int
-    """The version that the caller has seen, else ABORTED (STALE); 0: any."""
+    """At most 2^63-1: the version that the caller has seen, else ABORTED (STALE); 0: any."""
     pending_days: _builtins.int
     """7 to 90; 0: 30."""
     def __init__(
@@ -913,7 +913,7 @@ class CancelKeyDestructionRequest(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     version: _builtins.int
-    """The version that the caller has seen, else ABORTED (STALE); 0: any."""
+    """At most 2^63-1: the version that the caller has seen, else ABORTED (STALE); 0: any."""
     def __init__(
         self,
         *,

@@ -31,6 +31,12 @@ class KeyServiceStub:
 
     Conventions of every call: identifiers are lower-case UUIDs; a `key` field takes a key's id or its name; sizes are in
     bytes unless the field's name ends in `_bits`; errors carry google.rpc.ErrorInfo with domain "kms" and a stable reason.
+    A field that holds what its comment does not permit is MALFORMED, and `field` in the ErrorInfo's metadata names it.
+
+    Text that people read (a reason, metadata, what a search compares) may be in any language: letters, marks, numbers, punctuation,
+    symbols and spaces. MALFORMED: control, format, private-use and unassigned characters, line and paragraph separators. The joiners
+    U+200C and U+200D are format characters that some scripts need: they are accepted between letters from U+0600 to U+18AF.
+    Moments lie in the years 1 to 9999.
     """
 
     def __init__(self, channel):
@@ -107,6 +113,12 @@ class KeyServiceServicer:
 
     Conventions of every call: identifiers are lower-case UUIDs; a `key` field takes a key's id or its name; sizes are in
     bytes unless the field's name ends in `_bits`; errors carry google.rpc.ErrorInfo with domain "kms" and a stable reason.
+    A field that holds what its comment does not permit is MALFORMED, and `field` in the ErrorInfo's metadata names it.
+
+    Text that people read (a reason, metadata, what a search compares) may be in any language: letters, marks, numbers, punctuation,
+    symbols and spaces. MALFORMED: control, format, private-use and unassigned characters, line and paragraph separators. The joiners
+    U+200C and U+200D are format characters that some scripts need: they are accepted between letters from U+0600 to U+18AF.
+    Moments lie in the years 1 to 9999.
     """
 
     def CreateKey(self, request, context):
@@ -279,6 +291,12 @@ class KeyService:
 
     Conventions of every call: identifiers are lower-case UUIDs; a `key` field takes a key's id or its name; sizes are in
     bytes unless the field's name ends in `_bits`; errors carry google.rpc.ErrorInfo with domain "kms" and a stable reason.
+    A field that holds what its comment does not permit is MALFORMED, and `field` in the ErrorInfo's metadata names it.
+
+    Text that people read (a reason, metadata, what a search compares) may be in any language: letters, marks, numbers, punctuation,
+    symbols and spaces. MALFORMED: control, format, private-use and unassigned characters, line and paragraph separators. The joiners
+    U+200C and U+200D are format characters that some scripts need: they are accepted between letters from U+0600 to U+18AF.
+    Moments lie in the years 1 to 9999.
     """
 
     @staticmethod

@@ -22,6 +22,7 @@ from prometheus_client import make_wsgi_app
 from prometheus_client.registry import Collector
 
 from kms.domain.errors import malformed
+from kms.domain.text import escaped
 
 Look = Callable[[], tuple[bool, str]]
 App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
@@ -152,4 +153,4 @@ def _server(address: str | Path) -> _Server:
 
 def _answer(start_response: Callable[..., Any], status: str, text: str) -> list[bytes]:
     start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
-    return [text.encode() + b"\n"]
+    return [escaped(text, keep="\n").encode() + b"\n"]  # shown by curl in a terminal

@@ -16,6 +16,7 @@ from kms.v1 import audit_pb2, crypto_pb2, keys_pb2
 from tests.conformance.refusals import refusal_of
 from tests.conformance.requests import made
 from tests.fixtures.server import Caller
+from tests.hostile.values import HIDDEN_TEXTS, MOMENTS, NUMBERS, READABLE, WIDE_NUMBERS
 
 METHODS: Final[list[MethodDescriptor]] = [
     *keys_pb2.DESCRIPTOR.services_by_name["KeyService"].methods,
@@ -43,19 +44,20 @@ TEXTS: Final = (
     *("\u202e", "\ud7ff", "é" * 90, "@", "a@", "a@0", "a@99999999999", "NULL", "-1"),
     *("00000000-0000-0000-0000-000000000000", "FFFFFFFF-FFFF-FFFF-FFFF-FFFFFFFFFFFF"),
     *("W10=", "bnVsbA==", "eyI6", "W1tbW1tbW1tbW1tb"),  # page tokens that are JSON, or nearly
+    *HIDDEN_TEXTS,
+    *READABLE,
 )
 BLOBS: Final = (
     *(b"", b"\x00", b"\xff" * 17, bytes(31), bytes(33), bytes(64), bytes(65), bytes(65_537), b"\xff" * 1_100_000),
     *(b"\x30\x84\xff\xff\xff\xff", b"\x01" * 29, b"\x02" + bytes(300)),
 )
-NUMBERS: Final = (0, 1, 7, 99, 2**31 - 1, 2**32 - 1)
-WIDE: Final = (0, 1, 2**63, 2**64 - 1)
 ENUMS: Final = (0, -1, 1, 2, 3, 4, 5, 6, 7, 99, 2**31 - 1, -(2**31))
 ALLOWED: Final = {
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.NOT_FOUND,
     grpc.StatusCode.ALREADY_EXISTS,
+    grpc.StatusCode.ABORTED,
     grpc.StatusCode.UNIMPLEMENTED,
 }
 
@@ -70,7 +72,7 @@ def values(field: FieldDescriptor) -> tuple[Any, ...]:
         return ENUMS
     if field.type == FieldDescriptor.TYPE_BOOL:
         return (True, False)
-    return WIDE if field.type == FieldDescriptor.TYPE_UINT64 else NUMBERS
+    return WIDE_NUMBERS if field.type == FieldDescriptor.TYPE_UINT64 else (*NUMBERS, 7, 99)
 
 
 def bad_values(field: FieldDescriptor) -> Iterator[Any]:
@@ -82,9 +84,9 @@ def bad_values(field: FieldDescriptor) -> Iterator[Any]:
         yield from ({text: "x"} for text in TEXTS)
         yield from ({"x": text} for text in TEXTS)
     elif message.name == "Timestamp":
-        yield from (GetMessageClass(message)(seconds=seconds, nanos=-1) for seconds in (0, -1, 2**63 - 1, -(2**63)))
+        yield from (GetMessageClass(message)(seconds=seconds, nanos=nanos) for seconds, nanos in MOMENTS)
     elif message.name == "KeyMetadata":
-        yield from (GetMessageClass(message)(entries={text: "x"}) for text in TEXTS)
+        yield from (GetMessageClass(message)(entries={text: text}) for text in TEXTS)
     else:
         item, good = GetMessageClass(message), GOOD[message.name]
         yield from ([item(**{**good, inner.name: value})] for inner in message.fields for value in values(inner))

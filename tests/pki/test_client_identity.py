@@ -1,21 +1,27 @@
 """Who a client certificate names, told by a real TLS handshake with grpc: hostile certificates are refused, all alike."""
 
 import asyncio
+import re
+import subprocess
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import grpc
 import pytest
+import structlog
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from structlog.testing import LogCapture
 
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import UserId
+from kms.pki import client_identity
 from kms.pki.authority import Authority, Issued, issue_client, issue_crl, issue_server, make_authority
 from kms.pki.client_identity import ClientIdentity, host_clock
+from tests.hostile.certificates import ACCEPTED, REFUSED, issued
 
 UUID = "0a1b2c3d-0000-4000-8000-00000000000f"
 URI = f"kms://test/user/{UUID}"
@@ -199,6 +205,41 @@ def test_a_certificate_of_another_authority_of_the_same_name_is_refused(stage: S
     other = make_authority(stage.directory / "other", now=NOW)
     assert other.certificate.subject == stage.authority.certificate.subject
     refused(stage.identity(), peer(issue_client(other, URI, now=NOW)))
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_certificate_that_was_not_made_for_a_client_is_refused_and_the_log_says_why(
+    stage: Stage, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = LogCapture()
+    monkeypatch.setattr(client_identity, "_LOG", structlog.wrap_logger(None, processors=[log]))
+    identity, offered = stage.identity(), peer(issued(stage.authority, URI, REFUSED[kind], now=NOW))
+    for _ in range(2):  # what was refused is not remembered as good
+        refused(identity, offered)
+    assert [REFUSED[kind].cause in entry["cause"] for entry in log.entries] == [True, True]
+
+
+@pytest.mark.parametrize("kind", ACCEPTED)
+def test_a_certificate_for_a_client_is_accepted_whatever_else_it_is_for(stage: Stage, kind: str) -> None:
+    assert str(stage.identity()(peer(issued(stage.authority, URI, ACCEPTED[kind], now=NOW)))) == UUID
+
+
+def test_openssl_makes_a_certificate_that_is_accepted_as_the_documentation_says(stage: Stage, tmp_path: Path) -> None:
+    documented = (
+        (Path(__file__).parents[2] / "docs/operations.md").read_text().partition("## Certificates")[2].partition("\n## ")[0]
+    )
+    extensions = re.findall(r"^    (\w+ = .*)$", documented, re.MULTILINE)
+    assert len(extensions) == 4
+    uri = URI.rpartition("/user/")[0]
+    content = "\n".join(extensions).replace("kms://<deployment id>", uri).replace("<uuid>", UUID)
+    (tmp_path / "client.ext").write_text(content)
+    command = documented.partition("`openssl x509 -req")[2].partition("`")[0].split()
+    request = ["req", "-new", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/"]
+    for arguments in ([*request, "-keyout", "client.key", "-out", "client.csr"], ["x509", "-req", *command]):
+        subprocess.run(["openssl", *arguments], cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    issued = Issued((tmp_path / "client.crt").read_bytes(), b"")
+    stage.now = host_clock() + timedelta(minutes=1)  # openssl does not backdate it
+    assert str(stage.identity()(peer(issued))) == UUID
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from psycopg.pq import ExecStatus
 
 import kms.store
 from kms.domain.lifecycle import Standing, effective_state
-from kms.store.renewed_macs import KEEP
 from kms.store.login_settings import OWN_SETTINGS
+from kms.store.renewed_macs import KEEP
 from tests.fixtures.postgres import Database
 
 _STATEMENT = re.compile(r"\s*(SELECT|INSERT|UPDATE|DELETE|WITH)\b")
