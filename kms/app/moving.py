@@ -3,12 +3,13 @@
 import re
 from dataclasses import dataclass
 from typing import Final
+from uuid import UUID
 
 from kms.app.keyring import check_metadata, existing
 from kms.app.ports import Call, Change, Hsm, Keys, Lifecycle
 from kms.domain.errors import malformed
 from kms.domain.ids import KeyId, KeyRef
-from kms.domain.keys import Custody, KeyMaterial, KeyRecord
+from kms.domain.keys import KeyRecord
 from kms.domain.lifecycle import Move, check_move
 
 REASON_CHARACTERS_MAX: Final = 200
@@ -46,7 +47,7 @@ class Destruction:
     async def remove_objects(self) -> None:
         """Remove the token objects of all destroyed keys: of those of now, and those that could not be removed at their time."""
         for hsm_key_id in await self.lifecycle.destroyed_objects(await self.hsm.residents()):
-            await self.hsm.discard(KeyMaterial(Custody.RESIDENT, "", "", hsm_key_id))
+            await self.hsm.discard(KeyId(UUID(hsm_key_id)), "")
 
 
 def _check(move: Move, change: Change) -> None:
