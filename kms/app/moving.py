@@ -46,7 +46,10 @@ class Destruction:
 
     async def remove_objects(self) -> None:
         """Remove the token objects of all destroyed keys: of those of now, and those that could not be removed at their time."""
-        for hsm_key_id in await self.lifecycle.destroyed_objects(await self.hsm.residents()):
+        held = (await self.hsm.holdings()).objects
+        # Whatever the rows say: what the service itself needs is not among the destroyed.
+        objects = [key_id.hex for key_id, bound_to in held.items() if not bound_to]
+        for hsm_key_id in await self.lifecycle.destroyed_objects(objects):
             await self.hsm.discard(KeyId(UUID(hsm_key_id)), "")
 
 
