@@ -491,8 +491,7 @@ async def test_the_object_of_a_bound_key_stays_whatever_its_row_says(
     bound, plain = await resident(store, token, alice, bound_to="audit"), await resident(store, token, alice)
     rows(
         database,
-        "SET session_replication_role = replica; UPDATE cryptography.keys SET destroyed_at = now(),"
-        " encrypted_private_key = ''",
+        "SET session_replication_role = replica; UPDATE cryptography.keys SET destroyed_at = now(), encrypted_private_key = ''",
     )
     await Destruction(lifecycle, token).remove_objects()
     assert await token.residents() == {bound.hsm_key_id}
