@@ -1,20 +1,22 @@
 """Making keys and looking at them."""
 
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Final
 from uuid import UUID
 
-from kms.app.ports import Call, Hsm, Keys, NewKey, Repeat
+from kms.app.ports import Call, Hsm, Keys, NewKey, Repeat, Uninterrupted
 from kms.domain.algorithms import KeySpec
 from kms.domain.errors import KmsError, Reason, malformed
 from kms.domain.fields import check_metadata
 from kms.domain.ids import KeyId, KeyName, KeyRef, UserId
-from kms.domain.keys import Custody, KeyIdentity, KeyMaterial, KeyRecord, UsableKey
+from kms.domain.keys import Custody, KeyIdentity, KeyRecord, UsableKey
 from kms.domain.lifecycle import State, Use, check_use, is_open_to, use_among
 
+_UNDECIDED: Final = frozenset({Reason.STORE_UNAVAILABLE, Reason.OUTCOME_UNKNOWN})
 _READ_ANEW: ContextVar[bool] = ContextVar("read_anew", default=False)
 _FOUND: ContextVar[KeyId | None] = ContextVar("found", default=None)
 
@@ -42,11 +44,13 @@ class Keyring:
 
     keys: Keys
     hsm: Hsm
+    uninterrupted: Uninterrupted
 
     async def create(self, call: Call, wish: KeyWish, keep: Callable[[KeyId], Awaitable[Repeat]] | None = None) -> KeyRecord:
         """Make a key in the token and store it, or raise NAME_TAKEN, CUSTODY_UNAVAILABLE, MALFORMED or HSM_UNAVAILABLE.
 
-        What *keep* makes of its id is stored with it, for a repeat of the request.
+        What *keep* makes of its id is stored with it, for a repeat of the request. OUTCOME_UNKNOWN: a RESIDENT key is stored,
+        and the token did not answer afterwards.
         """
         caller, name, spec = call.user.user_id, wish.name, wish.spec
         check_metadata(wish.metadata)
@@ -56,20 +60,34 @@ class Keyring:
         if await self.keys.find(caller, name) is not None:
             raise KmsError(Reason.NAME_TAKEN, "you have a key of that name", field="name")
         identity = KeyIdentity(KeyId(UUID(bytes=await self.hsm.random(16), version=4)), caller, spec, wish.bound_to)
+        repeat = None if keep is None else await keep(identity.key_id)
         material = await self.hsm.generate(identity, custody)
-        try:
-            new = NewKey(identity, name, material, dict(wish.metadata), wish.max_usage_count, wish.activated_at, wish.expires_at)
-            repeat = None if keep is None else await keep(identity.key_id)
-            return await self.keys.insert(caller, new, call=call, repeat=repeat)
-        except BaseException:
-            await self._discard_unless_stored(identity, material)
-            raise
+        new = NewKey(identity, name, material, dict(wish.metadata), wish.max_usage_count, wish.activated_at, wish.expires_at)
+        if custody is Custody.RESIDENT:
+            return await self.uninterrupted(self._store_resident(call, new, repeat))
+        return await self.keys.insert(caller, new, call=call, repeat=repeat)
 
-    async def _discard_unless_stored(self, identity: KeyIdentity, material: KeyMaterial) -> None:
-        # A lost connection leaves open whether the row was stored. A token object without a row is a nuisance, a row
-        # without its token object is a lost key: so the object goes only when the row is seen to be absent.
-        if material.custody is Custody.RESIDENT and await self.keys.find(identity.owner_id, identity.key_id) is None:
-            await self.hsm.discard(material)
+    async def _store_resident(self, call: Call, new: NewKey, repeat: Repeat | None) -> KeyRecord:
+        """Store a key whose object is in the token, and then remove its mark; or remove both.
+
+        A token object without a row is a nuisance. A row without its token object is a lost key. So where it is not known
+        whether the row is stored, both stay, and reconciliation decides later.
+        """
+        key_id = new.identity.key_id
+        try:
+            record = await self.keys.insert(call.user.user_id, new, call=call, repeat=repeat)
+        except KmsError as error:
+            if error.reason not in _UNDECIDED:
+                with suppress(KmsError):  # the mark stays where the token fails
+                    await self.hsm.abandon(key_id)
+            raise
+        try:
+            await self.hsm.confirm(key_id)
+        except KmsError as error:
+            # A key whose creation was answered has no mark: else whoever deletes its row would have its object removed.
+            message = f"the key is stored, but the HSM failed afterwards ({error.message}): look for the key by its name"
+            raise KmsError(Reason.OUTCOME_UNKNOWN, message) from None
+        return record
 
 
 async def existing(keys: Keys, caller: UserId, ref: KeyRef, *, recent: bool = False) -> KeyRecord:

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from typing import Final
+from uuid import UUID
 
 from kms.app.keyring import existing
 from kms.app.ports import Call, Hsm, Keys, Lifecycle
 from kms.domain.fields import check_metadata, parse_number, parse_text
 from kms.domain.ids import KeyId, KeyRef
-from kms.domain.keys import Custody, KeyMaterial, KeyRecord
+from kms.domain.keys import KeyRecord
 from kms.domain.lifecycle import Change, Move, check_move
 
 REASON_CHARACTERS_MAX: Final = 200
@@ -42,8 +43,11 @@ class Destruction:
 
     async def remove_objects(self) -> None:
         """Remove the token objects of all destroyed keys: of those of now, and those that could not be removed at their time."""
-        for hsm_key_id in await self.lifecycle.removable_objects(await self.hsm.residents()):
-            await self.hsm.discard(KeyMaterial(Custody.RESIDENT, "", "", hsm_key_id))
+        held = (await self.hsm.holdings()).objects
+        # Whatever the rows say: what the service itself needs is not among the destroyed.
+        objects = [key_id.hex for key_id, bound_to in held.items() if not bound_to]
+        for hsm_key_id in await self.lifecycle.removable_objects(objects):
+            await self.hsm.discard(KeyId(UUID(hsm_key_id)), "")
 
 
 def _check(move: Move, change: Change) -> None:

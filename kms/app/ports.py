@@ -4,16 +4,19 @@ Cancellation is the deadline: the edge cancels a call whose time is up, and an i
 cancelled call. All failures are `KmsError`; a driver's own exceptions end in its package.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from kms.domain.algorithms import Hash, KeySpec, SignatureAlgorithm
 from kms.domain.ids import KeyId, KeyName, KeyRef, UserId
 from kms.domain.keys import Custody, HeldKey, KeyFilter, KeyIdentity, KeyMaterial, KeyRecord, UsableKey
 from kms.domain.lifecycle import Change, Move, Use
 from kms.domain.permissions import Permission
+from kms.domain.residents import Holdings
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,14 @@ class User:
     permissions: frozenset[Permission] = frozenset()
 
 
+class Uninterrupted(Protocol):
+    """Does work to its end although its caller is cancelled; the cancellation takes effect afterwards."""
+
+    async def __call__(self, work: Coroutine[Any, Any, T], /) -> T:
+        """Return what *work* returns, or raise what it raises."""
+        ...
+
+
 class Hsm(Protocol):
     """The token. One contract suite (`tests/contract/test_hsm.py`) holds for every implementation.
 
@@ -74,15 +85,39 @@ class Hsm(Protocol):
         ...
 
     async def generate(self, identity: KeyIdentity, custody: Custody) -> KeyMaterial:
-        """Make a key in the token and return its envelope. Nothing is left in the token unless it is RESIDENT."""
+        """Make a key in the token and return its envelope. Nothing is left in the token unless it is RESIDENT.
+
+        A RESIDENT key has a mark in the token until `confirm`: its creation has not ended. CUSTODY_UNAVAILABLE where the token
+        holds as many as are allowed. A call that fails or is cancelled returns after what it made is removed; where the token
+        fails too, the mark stays.
+        """
         ...
 
-    async def discard(self, material: KeyMaterial) -> None:
-        """Remove the token object of a RESIDENT key that was never stored, or is destroyed; nothing to do for other custodies."""
+    async def confirm(self, key_id: KeyId) -> None:
+        """Remove the mark of a RESIDENT key whose row is stored. Raises HSM_UNAVAILABLE where the token does not hold the key."""
+        ...
+
+    async def abandon(self, key_id: KeyId) -> None:
+        """Remove a RESIDENT key that has a mark, and the mark. Leaves a key without a mark alone: it was confirmed."""
+        ...
+
+    async def discard(self, key_id: KeyId, bound_to: str) -> None:
+        """Remove the token object of a RESIDENT key that is destroyed. Nothing else removes the object of a confirmed key.
+
+        Raises WRONG_PURPOSE for a key that is bound to the service itself, if *bound_to* or the token says so.
+        """
         ...
 
     async def residents(self) -> Collection[str]:
         """Return the `hsm_key_id` of every RESIDENT key whose object the token holds."""
+        ...
+
+    async def holdings(self) -> Holdings:
+        """Return the RESIDENT keys and the marks in the token."""
+        ...
+
+    async def opens(self, key: HeldKey) -> bool:
+        """Whether the envelope of *key* opens here, which proves that this service made it for these attributes. Uses nothing."""
         ...
 
     async def sign(self, key: HeldKey, algorithm: SignatureAlgorithm, data: bytes) -> bytes:

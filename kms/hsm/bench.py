@@ -71,6 +71,17 @@ class Bench:
         with self._link.use() as connection:
             return self._twice(connection, lambda: work(self._open(connection)), mechanism)
 
+    def run_alone(self, work: Callable[[TokenSession], T], mechanism: str) -> T:
+        """Like `run`, for work that searches for or writes token objects: no other thread of this process does so meanwhile."""
+        with self._link.use() as connection:
+
+            def attempt() -> T:
+                session = self._open(connection)
+                with connection.token_objects():
+                    return work(session)
+
+            return self._twice(connection, attempt, mechanism)
+
     def use(self, held: HeldKey, work: Callable[[TokenSession, Handle], T], mechanism: str) -> T:
         """Return what *work* returns with the loaded key. Raises as the port says of every method with a `HeldKey`."""
         with self._link.use() as connection:

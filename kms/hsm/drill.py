@@ -15,9 +15,10 @@ from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId
 from kms.domain.keys import Custody, HeldKey
 from kms.hsm.connection import connect
-from kms.hsm.envelopes import find_resident, unwrap_for_use
+from kms.hsm.envelopes import unwrap_for_use
 from kms.hsm.errors import ALTERED_INPUT, MisfitError, translate
 from kms.hsm.module import load_module
+from kms.hsm.residents import find_resident
 from kms.hsm.session import TokenSession
 from kms.hsm.settings import HsmSettings
 
@@ -50,7 +51,7 @@ def open_envelopes(settings: HsmSettings, keys: Iterable[HeldKey]) -> Drill:
         connection = connect(module, settings)
         try:
             session = connection.open_session()
-            found = [(key.identity.key_id, _outcome(session, key)) for key in keys]
+            found = [(key.identity.key_id, outcome_of(session, key)) for key in keys]
         except pkcs11.PKCS11Error as error:
             raise translate(error) from None
     finally:
@@ -63,7 +64,8 @@ def open_envelopes(settings: HsmSettings, keys: Iterable[HeldKey]) -> Drill:
     return Drill(len(of(Outcome.OPENED)), of(Outcome.KEK_MISSING), of(Outcome.INVALID))
 
 
-def _outcome(session: TokenSession, key: HeldKey) -> Outcome:
+def outcome_of(session: TokenSession, key: HeldKey) -> Outcome:
+    """Open the envelope of *key* and return what became of it. Raises HSM_UNAVAILABLE, and the binding's errors."""
     try:
         _open(session, key)
     except KmsError as error:
@@ -92,5 +94,5 @@ def _open(session: TokenSession, key: HeldKey) -> None:
     inner = session.unseal(envelope.sealing_key_id, envelope.nonce, envelope.sealed, aad)
     if envelope.custody is Custody.WRAPPED:
         unwrap_for_use(session, identity.spec, envelope.kek_id, inner).destroy()
-    elif envelope.custody is Custody.RESIDENT and len(find_resident(session, inner)) != 1:
+    elif envelope.custody is Custody.RESIDENT and len(find_resident(session.raw, inner)) != 1:
         raise MisfitError

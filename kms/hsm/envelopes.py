@@ -18,6 +18,7 @@ from kms.domain.keys import Custody, HeldKey, KeyIdentity, KeyMaterial
 from kms.hsm import mechanisms, templates
 from kms.hsm.errors import ALTERED_INPUT, MisfitError, unsupported
 from kms.hsm.public_keys import check_fits, check_value, read_public_key
+from kms.hsm.residents import find_resident, resident_label
 from kms.hsm.session import TokenSession
 from kms.hsm.templates import Template
 
@@ -85,14 +86,6 @@ def open_key(session: TokenSession, held: HeldKey) -> Handle:
     return _proven(handle, session, held)
 
 
-def find_resident(session: TokenSession, key_id: bytes) -> list[Any]:
-    """Return the private or secret objects of the token with this CKA_ID."""
-    found: list[Any] = []
-    for kind in (ObjectClass.PRIVATE_KEY, ObjectClass.SECRET_KEY):
-        found += session.raw.get_objects({Attribute.CLASS: kind, Attribute.TOKEN: True, Attribute.ID: key_id})
-    return found
-
-
 def _proven(handle: Handle, session: TokenSession, held: HeldKey) -> Handle:
     try:
         check_fits(handle.key, held.identity.spec, held.material.public_key, session.oaep_hashes)
@@ -107,7 +100,7 @@ def _generate(session: pkcs11.Session, identity: KeyIdentity, custody: Custody) 
     template: Template = templates.CREATION_SEALED if custody is Custody.SEALED else templates.CREATION
     names: dict[str, Any] = {}
     if custody is Custody.RESIDENT:
-        template, names = templates.RESIDENT, {"id": identity.key_id.bytes, "label": templates.RESIDENT_LABEL}
+        template, names = templates.RESIDENT, {"id": identity.key_id.bytes, "label": resident_label(identity.bound_to)}
     if spec.is_symmetric:
         capabilities = templates.use_capabilities(spec.key_type, spec.purpose)
         key = session.generate_key(
@@ -152,7 +145,7 @@ def _load(session: TokenSession, identity: KeyIdentity, envelope: Envelope, inne
         case Custody.SEALED:
             return Handle(_import(session.raw, spec, inner), is_resident=False)
         case Custody.RESIDENT:
-            found = find_resident(session, inner)
+            found = find_resident(session.raw, inner)
             if len(found) != 1:
                 raise MisfitError
             return Handle(found[0], is_resident=True)

@@ -14,10 +14,11 @@ from kms.domain.ids import KeyId, UserId
 from kms.domain.keys import Custody, HeldKey, KeyIdentity
 from kms.hsm.capabilities import PROBED, RSA_ENCRYPTION, RSA_SIGNING, find_capabilities
 from kms.hsm.connection import Connection, connect
-from kms.hsm.envelopes import find_resident, make_key, open_key
+from kms.hsm.envelopes import make_key, open_key
 from kms.hsm.errors import MisfitError, translate
 from kms.hsm.hardening import protect_memory
 from kms.hsm.module import load_module
+from kms.hsm.residents import abandon, write_mark
 from kms.hsm.session import TokenSession
 from kms.hsm.settings import HsmSettings
 from kms.hsm.wrapping_keys import WrappingKey
@@ -130,11 +131,12 @@ def _try(connection: Connection, spec: KeySpec, custody: Custody) -> float | Non
 
 def _make_and_use(session: TokenSession, spec: KeySpec, custody: Custody) -> None:
     identity = KeyIdentity(KeyId(UUID(bytes=session.raw.generate_random(128), version=4)), UserId(UUID(int=0)), spec)
+    if custody is Custody.RESIDENT:
+        write_mark(session.raw, identity.key_id)  # if the command is killed, the service removes the key later
     try:
         open_key(session, HeldKey(identity, make_key(session, identity, custody), version=1)).drop()
     finally:
-        for left in find_resident(session, identity.key_id.bytes):
-            left.destroy()
+        abandon(session.raw, identity.key_id)
 
 
 def _warnings(

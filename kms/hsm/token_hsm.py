@@ -1,34 +1,38 @@
 """The port `Hsm` over a PKCS#11 token."""
 
 import asyncio
-import threading
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import pkcs11
 import structlog
-from pkcs11 import Attribute, ObjectClass
 
 from kms.app.ports import Sealed
 from kms.domain.algorithms import Hash, KeySpec, KeyType, Purpose, SignatureAlgorithm
 from kms.domain.ciphertext import ciphertext_invalid
 from kms.domain.errors import KmsError, Reason
+from kms.domain.ids import KeyId
 from kms.domain.keys import Custody, HeldKey, KeyIdentity, KeyMaterial, check_custody
-from kms.hsm import operations, templates
+from kms.domain.residents import Holdings
+from kms.hsm import operations, residents
 from kms.hsm.bench import Bench
 from kms.hsm.capabilities import Capabilities, find_capabilities
 from kms.hsm.connection import Connection, connect
-from kms.hsm.envelopes import Handle, find_resident, make_key
+from kms.hsm.drill import Outcome, outcome_of
+from kms.hsm.envelopes import Handle, make_key
 from kms.hsm.errors import PinRefusedError, translate, unavailable, unsupported
 from kms.hsm.hardening import protect_memory
 from kms.hsm.lanes import LaneSet
 from kms.hsm.link import Link
 from kms.hsm.module import Module, load_module
+from kms.hsm.places import Places
 from kms.hsm.public_keys import decrypt_oaep
 from kms.hsm.session import TokenSession, decrypt_gcm, encrypt_gcm
 from kms.hsm.settings import HsmSettings
+from kms.hsm.uninterrupted import uninterrupted
 from kms.hsm.watch import Watch
 from kms.hsm.wrapping_keys import WrappingKey
 
@@ -39,6 +43,8 @@ _log = structlog.get_logger(__name__)
 _INLINE_BYTES_MAX: Final = 16 * 1024
 _RETRY_PAUSE_SECONDS: Final = 0.1
 _CLOSE_SECONDS: Final = 5.0
+_COUNT_SECONDS: Final = 1.0
+_UNDO_PAUSES_SECONDS: Final = (0.05, 0.2, 0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +93,12 @@ class TokenHsm:
         self._lanes = LaneSet(link, settings)
         self._lanes.inline_wanted = capabilities.short_p99_seconds < settings.inline_p99_seconds
         self._watch = Watch(link, self._lanes, settings, asyncio.get_running_loop())
-        self._resident_keys = 0
-        self._counting = threading.Lock()
+        self._places = Places(settings.resident_keys_max)
         self._is_closed = False
 
     async def start(self) -> None:
         """Count the resident keys and begin to watch. `open_hsm` has called it."""
-        self._resident_keys = len(await _result(self._lanes.submit(lambda bench: bench.run(_residents, "a search"))))
+        await self.residents()
         await asyncio.to_thread(self._lanes.after_return)
         self._watch.start()
 
@@ -128,7 +133,7 @@ class TokenHsm:
             short_p99_seconds=self.capabilities.short_p99_seconds,
             runs_short_operations_inline=self._lanes.inline_wanted,
             is_memory_locked=self._is_memory_locked,
-            resident_keys=self._resident_keys,
+            resident_keys=self._places.count,
             wrapping_keys=connection.wrapping_keys,
         )
 
@@ -156,7 +161,7 @@ class TokenHsm:
         if not works:
             raise unsupported(f"{spec.key_type} keys for {spec.purpose}")
         if minimum is Custody.RESIDENT:
-            return self._residence()
+            return Custody.RESIDENT  # whether there is a place for it is seen when it is made
         best = max(works - {Custody.RESIDENT}, key=tuple(Custody).index)
         check_custody(best, minimum)
         if best is Custody.SEALED and not self._settings.allow_sealed:
@@ -168,20 +173,39 @@ class TokenHsm:
         return best
 
     async def generate(self, identity: KeyIdentity, custody: Custody) -> KeyMaterial:
-        """Make a key in the token and return its envelope."""
+        """Make a key in the token and return its envelope. Raises CUSTODY_UNAVAILABLE where there are too many RESIDENT keys."""
         if custody is Custody.RESIDENT:
             return await self._generate_resident(identity)
         return await _result(self._submit_generation(identity, custody))
 
-    async def discard(self, material: KeyMaterial) -> None:
-        """Remove the token object of a RESIDENT key that was never stored."""
-        if material.custody is Custody.RESIDENT and material.hsm_key_id is not None:
-            await _result(self._submit_discard(material.hsm_key_id))
+    async def confirm(self, key_id: KeyId) -> None:
+        """See `Hsm.confirm`."""
+        await self._on_objects(lambda session: residents.confirm(session.raw, key_id))
+
+    async def abandon(self, key_id: KeyId) -> None:
+        """See `Hsm.abandon`."""
+        if await self._on_objects(lambda session: residents.abandon(session.raw, key_id)):
+            self._places.free(key_id)
+
+    async def discard(self, key_id: KeyId, bound_to: str) -> None:
+        """See `Hsm.discard`."""
+        await self._on_objects(lambda session: residents.discard(session.raw, key_id, bound_to))
+        self._places.free(key_id)
 
     async def residents(self) -> Collection[str]:
         """Return the CKA_ID, in hex, of every RESIDENT key whose object the token holds."""
-        self._refuse_if_away()
-        return await _result(self._lanes.submit(lambda bench: bench.run(_resident_ids, "a search")))
+        return {key_id.hex for key_id in (await self.holdings()).objects}
+
+    async def holdings(self) -> Holdings:
+        """See `Hsm.holdings`."""
+        begun = self._places.begin_count()
+        found = await self._on_objects(lambda session: residents.take_holdings(session.raw))
+        self._places.counted(found.objects, begun)
+        return found
+
+    async def opens(self, key: HeldKey) -> bool:
+        """See `Hsm.opens`."""
+        return await self._on_objects(lambda session: outcome_of(session, key)) is Outcome.OPENED
 
     async def sign(self, key: HeldKey, algorithm: SignatureAlgorithm, data: bytes) -> bytes:
         """Sign a digest, for Ed25519 a message."""
@@ -265,58 +289,63 @@ class TokenHsm:
         return self._lanes.inline_wanted and len(data) <= _INLINE_BYTES_MAX
 
     def _submit_generation(self, identity: KeyIdentity, custody: Custody) -> "Future[KeyMaterial]":
-        self._refuse_if_away()
-
         def work(bench: Bench) -> KeyMaterial:
-            return bench.run(lambda session: make_key(session, identity, custody), f"{identity.spec.key_type} generation")
+            return bench.run(lambda session: make_key(session, identity, custody), _generation(identity))
 
+        return self._submit_making(identity, work)
+
+    def _submit_making(self, identity: KeyIdentity, work: Callable[[Bench], T]) -> "Future[T]":
+        self._refuse_if_away()
         # RSA generation takes seconds: in a lane of its own it delays no signature.
         return self._lanes.generate(work) if identity.spec.key_type is KeyType.RSA else self._lanes.submit(work)
 
     async def _generate_resident(self, identity: KeyIdentity) -> KeyMaterial:
-        self._residence()
-        self._count_resident(1)  # counted before it is there, so that two at once cannot pass the limit
+        await self._take_place(identity.key_id)
+        making = _ResidentMaking(identity, self._places)
         try:
-            future = self._submit_generation(identity, Custody.RESIDENT)
+            future = self._submit_making(identity, making.make)
         except KmsError:
-            self._count_resident(-1)
+            self._places.free(identity.key_id)
             raise
         try:
-            return await _result(future)
-        except asyncio.CancelledError:
-            future.add_done_callback(self._discard_unwanted)
+            material = await _result(future)
+        except BaseException:
+            await uninterrupted(self._undo(making, future))
             raise
-        except Exception:
-            self._count_resident(-1)
-            raise
+        self._places.made(identity.key_id)
+        return material
 
-    def _discard_unwanted(self, future: "Future[KeyMaterial]") -> None:
-        if future.cancelled() or future.exception() is not None:
-            self._count_resident(-1)
-        elif (hsm_key_id := future.result().hsm_key_id) is not None:
-            self._submit_discard(hsm_key_id)
+    async def _take_place(self, key_id: KeyId) -> None:
+        try:
+            self._places.take(key_id)
+        except KmsError:
+            if not self._places.is_older(_COUNT_SECONDS):
+                raise
+            await self.residents()
+            self._places.take(key_id)
 
-    def _submit_discard(self, hsm_key_id: str) -> "Future[None]":
-        def work(session: TokenSession) -> None:
-            for found in find_resident(session, bytes.fromhex(hsm_key_id)):
-                found.destroy()
-                self._count_resident(-1)
+    async def _undo(self, making: "_ResidentMaking", future: "Future[KeyMaterial]") -> None:
+        """Remove what *making* left in the token, as soon as it has ended."""
+        key_id = making.identity.key_id
+        await asyncio.wait((asyncio.ensure_future(_ended(future)),))
+        if not making.has_begun:
+            self._places.free(key_id)
+            return
+        # The lane was given up, and its call may still make the key: the mark must stay.
+        if making.has_ended:
+            for pause in _UNDO_PAUSES_SECONDS:
+                try:
+                    await self.abandon(key_id)
+                except KmsError:
+                    await asyncio.sleep(pause)
+                else:
+                    return
+        self._places.made(key_id)
+        _log.warning("hsm_key_left", key=str(key_id), what="its mark stays: reconciliation removes both")
 
-        return self._lanes.submit(lambda bench: bench.run(work, "discarding a key"))
-
-    def _count_resident(self, change: int) -> None:
-        with self._counting:
-            self._resident_keys += change
-
-    def _residence(self) -> Custody:
-        if self._resident_keys >= self._settings.resident_keys_max:
-            raise KmsError(
-                Reason.CUSTODY_UNAVAILABLE,
-                f"the token holds {self._resident_keys} RESIDENT keys, and no more than "
-                f"{self._settings.resident_keys_max} are allowed",
-                custody=Custody.RESIDENT,
-            )
-        return Custody.RESIDENT
+    async def _on_objects(self, work: Callable[[TokenSession], T]) -> T:
+        self._refuse_if_away()
+        return await _result(self._lanes.submit(lambda bench: bench.run_alone(work, "token objects")))
 
     def _close(self) -> None:
         self._watch.stop()
@@ -375,17 +404,44 @@ def _find_capabilities(connection: Connection) -> Capabilities:
         raise translate(error) from None
 
 
-def _resident_ids(session: TokenSession) -> set[str]:
-    return {bytes(found[Attribute.ID]).hex() for found in _residents(session)}
+class _ResidentMaking:
+    """The making of one RESIDENT key: counts, marks and makes it in a lane, and says how far that came."""
+
+    def __init__(self, identity: KeyIdentity, places: Places) -> None:
+        self.identity = identity
+        self.has_begun = False
+        self.has_ended = False
+        self._places = places
+
+    def make(self, bench: Bench) -> KeyMaterial:
+        """Make the key. Raises CUSTODY_UNAVAILABLE where another process has taken the last place."""
+        self.has_begun = True
+        try:
+            bench.run_alone(self._mark, "data objects")
+            # RSA generation takes seconds, during which nobody could open a session.
+            run = bench.run if self.identity.spec.key_type is KeyType.RSA else bench.run_alone
+            return run(self._make, _generation(self.identity))
+        finally:
+            self.has_ended = True
+
+    def _mark(self, session: TokenSession) -> None:
+        self._places.check((*residents.resident_keys(session.raw), self.identity.key_id))
+        residents.write_mark(session.raw, self.identity.key_id)
+
+    def _make(self, session: TokenSession) -> KeyMaterial:
+        # A first attempt may have failed after it had made the key, and two keys of one id would be none.
+        for left in residents.find_resident(session.raw, self.identity.key_id.bytes):
+            left.destroy()
+        return make_key(session, self.identity, Custody.RESIDENT)
 
 
-def _residents(session: TokenSession) -> list[Any]:
-    found: list[Any] = []
-    for kind in (ObjectClass.PRIVATE_KEY, ObjectClass.SECRET_KEY):
-        found += session.raw.get_objects(
-            {Attribute.CLASS: kind, Attribute.TOKEN: True, Attribute.LABEL: templates.RESIDENT_LABEL}
-        )
-    return found
+def _generation(identity: KeyIdentity) -> str:
+    return f"{identity.spec.key_type} generation"
+
+
+async def _ended(future: "Future[KeyMaterial]") -> None:
+    with suppress(Exception, asyncio.CancelledError):
+        await asyncio.wrap_future(future)
 
 
 async def _result(future: "Future[T]") -> T:

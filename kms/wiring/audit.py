@@ -18,6 +18,7 @@ from kms.config import AuditConfig, Config
 from kms.domain.checkpoint import VerifierKey, parse_verifier_key
 from kms.domain.errors import KmsError, Reason
 from kms.domain.trail_check import NoteReader, TrailReport
+from kms.hsm.uninterrupted import uninterrupted
 from kms.pki.client_identity import host_clock
 from kms.pki.public_keys import PublicKeyOperations
 from kms.store.backup_file import new_private_file
@@ -55,9 +56,8 @@ def verify_file(file: Path, key: str, checkpoints: Path | None) -> TrailReport:
 def sealing(config: Config, pool: Pool, records: Records, hsm: Hsm) -> Callable[[], Awaitable[Sealing]]:
     """Return what makes a `Sealing`, with the key that it finds or makes."""
     keys, settings = StoredKeys(pool, records), config.audit or AuditConfig()
-    found = SealingKeys(
-        keys, Keyring(keys, hsm), StoredUsers(pool).find_or_create_service, _is_valid, origin_of(config.deployment_id)
-    )
+    keyring, owner = Keyring(keys, hsm, uninterrupted), StoredUsers(pool).find_or_create_service
+    found = SealingKeys(keys, keyring, owner, _is_valid, origin_of(config.deployment_id))
     made = LastSealed()
     outside = None if settings.checkpoints is None else CheckpointFile(settings.checkpoints)
 

@@ -8,11 +8,15 @@ from typing import Final
 import structlog
 
 from kms.app.moving import Destruction
+from kms.app.residents import Reconciliation
 from kms.domain.errors import KmsError
+from kms.domain.ids import KeyId
+from kms.domain.residents import ADVICE, Finding
 from kms.store.repeats import FORGET_MAX, StoredRepeats
 
 UPKEEP_SECONDS: Final = 60.0
 JOURNAL_SECONDS: Final = 10.0
+RECONCILIATION_SECONDS: Final = 300.0
 _LOG = structlog.get_logger("kms")
 
 
@@ -53,3 +57,18 @@ async def forget_answers(repeats: StoredRepeats) -> None:
     """Remove the answers that are no longer given to a repeat. That they are not given does not wait for it."""
     while await repeats.forget() >= FORGET_MAX:
         pass
+
+
+def reconciling(reconciliation: Reconciliation) -> Callable[[], Awaitable[None]]:
+    """Return what reconciles the token with the database once, and logs what is new since the last time."""
+    known: dict[KeyId, Finding] = {}
+
+    async def reconcile() -> None:
+        found = await reconciliation.run()
+        for key_id, finding in found.items():
+            if (advice := ADVICE.get(finding)) and known.get(key_id) is not finding:
+                _LOG.warning("resident key", key=str(key_id), finding=finding, advice=advice)
+        known.clear()
+        known.update(found)
+
+    return reconcile

@@ -22,11 +22,13 @@ from kms.app.moving import Destruction, Moving
 from kms.app.ports import Keys, Ledger, Lifecycle, Users
 from kms.app.records import Records
 from kms.app.repeats import Uses
+from kms.app.residents import Reconciliation
 from kms.app.signing import Signing
 from kms.app.status import Administration
 from kms.config import AuditConfig, Config, ServerConfig, needed
 from kms.domain.errors import KmsError, Reason
 from kms.hsm.token_hsm import HsmStatus, TokenHsm, open_hsm
+from kms.hsm.uninterrupted import uninterrupted
 from kms.pki.client_identity import ClientIdentity, host_clock
 from kms.pki.public_keys import PublicKeyOperations
 from kms.rpc.admin import AdminServicer
@@ -49,6 +51,7 @@ from kms.store.ledger import open_ledger
 from kms.store.lifecycle import StoredLifecycle
 from kms.store.pool import Pool
 from kms.store.repeats import StoredRepeats
+from kms.store.resident_rows import StoredResidentRows
 from kms.store.sealer import sealed
 from kms.store.trail import StoredTrail
 from kms.store.users import StoredUsers
@@ -59,7 +62,15 @@ from kms.wiring.audit import sealing, verifying
 from kms.wiring.condition import CHECK_SECONDS, Condition, SealWatch
 from kms.wiring.control import Report
 from kms.wiring.descriptors import raise_descriptor_limit
-from kms.wiring.jobs import JOURNAL_SECONDS, UPKEEP_SECONDS, destroy_due, forget_answers, repeating
+from kms.wiring.jobs import (
+    JOURNAL_SECONDS,
+    RECONCILIATION_SECONDS,
+    UPKEEP_SECONDS,
+    destroy_due,
+    forget_answers,
+    reconciling,
+    repeating,
+)
 from kms.wiring.log import configure_log
 from kms.wiring.parts import database_dsn, hsm_settings, ready_pool
 from kms.wiring.reports import ProcessReports
@@ -68,7 +79,7 @@ from kms.wiring.supervised import Stopping, Supervised
 from kms.wiring.token import check_token
 from kms.wiring.tracing import tracing
 
-HSM_OPERATIONS: Final = ("generate", "discard", "sign", "encrypt", "decrypt", "decrypt_rsa", "random", "mac")
+HSM_OPERATIONS: Final = ("generate", "confirm", "abandon", "sign", "encrypt", "decrypt", "decrypt_rsa", "random", "mac")
 _LOG = structlog.get_logger("kms")
 
 
@@ -153,9 +164,8 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         telemetry = Telemetry(stack.enter_context(tracing(config.tracing, config.deployment_id)))
         disk = Disk(needed(config.database).disk_path)
         await stack.enter_async_context(repeating("disk", CHECK_SECONDS, disk.watch))
-        keys = CachedKeys(
-            telemetry.observed(StoredKeys(pool, records), "store", "insert", "find", "find_usable", "page", of="keys.")
-        )
+        stored_keys = StoredKeys(pool, records)
+        keys = CachedKeys(telemetry.observed(stored_keys, "store", "insert", "find", "find_usable", "page", of="keys."))
         users = CachedUsers(telemetry.observed(StoredUsers(pool), "store", "find", of="users."))
         await stack.enter_async_context(heard(dsn, {"key": keys.drop, "user": users.drop}))
         ledger = await stack.enter_async_context(
@@ -168,6 +178,9 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         await stack.enter_async_context(
             repeating("destruction", UPKEEP_SECONDS, partial(destroy_due, Destruction(lifecycle, hsm)))
         )
+        if supervised is None or supervised.number == 1:
+            reconciliation = Reconciliation(hsm, StoredResidentRows(pool, stored_keys), hsm.opens, host_clock)
+            await stack.enter_async_context(repeating("residents", RECONCILIATION_SECONDS, reconciling(reconciliation)))
         if journal is not None:
             await stack.enter_async_context(repeating("journal", JOURNAL_SECONDS, JournalFollower(pool, journal).catch_up))
         await stack.enter_async_context(repeating("repeats", UPKEEP_SECONDS, partial(forget_answers, StoredRepeats(pool))))
@@ -227,7 +240,7 @@ def _server(
     )
     return Server(
         edge,
-        KeyServicer(Keyring(keys, hsm), Moving(keys, lifecycle), uses),
+        KeyServicer(Keyring(keys, hsm, uninterrupted), Moving(keys, lifecycle), uses),
         CryptoServicer(Signing(keys, hsm, public_keys), Encryption(keys, hsm, public_keys), uses),
         AuditServicer(auditing),
         AdminServicer(Administration(reports)),

@@ -1,19 +1,30 @@
 """What the `kms hsm` commands do, and the look at the token before it serves."""
 
 import asyncio
-from typing import Final
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVar
 
 import structlog
 
+from kms.app.records import Records
+from kms.app.residents import Reconciliation
 from kms.config import Config
 from kms.domain.errors import KmsError, Reason
+from kms.domain.ids import KeyId
+from kms.domain.residents import Finding
 from kms.hsm import probe, provision
+from kms.hsm.one_session import one_session
 from kms.hsm.token_hsm import TokenHsm
 from kms.hsm.wrapping_keys import Kind, WrappingKey
+from kms.pki.client_identity import host_clock
+from kms.store.keys import StoredKeys
+from kms.store.pool import Pool
+from kms.store.resident_rows import StoredResidentRows
 from kms.store.wrapping import Kind as StoredKind
 from kms.store.wrapping import StoredWrappingKeys, TokenKey
-from kms.wiring.parts import database_dsn, hsm_settings, ready_pool
+from kms.wiring.parts import database_dsn, hsm_settings, ready_pool, with_pool
 
+T = TypeVar("T")
 _STORED_KINDS: Final[dict[Kind, StoredKind]] = {Kind.KEK: "kek", Kind.SEALING: "sealing"}
 _LOG = structlog.get_logger("kms")
 
@@ -26,6 +37,31 @@ def hsm_init(config: Config) -> provision.TokenDescription:
 def hsm_probe(config: Config) -> probe.Report:
     """Return what the token can do, tried on throw-away keys."""
     return probe.examine(hsm_settings(config))
+
+
+def check_residents(config: Config) -> dict[KeyId, Finding]:
+    """Reconcile the RESIDENT keys of the token with the database, and return what was found before that."""
+    return _reconciled(config, lambda reconciliation: reconciliation.run())
+
+
+def remove_resident(config: Config, key_id: KeyId, ask: Callable[[Finding], None]) -> None:
+    """Remove a RESIDENT key from the token for ever, unless *ask* raises; raises as `Reconciliation.check_removable` does."""
+
+    async def remove(reconciliation: Reconciliation) -> None:
+        ask(await reconciliation.check_removable(key_id))
+        await reconciliation.remove(key_id)
+
+    _reconciled(config, remove)
+
+
+def _reconciled(config: Config, work: Callable[[Reconciliation], Awaitable[T]]) -> T:
+    with one_session(hsm_settings(config)) as token:
+
+        async def reconciled(pool: Pool) -> T:
+            rows = StoredResidentRows(pool, StoredKeys(pool, Records(token.mac, host_clock)))
+            return await work(Reconciliation(token, rows, token.opens, host_clock))
+
+        return asyncio.run(with_pool(config, reconciled))
 
 
 def confirm_backup(config: Config) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import cast
 from uuid import uuid4
 
@@ -27,6 +28,7 @@ from kms.domain.envelope import parse_envelope
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId, UserId
 from kms.domain.keys import Custody, HeldKey, KeyIdentity, Origin
+from kms.domain.residents import Holdings
 from tests.fakes.hsm import FakeHsm
 from tests.fixtures.softhsm import OpenHsm
 
@@ -122,11 +124,71 @@ async def test_a_resident_key_works_until_it_is_discarded(hsm: Hsm, spec: KeySpe
     assert key.material.hsm_key_id is not None
     await use(hsm, key)
     assert key.material.hsm_key_id in await hsm.residents()
-    await hsm.discard(key.material)
+    await hsm.discard(key.identity.key_id, "")
     assert key.material.hsm_key_id not in await hsm.residents()
     with pytest.raises(KmsError) as caught:
         await use(hsm, replace(key, version=2))
     assert caught.value.reason is Reason.ENVELOPE_INVALID
+
+
+async def test_a_resident_key_has_a_mark_until_it_is_confirmed(hsm: Hsm) -> None:
+    before = datetime.now(UTC)
+    key = await new_key(hsm, AES, Custody.RESIDENT)
+    held = await hsm.holdings()
+    assert held.objects == {key.identity.key_id: ""}
+    made_at = held.marks[key.identity.key_id].made_at
+    assert made_at is not None
+    assert before <= made_at <= datetime.now(UTC)
+    for _ in range(2):
+        await hsm.confirm(key.identity.key_id)
+        assert await hsm.holdings() == Holdings({key.identity.key_id: ""}, {})
+    await use(hsm, key)
+
+
+async def test_an_abandoned_key_is_removed_with_its_mark_and_a_confirmed_one_stays(hsm: Hsm) -> None:
+    kept, left = [await new_key(hsm, SECP256K1, Custody.RESIDENT) for _ in range(2)]
+    await hsm.confirm(kept.identity.key_id)
+    for key in (kept, left, left):
+        await hsm.abandon(key.identity.key_id)
+    assert await hsm.holdings() == Holdings({kept.identity.key_id: ""}, {})
+    await use(hsm, kept)
+    with pytest.raises(KmsError) as caught:
+        await hsm.confirm(left.identity.key_id)
+    assert caught.value.reason is Reason.HSM_UNAVAILABLE
+
+
+async def test_a_bound_key_is_never_discarded(hsm: Hsm) -> None:
+    identity = replace(identity_of(ED25519), bound_to="audit")
+    key = HeldKey(identity, await hsm.generate(identity, Custody.RESIDENT), version=1)
+    await hsm.confirm(identity.key_id)
+    plain = await new_key(hsm, ED25519, Custody.RESIDENT)
+    await hsm.confirm(plain.identity.key_id)
+    # Neither where the token says what it is bound to, nor where only the record does: older tokens do not say it.
+    for key_id, bound_to in ((identity.key_id, ""), (identity.key_id, "audit"), (plain.identity.key_id, "audit")):
+        with pytest.raises(KmsError) as caught:
+            await hsm.discard(key_id, bound_to)
+        assert caught.value.reason is Reason.WRONG_PURPOSE
+    assert (await hsm.holdings()).objects == {identity.key_id: "audit", plain.identity.key_id: ""}
+    await use(hsm, key)
+
+
+async def test_a_bound_key_whose_creation_failed_is_removed(hsm: Hsm) -> None:
+    identity = replace(identity_of(ED25519), bound_to="audit")
+    await hsm.generate(identity, Custody.RESIDENT)
+    await hsm.abandon(identity.key_id)
+    assert await hsm.holdings() == Holdings({}, {})
+
+
+async def test_an_envelope_opens_for_its_own_record_alone(hsm: Hsm) -> None:
+    key, other = [await new_key(hsm, SECP256R1, Custody.RESIDENT) for _ in range(2)]
+    assert await hsm.opens(key)
+    assert not await hsm.opens(replace(key, identity=other.identity))
+    assert not await hsm.opens(replace(key, material=other.material))
+    assert not await hsm.opens(replace(key, material=replace(key.material, public_key=other.material.public_key)))
+    assert not await hsm.opens(replace(key, identity=replace(key.identity, bound_to="audit")))
+    assert not await hsm.opens(replace(key, material=replace(key.material, envelope="")))
+    await hsm.abandon(key.identity.key_id)
+    assert not await hsm.opens(key)
 
 
 @pytest.mark.parametrize("bits", [128, 192, 256])

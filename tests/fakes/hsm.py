@@ -1,11 +1,12 @@
 """An `Hsm` that computes with pyca/cryptography. The same contract suite holds for it as for a token.
 
-It lives under `tests`, so no configuration can select it. A RESIDENT key stays in a dictionary; the others are sealed by a key
-that only this object has, in the real envelope format.
+It lives under `tests`, so no configuration can select it. A RESIDENT key stays in a dictionary, with a mark until it is
+confirmed. The others are sealed by a key that only this object has, in the real envelope format.
 """
 
 import os
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Final, cast
 from uuid import UUID, uuid4
 
@@ -21,7 +22,9 @@ from kms.domain.algorithms import DIGEST_BYTES, EC_TYPES, Hash, KeySpec, KeyType
 from kms.domain.ciphertext import ciphertext_invalid
 from kms.domain.envelope import Envelope, associated_data, envelope_invalid, parse_envelope
 from kms.domain.errors import KmsError, Reason, malformed
+from kms.domain.ids import KeyId
 from kms.domain.keys import Custody, HeldKey, KeyIdentity, KeyMaterial, check_custody
+from kms.domain.residents import Holdings, Mark
 
 PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey
 
@@ -49,6 +52,8 @@ class FakeHsm:
     oaep: frozenset[Hash] = frozenset({Hash.SHA_1, Hash.SHA_256})
     sealing_key_id: UUID = field(default_factory=uuid4)
     away: list[bool] = field(default_factory=list)
+    bound: dict[KeyId, str] = field(default_factory=dict)
+    marks: dict[KeyId, Mark] = field(default_factory=dict)
     _sealing_key: bytes = field(default_factory=lambda: os.urandom(32), repr=False)
     _mac_key: bytes = field(default_factory=lambda: os.urandom(32), repr=False)
     _resident: dict[bytes, bytes] = field(default_factory=dict, repr=False)
@@ -67,6 +72,8 @@ class FakeHsm:
         secret, public_key = _new_key(identity.spec)
         if custody is Custody.RESIDENT:
             self._resident[identity.key_id.bytes] = secret
+            self.bound[identity.key_id] = identity.bound_to
+            self.marks[identity.key_id] = Mark(datetime.now(UTC))
             secret = identity.key_id.bytes
         aad = associated_data(identity, custody=custody, public_key=public_key, sealing_key_id=self.sealing_key_id)
         nonce = os.urandom(12)
@@ -74,11 +81,41 @@ class FakeHsm:
         envelope = Envelope(custody, _NO_KEK, self.sealing_key_id, nonce, sealed).encode()
         return KeyMaterial(custody, public_key, envelope, secret.hex() if custody is Custody.RESIDENT else None)
 
-    async def discard(self, material: KeyMaterial) -> None:
+    async def confirm(self, key_id: KeyId) -> None:
         """As the port says."""
         self._check_there()
-        if material.hsm_key_id is not None:
-            self._resident.pop(bytes.fromhex(material.hsm_key_id), None)
+        if key_id not in self.bound:
+            raise KmsError(Reason.HSM_UNAVAILABLE, "the fake does not hold the key")
+        self.marks.pop(key_id, None)
+
+    async def abandon(self, key_id: KeyId) -> None:
+        """As the port says."""
+        self._check_there()
+        if self.marks.pop(key_id, None) is not None:
+            self._remove(key_id)
+
+    async def discard(self, key_id: KeyId, bound_to: str) -> None:
+        """As the port says."""
+        self._check_there()
+        if bound_to or self.bound.get(key_id):
+            raise KmsError(Reason.WRONG_PURPOSE, "this key belongs to the service itself")
+        self.marks.pop(key_id, None)
+        self._remove(key_id)
+
+    async def holdings(self) -> Holdings:
+        """As the port says."""
+        self._check_there()
+        return Holdings(dict(self.bound), dict(self.marks))
+
+    async def opens(self, key: HeldKey) -> bool:
+        """As the port says."""
+        try:
+            self._open(key)
+        except KmsError as error:
+            if error.reason is Reason.HSM_UNAVAILABLE:
+                raise
+            return False
+        return True
 
     async def residents(self) -> set[str]:
         """As the port says."""
@@ -141,6 +178,10 @@ class FakeHsm:
     def oaep_hashes(self) -> frozenset[Hash]:
         """As the port says."""
         return self.oaep
+
+    def _remove(self, key_id: KeyId) -> None:
+        self.bound.pop(key_id, None)
+        self._resident.pop(key_id.bytes, None)
 
     def _check_there(self) -> None:
         if self.away:

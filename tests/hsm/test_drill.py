@@ -54,7 +54,7 @@ def test_an_opened_key_is_not_used(blank_token: SoftToken, keks: tuple[KnownKey,
 async def test_a_resident_key_opens_where_its_object_is(opened: OpenHsm, soft_token: SoftToken) -> None:
     hsm = await opened()
     kept, lost = await new_key(hsm, P256, Custody.RESIDENT), await new_key(hsm, P256, Custody.RESIDENT)
-    await hsm.discard(lost.material)
+    await hsm.discard(lost.identity.key_id, "")
     await hsm.close()
     assert open_envelopes(settings_of(soft_token), [kept, lost]) == Drill(1, (), (lost.identity.key_id,))
 

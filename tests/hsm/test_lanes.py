@@ -12,8 +12,11 @@ import pytest
 from kms.dev.softhsm import SoftToken
 from kms.domain.algorithms import KeyType, Purpose, key_spec, signature_algorithm
 from kms.domain.errors import KmsError, Reason
-from kms.domain.keys import Custody
-from kms.hsm.bench import Bench
+from kms.domain.keys import Custody, KeyIdentity, KeyMaterial
+from kms.domain.residents import Holdings
+from kms.hsm import token_hsm
+from kms.hsm.envelopes import make_key
+from kms.hsm.session import TokenSession
 from kms.hsm.settings import HsmSettings
 from kms.hsm.token_hsm import TokenHsm
 from kms.hsm.watch import EXIT_STUCK
@@ -156,27 +159,25 @@ async def test_a_cancelled_resident_generation_leaves_nothing_in_the_token(
     hsm: TokenHsm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, go_on = threading.Event(), threading.Event()
-    run = Bench.run
 
-    def slow_run(bench: Bench, work: object, mechanism: str) -> object:
-        if "generation" in mechanism:
-            begun.set()
-            go_on.wait(5)
-        return run(bench, work, mechanism)  # type: ignore[arg-type]  # passed on as it came
+    def slow_make(session: TokenSession, identity: KeyIdentity, custody: Custody) -> KeyMaterial:
+        begun.set()
+        go_on.wait(30)
+        return make_key(session, identity, custody)
 
-    monkeypatch.setattr(Bench, "run", slow_run)
+    monkeypatch.setattr(token_hsm, "make_key", slow_make)
     making = asyncio.create_task(hsm.generate(identity_of(SECP256K1), Custody.RESIDENT))
-    await asyncio.to_thread(begun.wait, 5)
-    making.cancel()
+    await asyncio.to_thread(begun.wait, 30)
+    for _ in range(3):  # of the deadline, of the connection, of the end of the service
+        making.cancel()
+        await asyncio.sleep(0)
+    assert hsm.status().resident_keys == 1
+    assert not making.done()
+    go_on.set()
     with pytest.raises(asyncio.CancelledError):
         await making
-    assert hsm.status().resident_keys == 1
-    go_on.set()
-    for _ in range(200):
-        await asyncio.sleep(0.01)
-        if hsm.status().resident_keys == 0:
-            break
     assert hsm.status().resident_keys == 0
+    assert await hsm.holdings() == Holdings({}, {})
 
 
 async def test_the_number_of_resident_keys_is_limited(opened: OpenHsm) -> None:
@@ -185,7 +186,7 @@ async def test_the_number_of_resident_keys_is_limited(opened: OpenHsm) -> None:
     with pytest.raises(KmsError) as caught:
         await new_key(hsm, SECP256K1, Custody.RESIDENT)
     assert caught.value.reason is Reason.CUSTODY_UNAVAILABLE
-    await hsm.discard(made[0].material)
+    await hsm.discard(made[0].identity.key_id, "")
     await use(hsm, await new_key(hsm, AES, Custody.RESIDENT))
     await hsm.close()
     again = await opened(resident_keys_max=2)

@@ -17,6 +17,7 @@ from kms.app.verifying import exported, verify_lines
 from kms.dev.postgres import EmbeddedPostgres
 from kms.domain.trail_check import NoteReader, TrailReport
 from kms.hsm.token_hsm import TokenHsm
+from kms.hsm.uninterrupted import uninterrupted
 from kms.pki.public_keys import PublicKeyOperations
 from kms.store.keys import StoredKeys
 from kms.store.pool import Pool, open_pool
@@ -48,7 +49,7 @@ def write(admin: psycopg.Connection[object], times: int = 3) -> None:
 async def sealing_of(pool: Pool, hsm: TokenHsm, outside: OutsideCheckpoints | None = None) -> Sealing:
     """Return what seals the trail of the database, with the key of its user."""
     keys = StoredKeys(pool, RECORDS)
-    found = SealingKeys(keys, Keyring(keys, hsm), StoredUsers(pool).find_or_create_service, is_valid, ORIGIN)
+    found = SealingKeys(keys, Keyring(keys, hsm, uninterrupted), StoredUsers(pool).find_or_create_service, is_valid, ORIGIN)
     return Sealing(StoredSealedTrail(pool), hsm, await found.find_or_make(), outside, lambda: datetime.now(UTC))
 
 

@@ -485,8 +485,25 @@ async def test_the_token_objects_of_destroyed_keys_are_removed_when_the_token_is
     assert await token.residents() == {kept.hsm_key_id}
 
 
-async def resident(store: Pool, token: FakeHsm, user: User) -> KeyRecord:
+async def test_the_object_of_a_bound_key_stays_whatever_its_row_says(
+    database: Database, store: Pool, lifecycle: StoredLifecycle, alice: User
+) -> None:
+    token = FakeHsm()
+    bound, plain = await resident(store, token, alice, bound_to="audit"), await resident(store, token, alice)
+    rows(
+        database,
+        "UPDATE cryptography.keys SET destroyed_at = now(), destruction_scheduled_at = now(), encrypted_private_key = ''",
+    )
+    await Destruction(lifecycle, token).remove_objects()
+    assert await token.residents() == {bound.hsm_key_id}
+    assert plain.hsm_key_id != bound.hsm_key_id
+
+
+async def resident(store: Pool, token: FakeHsm, user: User, *, bound_to: str = "") -> KeyRecord:
     """Return a RESIDENT key of *user* whose object *token* holds."""
     new = new_key(user.user_id, custody=Custody.RESIDENT)
-    material = await token.generate(new.identity, Custody.RESIDENT)
-    return await StoredKeys(store, RECORDS).insert(user.user_id, replace(new, material=material), call=a_call(user))
+    identity = replace(new.identity, bound_to=bound_to)
+    material = await token.generate(identity, Custody.RESIDENT)
+    return await StoredKeys(store, RECORDS).insert(
+        user.user_id, replace(new, identity=identity, material=material), call=a_call(user)
+    )
