@@ -8,11 +8,11 @@ from typing import Final
 from psycopg import errors as pg
 from psycopg.rows import DictRow
 
-from kms.app.trail_ports import StoredCheckpoint
+from kms.app.trail_ports import KeptNote, StoredCheckpoint
 from kms.domain.errors import KmsError, Reason
+from kms.domain.history import HistoryError
 from kms.domain.merkle import Frontier
 from kms.domain.trail_lines import Leaf, RowPlace, Unplaced
-from kms.store.errors import unavailable
 from kms.store.pool import AS_AUDITOR, AS_JOB, Pool
 
 HORIZON: Final = "SELECT audit.order_horizon() AS horizon"
@@ -35,6 +35,7 @@ UNPLACED: Final = """
 """
 _CHECKPOINT: Final = "SELECT tree_size, root_hash, horizon, frontier, epoch, note FROM audit.checkpoints"
 LAST: Final = f"{_CHECKPOINT} ORDER BY tree_size DESC LIMIT 1"
+AT: Final = f"{_CHECKPOINT} WHERE tree_size = %(size)s"
 # Where partitions were archived, the rows behind the first checkpoint that reaches beyond them are all there; where none does,
 # those behind the last that were not archived too.
 AT_MOST: Final = f"""
@@ -55,7 +56,7 @@ NOTES: Final = """
     SELECT tree_size, horizon, note FROM audit.checkpoints WHERE tree_size > %(size)s ORDER BY tree_size LIMIT %(limit)s
 """
 NOTES_SINCE: Final = """
-    SELECT note FROM audit.checkpoints
+    SELECT note, horizon FROM audit.checkpoints
     WHERE (epoch, tree_size) > (%(epoch)s, %(size)s) ORDER BY epoch, tree_size LIMIT %(limit)s
 """
 APPEND: Final = """
@@ -135,10 +136,14 @@ class StoredSealedTrail:
         rows = await self.pool.fetch(AS_AUDITOR, NOTES, {"size": after_size, "limit": limit})
         return [(row["tree_size"], row["horizon"], row["note"]) for row in rows]
 
-    async def notes_since(self, epoch: int, size: int, limit: int) -> Sequence[str]:
-        """Return the notes behind that of *size* rows in *epoch*, at most *limit*, in the order in which they were made."""
+    async def at(self, size: int) -> StoredCheckpoint | None:
+        """Return the checkpoint of *size* rows."""
+        return _checkpoint(await self.pool.fetch(AS_AUDITOR, AT, {"size": size}))
+
+    async def notes_since(self, epoch: int, size: int, limit: int) -> Sequence[KeptNote]:
+        """Return the notes after that of *size* rows in *epoch*, at most *limit*, in the order in which they were made."""
         rows = await self.pool.fetch(AS_AUDITOR, NOTES_SINCE, {"epoch": epoch, "size": size, "limit": limit})
-        return [row["note"] for row in rows]
+        return [KeptNote(row["note"], row["horizon"]) for row in rows]
 
     async def append(self, previous_size: int, checkpoint: StoredCheckpoint) -> None:
         """Append a checkpoint behind that of *previous_size* rows, or raise STALE where that is not the last."""
@@ -179,5 +184,6 @@ def _checkpoint(rows: Sequence[DictRow]) -> StoredCheckpoint | None:
     except ValueError:
         tree = None
     if tree is None or tree.root() != row["root_hash"]:
-        raise unavailable(f"the checkpoint of {row['tree_size']} rows was changed: its tree is not that of its root hash")
+        size = row["tree_size"]
+        raise HistoryError(f"a checkpoint of {size} rows whose tree has its root hash", "one that was changed")
     return StoredCheckpoint(tree, row["horizon"], row["epoch"], row["note"])

@@ -22,7 +22,7 @@ from kms.app.ports import Keys, Ledger, Lifecycle, Users
 from kms.app.repeats import Uses
 from kms.app.signing import Signing
 from kms.app.status import Administration
-from kms.config import AuditConfig, Config, ServerConfig, needed
+from kms.config import Config, ServerConfig, needed
 from kms.domain.errors import KmsError, Reason
 from kms.hsm.token_hsm import HsmStatus, TokenHsm, open_hsm
 from kms.pki.client_identity import ClientIdentity, host_clock
@@ -46,13 +46,13 @@ from kms.store.ledger import open_ledger
 from kms.store.lifecycle import StoredLifecycle
 from kms.store.pool import Pool
 from kms.store.repeats import StoredRepeats
-from kms.store.sealer import sealed
+from kms.store.sealer import HistoryWatch
 from kms.store.trail import StoredTrail
 from kms.store.users import StoredUsers
 from kms.store.watch import watched
 from kms.store.wrapping import StoredWrappingKeys
 from kms.telemetry import Telemetry
-from kms.wiring.audit import sealing, verifying
+from kms.wiring.audit import seal_seconds, signing_trail, verifying
 from kms.wiring.condition import CHECK_SECONDS, Condition, SealWatch
 from kms.wiring.control import Report
 from kms.wiring.descriptors import raise_descriptor_limit
@@ -164,14 +164,14 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         if journal is not None:
             await stack.enter_async_context(repeating("journal", JOURNAL_SECONDS, JournalFollower(pool, journal).catch_up))
         await stack.enter_async_context(repeating("repeats", UPKEEP_SECONDS, partial(forget_answers, StoredRepeats(pool))))
-        seal_seconds = (config.audit or AuditConfig()).seal_seconds
-        await stack.enter_async_context(sealed(dsn, sealing(config, pool, hsm), interval_seconds=seal_seconds))
+        history = HistoryWatch()
+        await stack.enter_async_context(signing_trail(config, dsn, pool, hsm, history))
         store_answers = await stack.enter_async_context(watched(pool))
         caches = {"keys": keys.status, "users": users.status}
         advice = _advice(config)
         for sentence in advice:
             _LOG.warning("configuration", advice=sentence)
-        condition = Condition(hsm, ledger, pool, disk, store_answers, caches, SealWatch(seal_seconds), advice)
+        condition = Condition(hsm, ledger, pool, disk, store_answers, caches, SealWatch(seal_seconds(config)), history, advice)
         await stack.enter_async_context(repeating("condition", CHECK_SECONDS, condition.check))
         await stack.enter_async_context(seen(seen_on, telemetry, condition))
         settled = telemetry.observed(ledger, "store", "settle", "earlier", of="ledger.")
@@ -232,10 +232,10 @@ def _server(
 
 def _advice(config: Config) -> list[str]:
     """Return what should be configured otherwise, though the service can do without."""
-    is_kept = config.audit is not None and config.audit.checkpoints is not None
-    if is_kept or config.mode != "production":
+    if config.audit is not None and config.audit.checkpoints is not None:
         return []
-    return ["checkpoints of the trail are kept nowhere outside the database, and can be cut off with it: set audit.checkpoints"]
+    # In production mode the configuration is at fault.
+    return ["the trail is not signed: set audit.checkpoints to a file outside the database"]
 
 
 def _journal(file: Path | None) -> Journal | None:
