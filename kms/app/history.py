@@ -36,11 +36,12 @@ NO_CHECKPOINT: Final = StoredCheckpoint(Frontier(), 0, 0, "")
 class SeenCheckpoint:
     """The last checkpoint that this process saw in the database, for as long as it runs: it changes with each.
 
-    `has_begun`: this process has reported that the memory was empty.
+    `has_begun`: this process has reported that the memory was empty. `reported`: the refusal that it met, while it lasts.
     """
 
     checkpoint: Checkpoint | None = None
     has_begun: bool = False
+    reported: str = ""
 
     def see(self, checkpoint: Checkpoint) -> None:
         """Take a checkpoint that is in the database."""

@@ -96,11 +96,14 @@ class Sealing:
             except HistoryError as refusal:
                 # If the event cannot be written, the next refusal writes it.
                 with suppress(KmsError):
-                    if await memory.reported() != refusal.expected:
+                    # Processes of a machine differ in what they have seen: one may refuse what another agrees to.
+                    if refusal.expected not in {self.seen.reported, await memory.reported()}:
                         details = {"expected": refusal.expected, "found": refusal.found}
                         await self.events.record(HistoryEvent.REFUSED, details)
                         await memory.report(refusal.expected)
+                    self.seen.reported = refusal.expected
                 raise
+            self.seen.reported = ""
             await memory.report("")
 
     async def _append(self, memory: OpenMemory, last: StoredCheckpoint, tree: Frontier, horizon: int) -> StoredCheckpoint:

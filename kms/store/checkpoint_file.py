@@ -44,10 +44,10 @@ class CheckpointFile:
                 await asyncio.sleep(_LOCK_SECONDS)
             yield OpenCheckpointFile(self, file, await self.do(lambda: _repaired(file)))
 
-    async def check(self) -> None:
+    def check(self) -> None:
         """Raise STORE_UNAVAILABLE for a file that cannot be written."""
-        async with self.opened():
-            pass
+        with self._errors():
+            _opened(self.path).close()
 
     @property
     def refusal_path(self) -> Path:

@@ -65,7 +65,7 @@ async def signing_trail(config: Config, dsn: str, pool: Pool, hsm: Hsm, watch: H
         yield
         return
     file = CheckpointFile(settings.checkpoints)
-    await file.check()
+    file.check()
     keys, seen = StoredKeys(pool), SeenCheckpoint()
     found = SealingKeys(
         keys, Keyring(keys, hsm), StoredUsers(pool).find_or_create_service, _is_valid, origin_of(config.deployment_id)

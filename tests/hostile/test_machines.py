@@ -94,9 +94,7 @@ def admin(database: Database) -> Iterator[psycopg.Connection[Any]]:
 
 
 @pytest.fixture
-async def machines(
-    database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], tmp_path: Path
-) -> Machines:
+async def machines(database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], tmp_path: Path) -> Machines:
     await check_epoch(store)
     first = await sealing_of(store, hsm, CheckpointFile(tmp_path / "first"))
     second = await sealing_of(store, hsm, CheckpointFile(tmp_path / "second"))
