@@ -48,6 +48,7 @@ async def append(self, previous_size, checkpoint):
 
 sealing.signed_note, checkpoint_file._write, sealed_trail.StoredSealedTrail.append = signed_note, write, append
 """
+pytestmark = pytest.mark.timeout(400)  # workers start, and start again, however slow the machine is
 RESTORED: Final = """
     SELECT count(*) FROM audit.security_events WHERE event_type = 'audit.checkpoint_restored' AND severity = 'high'
 """

@@ -22,6 +22,7 @@ from tests.fixtures.postgres import cloned
 from tests.fixtures.server import Deployment, RunningServer, deployed
 
 LIMIT_SECONDS: Final = 90
+pytestmark = pytest.mark.timeout(400)  # a service of two workers starts, and commands run, however slow the machine is
 REFUSED: Final = "another history is not signed"
 # The owner of the database ends the connection with which a worker holds the sealer's lock.
 KILL: Final = """
