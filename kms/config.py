@@ -179,7 +179,10 @@ class TracingConfig(_Section):
 
 
 class AuditConfig(_Section):
-    """`[audit]`: how often the trail is sealed, and the file outside the database to which checkpoints are written."""
+    """`[audit]`: how often the trail is sealed, and the file outside the database that remembers its checkpoints.
+
+    Without the file nothing is signed; in production mode `kms serve` does not start without it.
+    """
 
     checkpoints: Path | None = None
     seal_seconds: Annotated[float, Field(ge=0.1, le=3600)] = 1.0
@@ -252,6 +255,8 @@ def load(path: Path | None, *, needs: tuple[str, ...] = ()) -> Config:
     sections = {name: _values(config, content, name) for name in needs}
     faults += [f"[{name}]: missing, and needed here" for name, values in sections.items() if values is None]
     faults += [fault for name, values in sections.items() for fault in _missing_files(name, values or {})]
+    if "server" in needs:
+        faults += _unsigned(config, content)
     if faults or config is None:
         raise ConfigError(faults)
     return config
@@ -311,6 +316,16 @@ def _values(config: Config | None, content: dict[str, Any], section: str) -> dic
         return given if isinstance(given, dict) else {} if any(name.startswith(prefix) for name in os.environ) else None
     found: _Section | None = getattr(config, section)
     return None if found is None else {name: getattr(found, name) for name in type(found).model_fields}
+
+
+def _unsigned(config: Config | None, content: dict[str, Any]) -> list[str]:
+    """Return the fault of a service in production that remembers no checkpoint: it could sign two histories of the trail."""
+    mode = os.environ.get(f"{_PREFIX}MODE", content.get("mode", "production")) if config is None else config.mode
+    if mode != "production" or (_values(config, content, "audit") or {}).get("checkpoints"):
+        return []
+    if config is None and _variable("audit", "checkpoints") in os.environ:
+        return []
+    return ["audit.checkpoints: missing, and needed in production mode: a file outside the database, for signed checkpoints"]
 
 
 def _missing_files(section: str, values: Mapping[str, Any]) -> list[str]:

@@ -48,6 +48,10 @@ class SealingKeys:
         check_use(found.record.state, Use.PROCESS)
         return SealingKey(found.held, reader_of(found.record, self.is_valid, self.origin))
 
+    async def is_made(self) -> bool:
+        """Whether there is a key: whoever does not seal makes none. Raises STORE_UNAVAILABLE."""
+        return await self.keys.find_usable(await self.owner(USER_NAME), KEY_NAME) is not None
+
     async def _make(self, owner: UserId) -> None:
         call = Call(User(owner, USER_NAME, 1), "sealing", "")
         try:

@@ -1,7 +1,9 @@
 """What reading, sealing and verifying the trail need of the outside."""
 
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 from kms.app.ports import Call
@@ -46,6 +48,14 @@ class StoredCheckpoint:
     note: str
 
 
+@dataclass(frozen=True, slots=True)
+class KeptNote:
+    """A signed note with the order below which it counts the rows; None: nobody wrote it down."""
+
+    text: str
+    horizon: int | None
+
+
 class SealedTrail(Protocol):
     """The rows of the trail in their order, and its checkpoints. All methods may raise STORE_UNAVAILABLE."""
 
@@ -58,7 +68,7 @@ class SealedTrail(Protocol):
         ...
 
     async def epoch(self) -> int:
-        """Return the number of the epoch."""
+        """Return the number of the epoch. A later one excuses a checkpoint that is missing, so it has to be authentic."""
         ...
 
     async def leaves(self, after: RowPlace, below: int | None, limit: int) -> Sequence[Leaf]:
@@ -77,7 +87,7 @@ class SealedTrail(Protocol):
         ...
 
     async def last(self) -> StoredCheckpoint | None:
-        """Return the newest checkpoint. Raises STORE_UNAVAILABLE for one that was changed, and is no tree any more."""
+        """Return the newest checkpoint. Raises `HistoryError` for one that was changed, and is no tree any more."""
         ...
 
     async def at_most(self, size: int) -> StoredCheckpoint | None:
@@ -91,8 +101,12 @@ class SealedTrail(Protocol):
         """Return size, horizon and note of at most *limit* checkpoints with more than *after_size* rows, in their order."""
         ...
 
-    async def notes_since(self, epoch: int, size: int, limit: int) -> Sequence[str]:
-        """Return the notes behind that of *size* rows in *epoch*, at most *limit*, in the order in which they were made."""
+    async def at(self, size: int) -> StoredCheckpoint | None:
+        """Return the checkpoint of *size* rows. Raises as `last` does."""
+        ...
+
+    async def notes_since(self, epoch: int, size: int, limit: int) -> Sequence[KeptNote]:
+        """Return the notes after that of *size* rows in *epoch*, at most *limit*, in the order in which they were made."""
         ...
 
     async def append(self, previous_size: int, checkpoint: StoredCheckpoint) -> None:
@@ -100,13 +114,45 @@ class SealedTrail(Protocol):
         ...
 
 
-class OutsideCheckpoints(Protocol):
-    """Where checkpoints are kept outside the database."""
+class OpenMemory(Protocol):
+    """The memory, held by one process of its machine. All methods may raise STORE_UNAVAILABLE."""
 
-    async def last(self) -> str | None:
-        """Return the last note, or None. Raises STORE_UNAVAILABLE, as `append` does."""
+    def last(self) -> KeptNote | None:
+        """Return the last note, or None. Raises `HistoryError` for a memory that ends in something else."""
         ...
 
-    async def append(self, notes: Sequence[str]) -> None:
-        """Append notes, and return when they are on disk."""
+    async def append(self, notes: Sequence[KeptNote]) -> None:
+        """Append notes, and return when they are on disk. What is not behind the last one is left out."""
+        ...
+
+    async def reported(self) -> str:
+        """Return the refusal that was reported last; empty when none was, or it is over."""
+        ...
+
+    async def report(self, refusal: str) -> None:
+        """Remember that *refusal* was reported; empty: it is over."""
+        ...
+
+
+class CheckpointMemory(Protocol):
+    """The checkpoints that a machine remembers outside the database. Its processes share them."""
+
+    def opened(self) -> AbstractAsyncContextManager[OpenMemory]:
+        """Hold the memory within the block: no other process reads or writes it meanwhile."""
+        ...
+
+
+class HistoryEvent(StrEnum):
+    """What becomes an event of the trail."""
+
+    REFUSED = "audit.history_refused"
+    BEGUN = "audit.memory_begun"
+    RESTORED = "audit.checkpoint_restored"
+
+
+class HistoryEvents(Protocol):
+    """Where events about the signing of the trail are recorded."""
+
+    async def record(self, event: HistoryEvent, details: Mapping[str, object]) -> None:
+        """Record *event* with what the database adds: its moment and how grave it is. Raises STORE_UNAVAILABLE."""
         ...

@@ -94,6 +94,7 @@ class StackFiles:
             },
             "hsm": {"module": token.module, "token_label": token.label, "pin_file": token.pin_file},
             "database": {"dsn_file": self.secret("service.dsn")},
+            "audit": {"checkpoints": self.directory / "checkpoints"},
             "migration": {"dsn_file": self.secret("migration.dsn")},
             "authority": {"cert_file": self.authority_cert, "key_file": self.authority_cert.with_name(KEY_FILE)},
             "client": {

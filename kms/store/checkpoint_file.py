@@ -1,80 +1,118 @@
-"""Checkpoints in a file outside the database: a line for each, in the form in which an exported trail has them."""
+"""Checkpoints in a file outside the database: a line for each, in the form in which an exported trail has them.
+
+A line has the horizon of its checkpoint too, which its note does not say. Beside the file is another, `….refused`, while a
+refusal lasts: it keeps the processes of a machine from reporting one refusal more than once.
+"""
 
 import asyncio
 import fcntl
+import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Final, TypeVar
 
+from kms.app.trail_ports import KeptNote
 from kms.domain.checkpoint import parse_unsigned
 from kms.domain.errors import KmsError
-from kms.domain.trail_lines import Note, note_line, parse_line
+from kms.domain.history import HistoryError
+from kms.domain.trail_lines import Note, parse_line
 from kms.store.errors import unavailable
 from kms.store.journal import sync_directory
 
 _LINE_BYTES_MAX: Final = 16_384
+_LOCK_SECONDS: Final = 0.05
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFile:
-    """`OutsideCheckpoints` in a file that is only appended to. Processes of one machine may share it."""
+    """`CheckpointMemory` in a file that is only appended to. Processes of one machine share it; each machine has its own."""
 
     path: Path
 
-    async def last(self) -> str | None:
-        """Return the last note, or None. A line that a crash left unfinished is removed."""
-        return await asyncio.to_thread(self._last)
+    @asynccontextmanager
+    async def opened(self) -> "AsyncIterator[OpenCheckpointFile]":
+        """Hold the file within the block. A line that a crash left unfinished is removed."""
+        with self._errors():
+            file = _opened(self.path)
+        with file:
+            # Asked for again and again: a thread that waits for a process that stands still could not be stopped.
+            while not _is_locked(file):  # noqa: ASYNC110  # what is awaited is another process
+                await asyncio.sleep(_LOCK_SECONDS)
+            yield OpenCheckpointFile(self, file, await self.do(lambda: _repaired(file)))
 
-    async def append(self, notes: Sequence[str]) -> None:
-        """Append the notes that are behind the last one, and return when they are on disk.
+    def check(self) -> None:
+        """Raise STORE_UNAVAILABLE for a file that cannot be written."""
+        with self._errors():
+            _opened(self.path).close()
 
-        What is not behind it another process has written, which sealed before or after.
-        """
-        await asyncio.to_thread(self._append, notes)
+    @property
+    def refusal_path(self) -> Path:
+        """Where the refusal stands that was reported."""
+        return self.path.with_name(f"{self.path.name}.refused")
 
-    def _last(self) -> str | None:
-        with self._opened() as (_, last):
-            return last
-
-    def _append(self, notes: Sequence[str]) -> None:
-        with self._opened() as (file, last):
-            reached = (0, 0) if last is None else _place(last)
-            content = "".join(f"{note_line(note)}\n" for note in notes if _place(note) > reached).encode()
-            file.seek(0, os.SEEK_END)
-            while content:  # an unbuffered write may be cut short by a full disk
-                content = content[file.write(content) :]
-            os.fsync(file.fileno())
+    async def do(self, work: Callable[[], T]) -> T:
+        """Return what *work* on files returns. Raises STORE_UNAVAILABLE; whoever is cancelled waits until it has ended."""
+        task = asyncio.ensure_future(asyncio.to_thread(work))
+        with self._errors():
+            try:
+                return await asyncio.shield(task)
+            except asyncio.CancelledError:
+                await asyncio.wait({task})
+                raise
 
     @contextmanager
-    def _opened(self) -> Iterator[tuple[IO[bytes], str | None]]:
-        """Open the file for this process alone, with its last note."""
+    def _errors(self) -> Iterator[None]:
         try:
-            is_new = not self.path.exists()
-            with open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+b", buffering=0) as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                if is_new:
-                    sync_directory(self.path.absolute().parent)
-                yield file, self._note(_repaired(file))
+            yield
         except OSError as error:
             raise unavailable(f"the file of checkpoints {self.path} cannot be written: {error.strerror}") from None
 
-    def _note(self, line: bytes | None) -> str | None:
-        if line is None:
+
+@dataclass(slots=True)
+class OpenCheckpointFile:
+    """`OpenMemory` of a file that is held. `line` is its last one, which changes as notes are appended."""
+
+    outside: CheckpointFile
+    file: IO[bytes]
+    line: bytes | None
+
+    def last(self) -> KeptNote | None:
+        """Return the last note, or None for an empty file."""
+        if self.line is None:
             return None
-        with suppress(KmsError):
-            if isinstance(found := parse_line(line), Note):
+        try:
+            found = parse_line(self.line)
+            if isinstance(found, Note):
                 parse_unsigned(found.text)
-                return found.text
-        raise unavailable(f"{self.path} does not end in a checkpoint: it is another file, or was edited")
+                return KeptNote(found.text, _horizon(self.line))
+        except (KmsError, ValueError):
+            pass
+        raise HistoryError(f"{self.outside.path} to end in a checkpoint", "another line: it is another file, or was edited")
 
+    async def append(self, notes: Sequence[KeptNote]) -> None:
+        """Append the notes that are behind the last one, and return when they are on disk."""
+        last = self.last()
+        reached = (0, 0) if last is None else _place(last)
+        lines = [_line(note) for note in notes if _place(note) > reached]
+        if lines:
+            await self.outside.do(lambda: _write(self.file, b"".join(lines)))
+            self.line = lines[-1].removesuffix(b"\n")
 
-def _place(note: str) -> tuple[int, int]:
-    """Return where a note stands among the others: they are written by epoch, then by size."""
-    found = parse_unsigned(note)
-    return found.epoch, found.tree_size
+    async def reported(self) -> str:
+        """Return the refusal that was reported last, or nothing."""
+        return await self.outside.do(lambda: _read_text(self.outside.refusal_path))
+
+    async def report(self, refusal: str) -> None:
+        """Remember that *refusal* was reported; empty: it is over."""
+        path = self.outside.refusal_path
+        if refusal:
+            await self.outside.do(lambda: path.write_text(refusal, encoding="utf-8"))
+        else:
+            await self.outside.do(lambda: path.unlink(missing_ok=True))
 
 
 def finished_lines(path: Path) -> Iterator[bytes]:
@@ -83,6 +121,52 @@ def finished_lines(path: Path) -> Iterator[bytes]:
         for line in file:
             if line.endswith(b"\n"):
                 yield line[:-1]
+
+
+def _opened(path: Path) -> IO[bytes]:
+    is_new = not path.exists()
+    file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+b", buffering=0)  # noqa: SIM115  # the caller closes it
+    if is_new:
+        sync_directory(path.absolute().parent)
+    return file
+
+
+def _is_locked(file: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _write(file: IO[bytes], content: bytes) -> None:
+    file.seek(0, os.SEEK_END)
+    while content:  # an unbuffered write may be cut short by a full disk
+        content = content[file.write(content) :]
+    os.fsync(file.fileno())
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def _place(note: KeptNote) -> tuple[int, int]:
+    """Return where a note stands among the others: they are written by epoch, then by size."""
+    found = parse_unsigned(note.text)
+    return found.epoch, found.tree_size
+
+
+def _line(note: KeptNote) -> bytes:
+    fields = {"note": note.text} | ({} if note.horizon is None else {"horizon": str(note.horizon)})
+    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def _horizon(line: bytes) -> int | None:
+    found = json.loads(line).get("horizon")
+    return None if found is None else int(found)
 
 
 def _repaired(file: IO[bytes]) -> bytes | None:

@@ -8,17 +8,23 @@ from typing import Final
 from psycopg import errors as pg
 from psycopg.rows import DictRow
 
-from kms.app.trail_ports import StoredCheckpoint
+from kms.app.records import Records
+from kms.app.trail_ports import KeptNote, StoredCheckpoint
 from kms.domain.errors import KmsError, Reason
+from kms.domain.history import HistoryError
 from kms.domain.merkle import Frontier
 from kms.domain.trail_lines import Leaf, RowPlace, Unplaced
-from kms.store.errors import unavailable
 from kms.store.pool import AS_AUDITOR, AS_JOB, Pool
 
 HORIZON: Final = "SELECT audit.order_horizon() AS horizon"
 # Asked when rows were read: what they saw committed is below it.
 NEXT_ORDER: Final = "SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint + audit.order_base() AS next_order"
-EPOCH: Final = "SELECT max(number) AS epoch FROM cryptography.epochs"
+EPOCH: Final = """
+    SELECT number, cause, begun_at, backup_created_at, system_identifier, timeline, database_oid, record_mac
+    FROM cryptography.epochs
+    ORDER BY number DESC
+    LIMIT 1
+"""
 LINES: Final = """
     SELECT commit_order, table_name, id, line
     FROM audit.trail_lines(%(order)s, %(table)s, %(id)s, %(below)s, %(limit)s)
@@ -35,6 +41,7 @@ UNPLACED: Final = """
 """
 _CHECKPOINT: Final = "SELECT tree_size, root_hash, horizon, frontier, epoch, note FROM audit.checkpoints"
 LAST: Final = f"{_CHECKPOINT} ORDER BY tree_size DESC LIMIT 1"
+AT: Final = f"{_CHECKPOINT} WHERE tree_size = %(size)s"
 # Where partitions were archived, the rows behind the first checkpoint that reaches beyond them are all there; where none does,
 # those behind the last that were not archived too.
 AT_MOST: Final = f"""
@@ -55,7 +62,7 @@ NOTES: Final = """
     SELECT tree_size, horizon, note FROM audit.checkpoints WHERE tree_size > %(size)s ORDER BY tree_size LIMIT %(limit)s
 """
 NOTES_SINCE: Final = """
-    SELECT note FROM audit.checkpoints
+    SELECT note, horizon FROM audit.checkpoints
     WHERE (epoch, tree_size) > (%(epoch)s, %(size)s) ORDER BY epoch, tree_size LIMIT %(limit)s
 """
 APPEND: Final = """
@@ -95,6 +102,7 @@ class StoredSealedTrail:
     """`SealedTrail` in `audit.domain_events`, `audit.security_events` and `audit.checkpoints`."""
 
     pool: Pool
+    records: Records | None = None
 
     async def horizon(self) -> int:
         """Return the order below which no row appears any more."""
@@ -105,8 +113,11 @@ class StoredSealedTrail:
         return int((await self.pool.fetch(AS_AUDITOR, NEXT_ORDER))[0]["next_order"])
 
     async def epoch(self) -> int:
-        """Return the number of the epoch."""
-        return int((await self.pool.fetch(AS_JOB, EPOCH))[0]["epoch"])
+        """Return the number of the epoch. Raises RECORD_INVALID for one that somebody planted, where *records* can tell."""
+        epoch = (await self.pool.fetch(AS_JOB, EPOCH))[0]
+        if self.records is not None:
+            await self.records.prove_epoch(epoch)
+        return int(epoch["number"])
 
     async def leaves(self, after: RowPlace, below: int | None, limit: int) -> Sequence[Leaf]:
         """Return about *limit* rows that stand behind *after*, of an order below *below* (None: to the end), hashed."""
@@ -135,10 +146,14 @@ class StoredSealedTrail:
         rows = await self.pool.fetch(AS_AUDITOR, NOTES, {"size": after_size, "limit": limit})
         return [(row["tree_size"], row["horizon"], row["note"]) for row in rows]
 
-    async def notes_since(self, epoch: int, size: int, limit: int) -> Sequence[str]:
-        """Return the notes behind that of *size* rows in *epoch*, at most *limit*, in the order in which they were made."""
+    async def at(self, size: int) -> StoredCheckpoint | None:
+        """Return the checkpoint of *size* rows."""
+        return _checkpoint(await self.pool.fetch(AS_AUDITOR, AT, {"size": size}))
+
+    async def notes_since(self, epoch: int, size: int, limit: int) -> Sequence[KeptNote]:
+        """Return the notes after that of *size* rows in *epoch*, at most *limit*, in the order in which they were made."""
         rows = await self.pool.fetch(AS_AUDITOR, NOTES_SINCE, {"epoch": epoch, "size": size, "limit": limit})
-        return [row["note"] for row in rows]
+        return [KeptNote(row["note"], row["horizon"]) for row in rows]
 
     async def append(self, previous_size: int, checkpoint: StoredCheckpoint) -> None:
         """Append a checkpoint behind that of *previous_size* rows, or raise STALE where that is not the last."""
@@ -179,5 +194,6 @@ def _checkpoint(rows: Sequence[DictRow]) -> StoredCheckpoint | None:
     except ValueError:
         tree = None
     if tree is None or tree.root() != row["root_hash"]:
-        raise unavailable(f"the checkpoint of {row['tree_size']} rows was changed: its tree is not that of its root hash")
+        size = row["tree_size"]
+        raise HistoryError(f"a checkpoint of {size} rows whose tree has its root hash", "one that was changed")
     return StoredCheckpoint(tree, row["horizon"], row["epoch"], row["note"])

@@ -2,16 +2,18 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO
 
 import structlog
 
+from kms.app.history import SeenCheckpoint
 from kms.app.keyring import Keyring
 from kms.app.ports import Hsm
 from kms.app.records import Records
-from kms.app.sealing import ALGORITHM, LastSealed, Sealing
+from kms.app.sealing import ALGORITHM, Sealing
 from kms.app.sealing_key import KEY_NAME, USER_NAME, SealingKeys, origin_of, reader_of
 from kms.app.verifying import VerifyTrail, exported, verify_lines
 from kms.config import AuditConfig, Config
@@ -23,9 +25,11 @@ from kms.pki.client_identity import host_clock
 from kms.pki.public_keys import PublicKeyOperations
 from kms.store.backup_file import new_private_file
 from kms.store.checkpoint_file import CheckpointFile, finished_lines
+from kms.store.history_events import StoredHistoryEvents
 from kms.store.keys import StoredKeys
 from kms.store.pool import Pool
 from kms.store.sealed_trail import StoredSealedTrail
+from kms.store.sealer import HistoryWatch, sealed
 from kms.store.users import StoredUsers
 from kms.wiring.parts import token_records, with_pool
 
@@ -53,20 +57,44 @@ def verify_file(file: Path, key: str, checkpoints: Path | None) -> TrailReport:
     return verify_lines(reader, partial(finished_lines, file), outside)
 
 
-def sealing(config: Config, pool: Pool, records: Records, hsm: Hsm) -> Callable[[], Awaitable[Sealing]]:
-    """Return what makes a `Sealing`, with the key that it finds or makes."""
-    keys, settings = StoredKeys(pool, records), config.audit or AuditConfig()
+@asynccontextmanager
+async def signing_trail(
+    config: Config, dsn: str, pool: Pool, records: Records, hsm: Hsm, watch: HistoryWatch
+) -> AsyncIterator[None]:
+    """Sign the trail within the block, or follow who does. Without a file of checkpoints nobody signs.
+
+    Raises STORE_UNAVAILABLE for a file that cannot be written.
+    """
+    settings = config.audit or AuditConfig()
+    if settings.checkpoints is None:
+        yield
+        return
+    file = CheckpointFile(settings.checkpoints)
+    file.check()
+    keys, seen = StoredKeys(pool, records), SeenCheckpoint()
     keyring, owner = Keyring(keys, hsm, uninterrupted), StoredUsers(pool).find_or_create_service
     found = SealingKeys(keys, keyring, owner, _is_valid, origin_of(config.deployment_id))
-    made = LastSealed()
-    outside = None if settings.checkpoints is None else CheckpointFile(settings.checkpoints)
 
     async def make() -> Sealing:
         key = await found.find_or_make()
-        _LOG.info("checkpoints are signed", key=str(key.reader.key))
-        return Sealing(StoredSealedTrail(pool), hsm, key, outside, host_clock, made)
+        return Sealing(StoredSealedTrail(pool, records), hsm, key, file, StoredHistoryEvents(pool), host_clock, seen)
 
-    return make
+    async def make_and_tell() -> Sealing:
+        made = await make()
+        _LOG.info("checkpoints are signed", key=str(made.key.reader.key))
+        return made
+
+    async def make_if_there_is_a_key() -> Sealing | None:
+        return await make() if await found.is_made() else None
+
+    async with sealed(dsn, make_and_tell, make_if_there_is_a_key, interval_seconds=settings.seal_seconds, watch=watch):
+        yield
+
+
+def seal_seconds(config: Config) -> float:
+    """Return how often the trail is signed; infinity where nobody signs it, which is a warning of its own."""
+    settings = config.audit or AuditConfig()
+    return float("inf") if settings.checkpoints is None else settings.seal_seconds
 
 
 def verifying(config: Config, pool: Pool, records: Records) -> Callable[[], Awaitable[VerifyTrail]]:

@@ -18,6 +18,7 @@ from kms.store.disk import Disk
 from kms.store.ledger import StoredLedger
 from kms.store.pool import Pool
 from kms.store.sealed_trail import SealStatus, StoredSealedTrail
+from kms.store.sealer import HistoryWatch
 from kms.store.watch import database_time
 
 CHECK_SECONDS = 5.0
@@ -63,6 +64,7 @@ class Condition:
     store_answers: Callable[[], bool]
     caches: Mapping[str, Callable[[], CacheStatus]]
     seal_watch: SealWatch
+    history: HistoryWatch
     advice: Sequence[str] = ()
     epoch_fault: str = ""
     schema_fault: str = ""
@@ -91,6 +93,8 @@ class Condition:
             told.append("refusals of callers who are not admitted are no longer recorded")
         if self.default_rows:
             told.append("rows of the trail are in a DEFAULT partition: run `kms partitions drain`")
+        if self.history.refusal:
+            told.append(self.history.refusal)
         if self.seal_watch.is_late:
             told.append("rows of the trail are not sealed: the log of the worker that seals says why")
         if self.keys_unconfirmed:
@@ -146,6 +150,8 @@ class ConditionCollector(Collector):
         yield gauge("trail_default_rows", "Rows of the trail in a DEFAULT partition.", condition.default_rows)
         yield gauge("keys_unconfirmed", "Restored keys that wait for a confirmation.", condition.keys_unconfirmed)
         yield from _sealing(condition.seal_watch.status)
+        refused = bool(condition.history.refusal)
+        yield gauge("trail_history_refused", "Whether the trail is not signed because it is another history.", refused)
         if condition.disk.free_share is not None:
             yield gauge("disk_free_ratio", "What is free of the database's disk, 0 to 1.", condition.disk.free_share)
         build = GaugeMetricFamily("kms_build_info", "The version that runs.", labels=("version",))

@@ -25,7 +25,7 @@ from kms.app.repeats import Uses
 from kms.app.residents import Reconciliation
 from kms.app.signing import Signing
 from kms.app.status import Administration
-from kms.config import AuditConfig, Config, ServerConfig, needed
+from kms.config import Config, ServerConfig, needed
 from kms.domain.errors import KmsError, Reason
 from kms.hsm.token_hsm import HsmStatus, TokenHsm, open_hsm
 from kms.hsm.uninterrupted import uninterrupted
@@ -52,13 +52,13 @@ from kms.store.lifecycle import StoredLifecycle
 from kms.store.pool import Pool
 from kms.store.repeats import StoredRepeats
 from kms.store.resident_rows import StoredResidentRows
-from kms.store.sealer import sealed
+from kms.store.sealer import HistoryWatch
 from kms.store.trail import StoredTrail
 from kms.store.users import StoredUsers
 from kms.store.watch import watched
 from kms.store.wrapping import StoredWrappingKeys
 from kms.telemetry import Telemetry
-from kms.wiring.audit import sealing, verifying
+from kms.wiring.audit import seal_seconds, signing_trail, verifying
 from kms.wiring.condition import CHECK_SECONDS, Condition, SealWatch
 from kms.wiring.control import Report
 from kms.wiring.descriptors import raise_descriptor_limit
@@ -184,14 +184,15 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         if journal is not None:
             await stack.enter_async_context(repeating("journal", JOURNAL_SECONDS, JournalFollower(pool, journal).catch_up))
         await stack.enter_async_context(repeating("repeats", UPKEEP_SECONDS, partial(forget_answers, StoredRepeats(pool))))
-        seal_seconds = (config.audit or AuditConfig()).seal_seconds
-        await stack.enter_async_context(sealed(dsn, sealing(config, pool, records, hsm), interval_seconds=seal_seconds))
+        history = HistoryWatch()
+        await stack.enter_async_context(signing_trail(config, dsn, pool, records, hsm, history))
         store_answers = await stack.enter_async_context(watched(pool))
         caches = {"keys": keys.status, "users": users.status}
         advice = _advice(config)
         for sentence in advice:
             _LOG.warning("configuration", advice=sentence)
-        condition = Condition(hsm, ledger, pool, records, disk, store_answers, caches, SealWatch(seal_seconds), advice)
+        watch = SealWatch(seal_seconds(config))
+        condition = Condition(hsm, ledger, pool, records, disk, store_answers, caches, watch, history, advice)
         await stack.enter_async_context(repeating("condition", CHECK_SECONDS, condition.check))
         await stack.enter_async_context(seen(seen_on, telemetry, condition))
         settled = telemetry.observed(ledger, "store", "settle", "earlier", of="ledger.")
@@ -252,10 +253,10 @@ def _server(
 
 def _advice(config: Config) -> list[str]:
     """Return what should be configured otherwise, though the service can do without."""
-    is_kept = config.audit is not None and config.audit.checkpoints is not None
-    if is_kept or config.mode != "production":
+    if config.audit is not None and config.audit.checkpoints is not None:
         return []
-    return ["checkpoints of the trail are kept nowhere outside the database, and can be cut off with it: set audit.checkpoints"]
+    # In production mode the configuration is at fault.
+    return ["the trail is not signed: set audit.checkpoints to a file outside the database"]
 
 
 def _journal(file: Path | None, epoch: UUID) -> Journal | None:

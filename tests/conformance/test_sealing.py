@@ -15,7 +15,6 @@ from tests.fixtures.server import Deployment
 
 
 def test_what_was_done_is_sealed_and_verified_offline_with_the_public_key(deployment: Deployment) -> None:
-    deployment.config_file.write_text(deployment.config_file.read_text() + '\n[audit]\ncheckpoints = "checkpoints"\n')
     checkpoints = deployment.directory / "checkpoints"
     exported = deployment.directory / "trail"
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import count
 from typing import Final
@@ -9,16 +10,18 @@ from typing import Final
 import psycopg
 from psycopg import sql
 
+from kms.app.history import SeenCheckpoint
 from kms.app.keyring import Keyring
 from kms.app.sealing import ALGORITHM, Sealing
 from kms.app.sealing_key import SealingKeys
-from kms.app.trail_ports import OutsideCheckpoints
+from kms.app.trail_ports import CheckpointMemory
 from kms.app.verifying import exported, verify_lines
 from kms.dev.postgres import EmbeddedPostgres
 from kms.domain.trail_check import NoteReader, TrailReport
 from kms.hsm.token_hsm import TokenHsm
 from kms.hsm.uninterrupted import uninterrupted
 from kms.pki.public_keys import PublicKeyOperations
+from kms.store.history_events import StoredHistoryEvents
 from kms.store.keys import StoredKeys
 from kms.store.pool import Pool, open_pool
 from kms.store.sealed_trail import StoredSealedTrail
@@ -46,11 +49,17 @@ def write(admin: psycopg.Connection[object], times: int = 3) -> None:
             admin.execute(DOMAIN_EVENT)
 
 
-async def sealing_of(pool: Pool, hsm: TokenHsm, outside: OutsideCheckpoints | None = None) -> Sealing:
-    """Return what seals the trail of the database, with the key of its user."""
+async def sealing_of(pool: Pool, hsm: TokenHsm, memory: CheckpointMemory) -> Sealing:
+    """Return what seals the trail of the database, with the key of its user: a process that has seen nothing yet."""
     keys = StoredKeys(pool, RECORDS)
     found = SealingKeys(keys, Keyring(keys, hsm, uninterrupted), StoredUsers(pool).find_or_create_service, is_valid, ORIGIN)
-    return Sealing(StoredSealedTrail(pool), hsm, await found.find_or_make(), outside, lambda: datetime.now(UTC))
+    events, key = StoredHistoryEvents(pool), await found.find_or_make()
+    return Sealing(StoredSealedTrail(pool), hsm, key, memory, events, lambda: datetime.now(UTC))
+
+
+def restarted(sealing: Sealing) -> Sealing:
+    """Return the same as another process of its machine, which has seen nothing yet."""
+    return replace(sealing, seen=SeenCheckpoint())
 
 
 def is_valid(pem: str, signed: bytes, signature: bytes) -> bool:

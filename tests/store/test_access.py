@@ -51,6 +51,7 @@ ENTRANCES: Final = {
     "audit.append_checkpoint": {"job_runner"},
     "audit.drain_default": {"job_runner"},
     "audit.ensure_partitions": {"job_runner"},
+    "audit.record_history_event": {"job_runner"},
     "audit.record_reading": {"auditor_users"},
     "audit.record_refusals": {"kms_service"},
     "authentication.assign_role": {"admin_users"},

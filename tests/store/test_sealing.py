@@ -17,6 +17,7 @@ from kms.app import sealing as app_sealing
 from kms.app.verifying import VerifyTrail
 from kms.dev.postgres import EmbeddedPostgres
 from kms.domain.errors import KmsError, Reason
+from kms.domain.history import HistoryError
 from kms.domain.trail_check import Difference, EpochStart, Rollback, judged
 from kms.hsm.token_hsm import TokenHsm
 from kms.store.backup import backup
@@ -31,7 +32,7 @@ from kms.wiring.condition import SealWatch
 from tests.conformance.test_outages import soon
 from tests.fixtures.postgres import Database
 from tests.store.records import RECORDS, mac
-from tests.store.sealing import EVENT, checked, lines_of, sealing_of, write
+from tests.store.sealing import EVENT, checked, lines_of, restarted, sealing_of, write
 
 OLD: Final = b"INSERT INTO audit.security_events (event_type, severity, created_at) VALUES ('old', 'low', '2024-01-05')"
 
@@ -43,6 +44,12 @@ def admin(database: Database) -> Iterator[psycopg.Connection[Any]]:
 
 
 @pytest.fixture
+def memory(tmp_path: Path) -> CheckpointFile:
+    """The checkpoints that this machine remembers."""
+    return CheckpointFile(tmp_path / "checkpoints")
+
+
+@pytest.fixture
 def other(postgres: EmbeddedPostgres) -> Iterator[str]:
     """The connection string of a database that is not there."""
     name = f"resealed_{uuid4().hex[:8]}"
@@ -51,25 +58,40 @@ def other(postgres: EmbeddedPostgres) -> Iterator[str]:
         connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)".encode())
 
 
-async def test_of_two_that_seal_at_once_one_is_refused_and_the_trail_does_not_fork(
-    store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any]
+async def test_of_two_machines_that_seal_at_once_one_is_refused_and_the_trail_does_not_fork(
+    store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], tmp_path: Path
 ) -> None:
     await check_epoch(store, RECORDS)
-    sealing = await sealing_of(store, hsm)
-    write(admin)
-    outcomes = await asyncio.gather(*(sealing.seal() for _ in range(4)), return_exceptions=True)
-    refused = [error for error in outcomes if isinstance(error, KmsError)]
-    assert {error.reason for error in refused} <= {Reason.STALE}
-    assert len(refused) < 4
-    report = await VerifyTrail(StoredSealedTrail(store), sealing.key.reader).verify()
+    machines = [await sealing_of(store, hsm, CheckpointFile(tmp_path / f"checkpoints-{number}")) for number in range(3)]
+    for _ in range(5):
+        write(admin)
+        outcomes = await asyncio.gather(*(machine.seal() for machine in machines), return_exceptions=True)
+        refused = [error for error in outcomes if isinstance(error, BaseException)]
+        assert {error.reason if isinstance(error, KmsError) else error for error in refused} <= {Reason.STALE}
+        assert len(refused) < len(machines)
+    # Also those whose note came too late for the database go on.
+    sizes = [await machine.seal() for machine in machines]
+    assert sizes == sorted(sizes)
+    report = await VerifyTrail(StoredSealedTrail(store), machines[0].key.reader).verify()
     assert (report.finding, report.unsealed) == (None, 0)
 
 
-async def test_a_checkpoint_that_does_not_follow_the_last_is_refused(
-    store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any]
+async def test_processes_of_one_machine_wait_for_each_other(
+    store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], memory: CheckpointFile
 ) -> None:
     await check_epoch(store, RECORDS)
-    sealing, trail = await sealing_of(store, hsm), StoredSealedTrail(store)
+    first = await sealing_of(store, hsm, memory)
+    write(admin)
+    sizes = await asyncio.gather(*(restarted(first).seal() for _ in range(4)))
+    assert len({*sizes}) == 1
+    assert len(list(finished_lines(memory.path))) == 1
+
+
+async def test_a_checkpoint_that_does_not_follow_the_last_is_refused(
+    store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], memory: CheckpointFile
+) -> None:
+    await check_epoch(store, RECORDS)
+    sealing, trail = await sealing_of(store, hsm, memory), StoredSealedTrail(store)
     await sealing.seal()
     last = await trail.last()
     assert last is not None
@@ -83,10 +105,10 @@ async def test_a_checkpoint_that_does_not_follow_the_last_is_refused(
 
 
 async def test_a_row_that_commits_behind_later_ones_is_sealed_in_its_place(
-    database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any]
+    database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], memory: CheckpointFile
 ) -> None:
     await check_epoch(store, RECORDS)
-    sealing = await sealing_of(store, hsm)
+    sealing = await sealing_of(store, hsm, memory)
     before = await sealing.seal()
     with psycopg.connect(database.admin_dsn) as slow:
         slow.execute(EVENT)
@@ -102,56 +124,60 @@ async def test_a_row_that_commits_behind_later_ones_is_sealed_in_its_place(
 
 
 async def test_a_backlog_is_sealed_in_several_checkpoints(
-    database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+    database: Database,
+    store: Pool,
+    hsm: TokenHsm,
+    admin: psycopg.Connection[Any],
+    memory: CheckpointFile,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(app_sealing, "_ROWS_SEALED_MAX", 4)
     monkeypatch.setattr(app_sealing, "_ROWS_READ_MAX", 3)
     await check_epoch(store, RECORDS)
-    sealing = await sealing_of(store, hsm)
+    sealing = await sealing_of(store, hsm, memory)
     write(admin, 9)
     await sealing.seal()
     report = checked(sealing.key.reader, await lines_of(database.dsn))
     assert report.finding is None
     assert report.checkpoints >= 4
-    assert report.verified_size == 20  # 18, and the two of the key itself
+    assert report.verified_size == 21  # 18, the two of the key itself, and that a memory begins
 
 
 async def test_a_checkpoint_that_somebody_changed_is_not_gone_on_from(
-    store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any]
+    store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], memory: CheckpointFile
 ) -> None:
     await check_epoch(store, RECORDS)
-    sealing = await sealing_of(store, hsm)
+    sealing = await sealing_of(store, hsm, memory)
     await sealing.seal()
     admin.execute("UPDATE audit.checkpoints SET epoch = 7")
     write(admin)
-    with pytest.raises(KmsError, match="somebody has changed it"):
+    with pytest.raises(HistoryError, match=r"found a row of .* rows in epoch 7 with its note"):
         await sealing.seal()
 
 
 async def test_the_file_outside_is_repaired_and_completed(
-    store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], tmp_path: Path
+    store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], memory: CheckpointFile
 ) -> None:
     await check_epoch(store, RECORDS)
-    outside = CheckpointFile(tmp_path / "checkpoints")
-    sealing = await sealing_of(store, hsm, outside)
+    sealing = await sealing_of(store, hsm, memory)
     for _ in range(3):
         write(admin, 1)
         await sealing.seal()
-    whole = outside.path.read_bytes()
+    whole = memory.path.read_bytes()
     assert len(whole.splitlines()) == 3
-    outside.path.write_bytes(whole[: whole.index(b"\n") + 40])
-    await sealing.export_missing()
-    assert outside.path.read_bytes() == whole
-    outside.path.write_bytes(b"something else\n")
-    with pytest.raises(KmsError, match="does not end in a checkpoint"):
-        await sealing.export_missing()
+    memory.path.write_bytes(whole[: whole.index(b"\n") + 40])
+    await sealing.follow()
+    assert memory.path.read_bytes() == whole
+    memory.path.write_bytes(b"something else\n")
+    with pytest.raises(HistoryError, match="to end in a checkpoint"):
+        await sealing.follow()
 
 
 async def test_another_worker_takes_over_when_the_one_that_seals_is_gone(
-    database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any]
+    database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], memory: CheckpointFile
 ) -> None:
     await check_epoch(store, RECORDS)
-    made = await sealing_of(store, hsm)
+    made = await sealing_of(store, hsm, memory)
     began: list[str] = []
 
     def worker(name: str) -> Any:  # noqa: ANN401  # what `sealed` returns
@@ -159,7 +185,10 @@ async def test_another_worker_takes_over_when_the_one_that_seals_is_gone(
             began.append(name)
             return made
 
-        return sealed(database.dsn, sealing, interval_seconds=0.05)
+        async def following() -> app_sealing.Sealing:
+            return made
+
+        return sealed(database.dsn, sealing, following, interval_seconds=0.05)
 
     async with worker("first"):
         await asyncio.to_thread(soon, lambda: began == ["first"])
@@ -176,11 +205,10 @@ async def test_another_worker_takes_over_when_the_one_that_seals_is_gone(
 
 async def test_after_a_restore_the_trail_goes_on_and_what_was_lost_is_told(
     database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], other: str,
-    postgres: EmbeddedPostgres, tmp_path: Path,
+    postgres: EmbeddedPostgres, tmp_path: Path, memory: CheckpointFile,
 ) -> None:  # fmt: skip
     await check_epoch(store, RECORDS)
-    outside = CheckpointFile(tmp_path / "checkpoints")
-    sealing = await sealing_of(store, hsm, outside)
+    sealing = await sealing_of(store, hsm, memory)
     write(admin)
     kept = await sealing.seal()
     file, _ = backup(database.admin_dsn, tmp_path / "backup")
@@ -189,13 +217,13 @@ async def test_after_a_restore_the_trail_goes_on_and_what_was_lost_is_told(
     await asyncio.to_thread(restore, other, file, mac=mac)
     service = make_conninfo(other, user="kms_service", password=postgres.service_password())
     async with open_pool(service, 2) as pool:
-        again = replace(await sealing_of(pool, hsm, outside), key=sealing.key)
+        again = replace(await sealing_of(pool, hsm, memory), key=sealing.key)
         with psycopg.connect(other, autocommit=True) as restored:
             write(restored)
-        await again.export_missing()
+        await again.follow()
         assert await again.seal() > kept
         assert (await VerifyTrail(StoredSealedTrail(pool), sealing.key.reader).verify()).finding is None
-    report = checked(sealing.key.reader, await lines_of(service), tuple(finished_lines(outside.path)))
+    report = checked(sealing.key.reader, await lines_of(service), tuple(finished_lines(memory.path)))
     assert (report.finding, report.unsealed) == (None, 0)
     assert report.rollbacks == (Rollback(1, lost, 2, kept),)
     assert report.epochs == (EpochStart(2, kept),)
@@ -206,25 +234,24 @@ async def test_after_a_restore_the_trail_goes_on_and_what_was_lost_is_told(
 
 
 async def test_a_trail_that_was_rewritten_from_its_beginning_is_not_sealed(
-    database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], tmp_path: Path
+    database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], memory: CheckpointFile
 ) -> None:
     await check_epoch(store, RECORDS)
-    outside = CheckpointFile(tmp_path / "checkpoints")
-    sealing = await sealing_of(store, hsm, outside)
+    sealing = await sealing_of(store, hsm, memory)
     write(admin)
     await sealing.seal()
     admin.execute("UPDATE audit.security_events SET outcome = 'blocked'")
     admin.execute("TRUNCATE audit.checkpoints")
-    another = replace(sealing, made=app_sealing.LastSealed())  # as of a process that begins, with the file
-    for refused in (another.export_missing, sealing.seal):
-        with pytest.raises(KmsError, match="is not in the database any more"):
+    another = restarted(sealing)  # as of a process that begins, with the file
+    for refused in (another.follow, another.seal, sealing.seal):
+        with pytest.raises(HistoryError, match="another history of the trail is not signed"):
             await refused()
     # Only by a new epoch does it go on, and that is told.
     admin.execute("INSERT INTO cryptography.epochs SELECT 2, 'RESTORED', now(), NULL, l.* FROM cryptography.location() AS l")
-    await another.export_missing()
+    await another.follow()
     size = await sealing.seal()
     online = await VerifyTrail(StoredSealedTrail(store), sealing.key.reader).verify()
-    offline = checked(sealing.key.reader, await lines_of(database.dsn), tuple(finished_lines(outside.path)))
+    offline = checked(sealing.key.reader, await lines_of(database.dsn), tuple(finished_lines(memory.path)))
     for report in (online, offline):
         assert (report.verified_size, report.finding, report.epochs) == (size, None, (EpochStart(2, 0),))
         unnamed = judged(report, 0, {1}).finding
@@ -232,32 +259,27 @@ async def test_a_trail_that_was_rewritten_from_its_beginning_is_not_sealed(
         assert unnamed.difference is Difference.ROLLED_BACK
 
 
-async def test_two_workers_write_a_checkpoint_outside_once(
-    store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], tmp_path: Path
+async def test_who_holds_the_file_is_waited_for(
+    store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], memory: CheckpointFile
 ) -> None:
     await check_epoch(store, RECORDS)
-    outside = CheckpointFile(tmp_path / "checkpoints")
-    stopped = await sealing_of(store, hsm)  # between its commit and its file
+    sealing = await sealing_of(store, hsm, memory)
     write(admin, 1)
-    await stopped.seal()
-    last = await stopped.trail.last()
-    assert last is not None
-    await replace(stopped, outside=outside).export_missing()
-    await outside.append([last.note])
-    assert len(list(finished_lines(outside.path))) == 1
-    with outside.path.open("rb") as held:
+    await sealing.seal()
+    with memory.path.open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        waiting = asyncio.create_task(outside.last())
+        waiting = asyncio.create_task(sealing.follow())
         assert await asyncio.wait({waiting}, timeout=0.2) == (set(), {waiting})
-    assert await waiting == last.note
+    await waiting
+    assert len(list(finished_lines(memory.path))) == 1
 
 
 async def test_an_epoch_raises_the_order_above_everything_that_is_there(
-    database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], other: str,
+    database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], memory: CheckpointFile, other: str,
     postgres: EmbeddedPostgres, tmp_path: Path,
 ) -> None:  # fmt: skip
     await check_epoch(store, RECORDS)
-    sealing = await sealing_of(store, hsm)
+    sealing = await sealing_of(store, hsm, memory)
     # Rows of a cluster that had seen far more transactions: the order of a dump is higher than any transaction here.
     write(admin)
     admin.execute("UPDATE audit.security_events SET commit_order = commit_order + 1000000000")
@@ -274,17 +296,17 @@ async def test_an_epoch_raises_the_order_above_everything_that_is_there(
         assert row[0] == row[1]
         assert row[2] > 900_000_000
     async with open_pool(service, 2) as pool:
-        again = replace(await sealing_of(pool, hsm), key=sealing.key)
+        again = replace(await sealing_of(pool, hsm, CheckpointFile(tmp_path / "there")), key=sealing.key)
         await again.seal()
         report = await VerifyTrail(StoredSealedTrail(pool), sealing.key.reader).verify()
         assert (report.finding, report.unsealed) == (None, 0)
 
 
 async def test_where_a_partition_was_archived_verifying_begins_behind_it(
-    database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], tmp_path: Path
+    database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], memory: CheckpointFile, tmp_path: Path
 ) -> None:
     await check_epoch(store, RECORDS)
-    sealing = await sealing_of(store, hsm)
+    sealing = await sealing_of(store, hsm, memory)
     admin.execute(OLD)
     first = await sealing.seal()
     write(admin)
@@ -302,10 +324,10 @@ async def test_where_a_partition_was_archived_verifying_begins_behind_it(
 
 
 async def test_where_a_partition_was_archived_twice_verifying_begins_behind_both(
-    database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], tmp_path: Path
+    database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], memory: CheckpointFile, tmp_path: Path
 ) -> None:
     await check_epoch(store, RECORDS)
-    sealing = await sealing_of(store, hsm)
+    sealing = await sealing_of(store, hsm, memory)
     sizes = []
     for _ in range(2):
         admin.execute(OLD)
@@ -320,10 +342,10 @@ async def test_where_a_partition_was_archived_twice_verifying_begins_behind_both
 
 
 async def test_where_rows_were_archived_before_they_were_sealed_the_others_still_verify(
-    database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], tmp_path: Path
+    database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], memory: CheckpointFile, tmp_path: Path
 ) -> None:
     await check_epoch(store, RECORDS)
-    sealing = await sealing_of(store, hsm)
+    sealing = await sealing_of(store, hsm, memory)
     write(admin)
     admin.execute(OLD)
     first = await sealing.seal()
@@ -339,10 +361,10 @@ async def test_where_rows_were_archived_before_they_were_sealed_the_others_still
 
 
 async def test_a_trail_without_its_first_rows_is_not_taken_for_an_archived_one(
-    database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any]
+    database: Database, store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], memory: CheckpointFile
 ) -> None:
     await check_epoch(store, RECORDS)
-    sealing = await sealing_of(store, hsm)
+    sealing = await sealing_of(store, hsm, memory)
     admin.execute(OLD)
     await sealing.seal()
     admin.execute("DROP TABLE audit.security_events_2024_01")
@@ -351,11 +373,13 @@ async def test_a_trail_without_its_first_rows_is_not_taken_for_an_archived_one(
     assert finding.difference is Difference.ROW_REMOVED
 
 
-async def test_the_status_tells_what_waits(store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any]) -> None:
+async def test_the_status_tells_what_waits(
+    store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], memory: CheckpointFile
+) -> None:
     await check_epoch(store, RECORDS)
     trail = StoredSealedTrail(store)
     assert (await trail.status()).seconds_since is None
-    sealing = await sealing_of(store, hsm)
+    sealing = await sealing_of(store, hsm, memory)
     size = await sealing.seal()
     write(admin, 2)
     status = await trail.status()

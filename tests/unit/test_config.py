@@ -142,3 +142,34 @@ def test_a_file_that_anybody_can_write_to_is_refused(tmp_path: Path) -> None:
     file.chmod(0o666)
     with pytest.raises(ConfigError, match="anybody"):
         config.load(file)
+
+
+_UNSIGNED = "audit.checkpoints: missing, and needed in production mode: a file outside the database, for signed checkpoints"
+
+
+@pytest.mark.parametrize(
+    ("text", "variables", "is_refused"),
+    [
+        ("", {}, True),
+        ("[audit]\nseal_seconds = 2.0\n", {}, True),
+        ('mode = "fast"\n', {}, False),
+        ('mode = "development"\n', {}, False),
+        ('[audit]\ncheckpoints = "checkpoints"\n', {}, False),
+        ("", {"KMS_AUDIT_CHECKPOINTS": "/var/lib/kms/checkpoints"}, False),
+        ("", {"KMS_MODE": "development"}, False),
+        ('mode = "development"\n', {"KMS_MODE": "production"}, True),
+        ("colour = 1\n", {}, True),
+        ("colour = 1\n", {"KMS_AUDIT_CHECKPOINTS": "/var/lib/kms/checkpoints"}, False),
+    ],
+)
+def test_in_production_nobody_serves_without_a_memory_of_the_trail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, variables: dict[str, str], is_refused: bool
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as refusal:
+        config.load(_written(tmp_path, text), needs=("server", "hsm", "database"))
+    assert (_UNSIGNED in refusal.value.faults) == is_refused
+    with pytest.raises(ConfigError) as refusal:  # a command that does not serve does without
+        config.load(tmp_path / "kms.toml", needs=("hsm",))
+    assert _UNSIGNED not in refusal.value.faults

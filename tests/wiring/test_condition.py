@@ -11,6 +11,7 @@ from psycopg.conninfo import make_conninfo
 from kms.domain.errors import KmsError, Reason
 from kms.store.disk import Disk
 from kms.store.pool import open_pool
+from kms.store.sealer import HistoryWatch
 from kms.wiring.condition import Condition, SealWatch
 from tests.fixtures.postgres import Database
 
@@ -18,15 +19,27 @@ from tests.fixtures.postgres import Database
 def test_what_lasts_too_long_or_was_changed_under_the_service_is_a_warning() -> None:
     well = cast(Any, SimpleNamespace(is_available=lambda: True))
     watch = SealWatch(1.0, is_late=True)
-    condition = Condition(well, well, well, well, Disk(None), lambda: True, {}, watch, ("set this",), schema_fault="run that")
+    condition = Condition(
+        well,
+        well,
+        well,
+        well,
+        Disk(None),
+        lambda: True,
+        {},
+        watch,
+        HistoryWatch("another"),
+        ("set this",),
+        schema_fault="run that",
+    )
     late = "rows of the trail are not sealed: the log of the worker that seals says why"
-    assert condition.look() == (True, f"ready\nwarning: run that\nwarning: set this\nwarning: {late}")
+    assert condition.look() == (True, f"ready\nwarning: run that\nwarning: set this\nwarning: another\nwarning: {late}")
 
 
 async def test_a_database_that_ends_between_two_looks_is_no_fault_of_the_epoch(database: Database) -> None:
     absent = cast(Any, None)
     async with open_pool(database.dsn, 1, wait_seconds=0.3) as pool:
-        condition = Condition(absent, absent, pool, absent, Disk(None), lambda: True, {}, absent)
+        condition = Condition(absent, absent, pool, absent, Disk(None), lambda: True, {}, absent, absent)
         name = sql.Identifier(database.name)
         with psycopg.connect(make_conninfo(database.admin_dsn, dbname="postgres"), autocommit=True) as admin:
             admin.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS false").format(name))

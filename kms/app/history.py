@@ -1,0 +1,196 @@
+"""One history of the trail: what is in the database is compared with the checkpoints that this machine remembers.
+
+    memory:    n ── s          the last note of the file
+    database:  n ── s ── t     gone on from: another machine has signed t, and we take it over
+    database:  n               somebody was killed between file and database: s is put back, if the rows still hash to it
+    database:  n ──── t        the same, and another machine went on: fine, if n to s and s to t are the same rows
+    database:  m               another history, or a shorter one: refused, unless an epoch has begun since s
+
+A note is on disk before it is in the database, so that nobody can have seen a checkpoint that this machine does not remember.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+from kms.app.trail_ports import (
+    HistoryEvent,
+    HistoryEvents,
+    KeptNote,
+    OpenMemory,
+    SealedTrail,
+    StoredCheckpoint,
+)
+from kms.domain.checkpoint import Checkpoint
+from kms.domain.errors import KmsError, Reason
+from kms.domain.history import HistoryError, described, is_same_history
+from kms.domain.merkle import Frontier
+from kms.domain.trail_check import NoteReader
+from kms.domain.trail_lines import place_before
+
+_NOTES_READ_MAX: Final = 200
+_ROWS_READ_MAX: Final = 500
+NO_CHECKPOINT: Final = StoredCheckpoint(Frontier(), 0, 0, "")
+
+
+@dataclass(slots=True)
+class SeenCheckpoint:
+    """The last checkpoint that this process saw in the database, for as long as it runs: it changes with each.
+
+    `has_begun`: this process has reported that the memory was empty. `reported`: the refusal that it met, while it lasts.
+    """
+
+    checkpoint: Checkpoint | None = None
+    has_begun: bool = False
+    reported: str = ""
+
+    def see(self, checkpoint: Checkpoint) -> None:
+        """Take a checkpoint that is in the database."""
+        if self.checkpoint is None or _place(self.checkpoint) < _place(checkpoint):
+            self.checkpoint = checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """Compares trail and memory. What differs raises `HistoryError`, and everything may raise STORE_UNAVAILABLE."""
+
+    trail: SealedTrail
+    reader: NoteReader
+    events: HistoryEvents
+    seen: SeenCheckpoint
+
+    async def agreed(self, memory: OpenMemory) -> StoredCheckpoint:
+        """Return the checkpoint from which signing goes on, once the memory has it. Raises STALE if another machine signs."""
+        await self.catch_up(memory, begins=True)
+        last, kept = await self.trail.last(), memory.last()
+        known = None if kept is None else self._remembered(kept)
+        if last is None:
+            # `catch_up` has found the reason: nothing was ever signed, or an epoch has begun since.
+            return NO_CHECKPOINT
+        stored = self._stored(last)
+        if kept is None or known is None:
+            raise _stale()
+        if not is_same_history(stored, known):
+            if known.epoch >= await self.trail.epoch():
+                raise _stale()
+        elif kept.horizon not in {None, last.horizon}:
+            raise HistoryError(f"{described(known)} below the order {kept.horizon}", f"the order {last.horizon}")
+        return last
+
+    async def catch_up(self, memory: OpenMemory, *, begins: bool = False) -> None:
+        """Copy into the memory what it lacks, once its last note and what this process has seen are found in the database.
+
+        *begins*: report also an empty memory beside a database that has no checkpoint.
+        """
+        kept, seen = memory.last(), self.seen.checkpoint
+        known = None if kept is None else self._remembered(kept)
+        if seen is not None and (known is None or _place(seen) > _place(known)):
+            await self._find(seen, None)
+        if kept is None or known is None:
+            await self._begin(begins=begins)
+            place: tuple[int, int] = (0, 0)
+            previous: int | None = 0
+        else:
+            self.seen.has_begun = False
+            place, previous = _place(known), await self._find(known, kept)
+        while notes := await self.trail.notes_since(*place, _NOTES_READ_MAX):
+            for note in notes:
+                read = self._read(
+                    note.text, "a checkpoint that this deployment's audit key has signed", "another in the database"
+                )
+                if previous not in {None, read.previous_size} or _place(read) <= place:
+                    raise HistoryError(
+                        f"the checkpoint after that of {previous or place[1]} rows",
+                        f"{described(read)}, after {read.previous_size} rows",
+                    )
+                place, previous = _place(read), read.tree_size
+                self.seen.see(read)
+            await memory.append(notes)
+
+    async def _begin(self, *, begins: bool) -> None:
+        """Report that this machine remembers nothing, and believes the database at this moment."""
+        last = await self.trail.last()
+        if (last is not None or begins) and not self.seen.has_begun:
+            size, epoch = (0, 0) if last is None else (last.tree.size, last.epoch)
+            await self.events.record(HistoryEvent.BEGUN, {"tree_size": size, "epoch": epoch})
+            self.seen.has_begun = True
+
+    async def _find(self, known: Checkpoint, kept: KeptNote | None) -> int | None:
+        """Find *known* in the database, or what explains that it is not there.
+
+        Returns the size that the next checkpoint of the database names as that before it; None if that is not known.
+        """
+        there = await self.trail.at(known.tree_size)
+        stored = None if there is None else self._stored(there)
+        if there is not None and stored is not None and is_same_history(stored, known):
+            if kept is not None and kept.horizon not in {None, there.horizon}:
+                raise HistoryError(f"{described(known)} below the order {kept.horizon}", f"the order {there.horizon}")
+            self.seen.see(known)
+            return known.tree_size
+        # What this process has seen in the database was not lost on the way to it.
+        is_seen = self.seen.checkpoint is not None and _place(self.seen.checkpoint) >= _place(known)
+        if there is None and kept is not None and not is_seen and await self._is_put_back(known, kept):
+            return None
+        if known.epoch < await self.trail.epoch():
+            return None
+        last = await self.trail.last()
+        found = described(stored) if stored is not None else described(None if last is None else self._stored(last))
+        raise HistoryError(described(known), f"{found} in the database")
+
+    async def _is_put_back(self, known: Checkpoint, kept: KeptNote) -> bool:
+        """Whether *known* only missed its way into the database, and all that is there agrees with it.
+
+        If it is the next one, it is put there now.
+        """
+        before = await self.trail.at(known.previous_size) if known.previous_size else NO_CHECKPOINT
+        if before is None or kept.horizon is None or kept.horizon <= before.horizon:
+            return False
+        if before is not NO_CHECKPOINT:
+            self._stored(before)
+        tree = await self._grown(before.tree, before.horizon, kept.horizon)
+        if (tree.size, tree.root()) != (known.tree_size, known.root_hash):
+            return False
+        following = await self.trail.notes(before.tree.size, 1)
+        if not following:
+            await self.trail.append(before.tree.size, StoredCheckpoint(tree, kept.horizon, known.epoch, kept.text))
+            await self.events.record(HistoryEvent.RESTORED, {"tree_size": known.tree_size, "epoch": known.epoch})
+            return True
+        _, horizon, note = following[0]
+        later = self._read(note, described(known), "a checkpoint in the database that the audit key has not signed")
+        grown = await self._grown(tree, kept.horizon, horizon)
+        return (grown.size, grown.root(), later.previous_size) == (later.tree_size, later.root_hash, before.tree.size)
+
+    async def _grown(self, tree: Frontier, horizon: int, below: int) -> Frontier:
+        place = place_before(horizon)
+        while leaves := await self.trail.leaves(place, below, _ROWS_READ_MAX):
+            tree, place = tree.extended(leaf.hash for leaf in leaves), leaves[-1].place
+        return tree
+
+    def _stored(self, stored: StoredCheckpoint) -> Checkpoint:
+        """Return what the note of a checkpoint in the database says, which its row says too."""
+        expected = f"the checkpoint of {stored.tree.size} rows as the audit key has signed it"
+        read = self._read(stored.note, expected, "a note that it has not signed")
+        if (read.tree_size, read.root_hash, read.epoch) != (stored.tree.size, stored.tree.root(), stored.epoch):
+            raise HistoryError(described(read), f"a row of {stored.tree.size} rows in epoch {stored.epoch} with its note")
+        return read
+
+    def _remembered(self, kept: KeptNote) -> Checkpoint:
+        return self._read(
+            kept.text,
+            f"a file of checkpoints that {self.reader.key.name}+{self.reader.key.key_id.hex()} has signed",
+            "a last note in it that this key has not signed",
+        )
+
+    def _read(self, note: str, expected: str, otherwise: str) -> Checkpoint:
+        try:
+            return self.reader.open(note)
+        except KmsError as error:
+            raise HistoryError(expected, f"{otherwise} ({error.message})") from None
+
+
+def _place(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Return where a checkpoint stands among others."""
+    return checkpoint.epoch, checkpoint.tree_size
+
+
+def _stale() -> KmsError:
+    return KmsError(Reason.STALE, "another machine has signed the trail meanwhile")
