@@ -132,7 +132,7 @@ Line = Leaf | Unplaced | Note | Beginning | End | KeyRow | KeysEnd
 def parse_line(line: bytes) -> Line:
     """Return what a line (without its end) holds, or raise MALFORMED."""
     try:
-        if line.startswith(b'{"key"'):
+        if line.startswith((b'{"key":', b'{"keys":')):
             return _key(load(line))
         found = json.loads(line)
         if "frontier" in found:
