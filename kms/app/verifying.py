@@ -35,7 +35,7 @@ _ROWS_READ_MAX: Final = 500
 _NOTES_READ_MAX: Final = 500
 _KEYS_READ_MAX: Final = 1000
 # Of each key the trail is read, too.
-_KNOWN_KEYS_READ_MAX: Final = 25
+_KNOWN_KEYS_READ_MAX: Final = 100
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,9 +116,12 @@ class KeyReport:
     next_after: str = ""
 
 
+_DECODER: Final = json.JSONDecoder(parse_int=Number, parse_float=Number, parse_constant=Number)
+
+
 def load(text: str | bytes) -> Any:  # noqa: ANN401  # whatever JSON holds
     """Return what *text* holds, numbers as `Number`. Raises ValueError, RecursionError."""
-    return json.loads(text, parse_int=Number, parse_float=Number, parse_constant=Number)
+    return _DECODER.decode(text if isinstance(text, str) else text.decode())
 
 
 def integer(value: object) -> int:

@@ -79,7 +79,7 @@ KNOWN: Final = f"""
             )
             ORDER BY id LIMIT %(limit)s
         ) AS page
-        LEFT JOIN LATERAL (SELECT {_COLUMNS} FROM cryptography.keys AS held WHERE held.id = page.id) AS k ON TRUE
+        LEFT JOIN LATERAL (SELECT {_COLUMNS} FROM cryptography.keys AS held WHERE held.id = page.id OFFSET 0) AS k ON TRUE
         CROSS JOIN LATERAL (
             SELECT count(*) AS count, coalesce(bool_or(e.commit_order >= signed.horizon), FALSE) AS is_unsigned,
                 coalesce(

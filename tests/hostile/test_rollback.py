@@ -55,7 +55,7 @@ class Bench:
         config = ("--config", self.server.deployment.config_file)
         exported = run_kms(*config, "audit", "export", file, "--after", after)
         assert exported.code == 0, exported
-        ended = run_kms("audit", "verify", file, "--key", self.key(), "--json")
+        ended = run_kms("audit", "verify", file, "--key", self.key(), "--begins-at", after, "--json")
         file.unlink()
         return ended
 

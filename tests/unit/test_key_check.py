@@ -194,8 +194,9 @@ def histories() -> Iterator[StoredKeyHistories]:
 
 def test_histories_come_back_by_version_whatever_order_they_came_in(histories: StoredKeyHistories) -> None:
     other = uuid4()
-    for number, entry in enumerate((KeyChange(KEY, 2, "b"), KeyUse(KEY, 5), KeyChange(KEY, 1, "a"), KeyUse(KEY, 4)), 1):
-        histories.take(entry, number)
+    entries: list[KeyChange | KeyUse] = [KeyChange(KEY, 2, "b"), KeyUse(KEY, 5), KeyChange(KEY, 1, "a"), KeyUse(KEY, 4)]
+    for number, each in enumerate(entries, 1):
+        histories.take(each, number)
     histories.take(KeyChange(other, 1, "x"), 5)
     assert histories.find(KEY, 4) == History(((1, "a"), (2, "b")), 5)
     assert histories.find(KEY, 3) == History(((1, "a"), (2, "b")), 5, None, is_unsigned=True)
