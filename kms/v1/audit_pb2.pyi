@@ -360,7 +360,9 @@ Global___VerifyTrailResponse: _TypeAlias = VerifyTrailResponse  # noqa: Y015
 
 @_typing.final
 class KeyComparison(_message.Message):
-    """What comparing keys with the trail found. The counts are numbers of keys."""
+    """What comparing keys with the trail found. The counts are numbers of keys.
+    Of a key's uses the newest 10,000 are looked at, and all where these do not fit: an export has no such limit.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
