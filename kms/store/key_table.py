@@ -69,7 +69,7 @@ KNOWN: Final = f"""
         SELECT coalesce(max(horizon), 0) AS horizon FROM audit.checkpoints
     )
     SELECT page.id, to_jsonb(k)::text AS row, c.found AS changes, c.is_unsigned OR u.is_unsigned AS is_unsigned, u.used,
-        c.count > {CHANGES_READ_MAX} AS is_too_long, u.count >= {USES_READ_MAX} AS has_more_uses
+        c.count > %(changes_max)s::bigint AS is_too_long, u.count >= %(uses_max)s::bigint AS has_more_uses
     FROM (
             SELECT id FROM told WHERE id IS NOT NULL
             UNION
@@ -88,7 +88,7 @@ KNOWN: Final = f"""
             FROM signed CROSS JOIN LATERAL (
                 SELECT aggregate_version, event_data, commit_order FROM audit.domain_events
                 WHERE aggregate_id = page.id AND aggregate_type = 'key'
-                ORDER BY aggregate_version LIMIT {CHANGES_READ_MAX} + 1
+                ORDER BY aggregate_version LIMIT %(changes_max)s::bigint + 1
             ) AS e
         ) AS c
         CROSS JOIN LATERAL (
@@ -97,7 +97,7 @@ KNOWN: Final = f"""
             FROM signed CROSS JOIN LATERAL (
                 SELECT commit_order, {_NUMBER} AS number FROM audit.security_events
                 WHERE resource_id = page.id AND event_type = 'key.used'
-                ORDER BY created_at DESC LIMIT {USES_READ_MAX}
+                ORDER BY created_at DESC LIMIT %(uses_max)s::bigint
             ) AS e
         ) AS u
     ORDER BY page.id
@@ -125,7 +125,8 @@ class StoredKeyTable:
 
     async def known(self, after: UUID | None, limit: int) -> Sequence[KnownKey]:
         """Return at most *limit* keys that the table or the trail has, with ids above *after* (None: from the first)."""
-        rows = await self.pool.fetch(AS_AUDITOR, KNOWN, {"after": after, "limit": limit})
+        parameters = {"after": after, "limit": limit, "changes_max": CHANGES_READ_MAX, "uses_max": USES_READ_MAX}
+        rows = await self.pool.fetch(AS_AUDITOR, KNOWN, parameters)
         return [await self._known(row) for row in rows]
 
     async def _known(self, row: DictRow) -> KnownKey:
@@ -147,7 +148,8 @@ def _history(row: DictRow) -> History | None:
         return None
     changes, conflict = list[tuple[int, str]](), None
     for version, data in load(row["changes"]):
-        number = int(version.text)
+        # The column is NOT NULL, until somebody who may says otherwise: no entry has version 0, so that the key differs.
+        number = int(version.text) if isinstance(version, Number) else 0
         if not changes or changes[-1][0] != number:
             changes.append((number, data))
         elif changes[-1][1] != data:
