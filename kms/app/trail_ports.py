@@ -1,12 +1,14 @@
 """What reading, sealing and verifying the trail need of the outside."""
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
+from uuid import UUID
 
 from kms.app.ports import Call
+from kms.domain.key_check import History, KeyChange, KeyUse
 from kms.domain.merkle import Frontier
 from kms.domain.trail import Cursor, EventFilter, Found, Place, Stretch
 from kms.domain.trail_lines import Leaf, RowPlace, Unplaced
@@ -155,4 +157,61 @@ class HistoryEvents(Protocol):
 
     async def record(self, event: HistoryEvent, details: Mapping[str, object]) -> None:
         """Record *event* with what the database adds: its moment and how grave it is. Raises STORE_UNAVAILABLE."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LaterKey:
+    """A key's row as JSON, and of the trail's rows about it from some order on the changes (JSON) and the highest use."""
+
+    key_id: UUID
+    row: str
+    changes: str
+    used: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class KnownKey:
+    """A key that the table or the trail has, read at one moment: its row (None: the table has none) and what the trail says.
+
+    `history` is None where the trail has too many entries about the key to be read at once.
+    """
+
+    key_id: UUID
+    row: Mapping[str, Any] | None
+    history: History | None
+
+
+class KeyTable(Protocol):
+    """The rows of keys without their envelopes, in the order of their ids. Both methods may raise STORE_UNAVAILABLE."""
+
+    async def page(self, after: UUID | None, from_order: int, limit: int) -> Sequence[LaterKey]:
+        """Return at most *limit* keys with ids above *after* (None: from the first), each with its entries from an order on.
+
+        Row and entries are of one moment.
+        """
+        ...
+
+    async def known(self, after: UUID | None, limit: int) -> Sequence[KnownKey]:
+        """Return at most *limit* keys that the table or the trail has, with ids above *after* (None: from the first)."""
+        ...
+
+
+class KeyHistories(Protocol):
+    """What a trail says about keys, collected row by row; it takes the same memory for any number of rows."""
+
+    def take(self, entry: KeyChange | KeyUse, row_number: int) -> None:
+        """Take an entry that stands in the row *row_number* of the trail. The same entry may come again."""
+        ...
+
+    def see(self, key_id: UUID) -> bool:
+        """Note that the table has this key. Return False where it was noted before."""
+        ...
+
+    def find(self, key_id: UUID, signed_size: int) -> History:
+        """Return what the trail says about a key; *signed_size* rows are under a checkpoint."""
+        ...
+
+    def unseen(self) -> Iterator[UUID]:
+        """Yield the keys of which the trail tells and that the table was not seen to have."""
         ...

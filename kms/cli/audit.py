@@ -14,7 +14,9 @@ from kms.domain.fields import NUMBER_MAX
 _RANGE_ROWS = 200_000
 
 if TYPE_CHECKING:
+    from kms.domain.key_check import KeyReport
     from kms.domain.trail_check import TrailReport
+    from kms.v1.audit_pb2 import KeyComparison
 
 
 def key(invocation: Invocation) -> None:
@@ -39,7 +41,9 @@ def export(
         ),
     ] = 0,
 ) -> None:
-    """Write the trail and its checkpoints to a file, a JSON object a line, for kms audit verify. Needs [database].
+    """Write the trail, its checkpoints and the keys to a file, a JSON object a line, for kms audit verify. Needs [database].
+
+    The keys come without their envelopes, which no file of an auditor needs.
 
     Rows of partitions that were archived are left out; the file then begins with a checkpoint that covers them.
     """
@@ -78,8 +82,10 @@ def verify(
 
     Finds a row that was changed, removed or inserted, and a checkpoint that was. Only --checkpoints, with a copy made before
     the export, shows that the end was cut off. A trail that begins later than --begins-at says, an epoch that --restored does
-    not name, and rows without any checkpoint are differences too.
+    not name, and rows without any checkpoint are differences too. So is a key whose row is not what the trail says. The report
+    ends with what was not checked.
     """
+    from kms.domain.not_checked import not_checked
     from kms.domain.trail_check import judged
 
     if file is None:
@@ -93,16 +99,21 @@ def verify(
 
         report = wiring.verify_file(file, key, checkpoints)
     report = judged(report, begins_at, restored or ())
+    rest = not_checked(report, has_outside=checkpoints is not None)
     if invocation.as_json:
-        print_json(asdict(report))
+        print_json({**asdict(report), "not_checked": [asdict(each) for each in rest]})
     else:
-        print("\n".join(told(report)))
-    if report.finding is not None:
+        print("\n".join([*told(report), *(f"not checked: {each.message}" for each in rest)]))
+    if report.finding is not None or (report.keys is not None and report.keys.differences):
         raise typer.Exit(ExitCode.NOT_VALID)
 
 
 def _asked(invocation: Invocation) -> "TrailReport":
-    """Return what the service says of its trail, asked a range at a time: each is answered within a call's time."""
+    """Return what the service says of its trail and its keys.
+
+    It is asked a range of rows or of keys at a time: each is answered within a call's time.
+    """
+    from kms.domain.key_check import joined
     from kms.domain.trail_check import Difference, EpochStart, Finding, TrailReport
     from kms.v1 import audit_pb2
 
@@ -112,24 +123,37 @@ def _asked(invocation: Invocation) -> "TrailReport":
         while not is_last:
             request = audit_pb2.VerifyTrailRequest(from_size=size, to_size=size + _RANGE_ROWS)
             answers.append(client.call(client.audit.VerifyTrail, request))
-            size, is_last = answers[-1].verified_size, answers[-1].HasField("finding")
-            if size < request.to_size and not is_last:
-                answers.append(client.call(client.audit.VerifyTrail, audit_pb2.VerifyTrailRequest(from_size=size)))
-                is_last = True
+            size = answers[-1].verified_size
+            is_last = size < request.to_size or answers[-1].HasField("finding")
+        ends = [client.call(client.audit.VerifyTrail, audit_pb2.VerifyTrailRequest(from_size=size))]
+        while after := ends[-1].keys.next_after:
+            request = audit_pb2.VerifyTrailRequest(from_size=size, keys_after=after)
+            ends.append(client.call(client.audit.VerifyTrail, request))
+    if not answers[-1].HasField("finding"):
+        answers.append(ends[0])
     found = answers[-1]
     what = found.finding
     by_size = what.by_size if what.HasField("by_size") else None
     finding = Finding(Difference(what.difference), what.after_size, by_size, what.message) if found.HasField("finding") else None
     epochs = tuple(EpochStart(each.number, each.goes_on_from) for answer in answers for each in answer.epochs)
     checkpoints = sum(answer.checkpoints for answer in answers)
-    return TrailReport(answers[0].begun_at, found.verified_size, checkpoints, found.unsealed, epochs, (), finding)
+    keys = joined(_key_report(each.keys) for each in ends) if ends[0].HasField("keys") else None
+    return TrailReport(answers[0].begun_at, found.verified_size, checkpoints, found.unsealed, epochs, (), finding, keys)
+
+
+def _key_report(found: "KeyComparison") -> "KeyReport":
+    from kms.domain.key_check import KeyDifference, KeyFinding, KeyReport
+
+    findings = tuple(
+        KeyFinding(KeyDifference(each.difference), each.key_id, each.column, each.message) for each in found.findings
+    )
+    counts = (found.compared, found.partly, found.not_comparable, found.unsigned, found.differences)
+    return KeyReport(*counts, findings, found.next_after)
 
 
 def told(report: "TrailReport") -> list[str]:
     """Return the sentences that a report is."""
     lines = [f"{report.verified_size} rows are as {report.checkpoints} checkpoints say"]
-    if report.begun_at:
-        lines.append(f"not looked at: the first {report.begun_at} of them, which are not here")
     lines += [f"epoch {each.epoch} goes on from {each.goes_on_from} rows" for each in report.epochs]
     lines += [
         f"rolled back: epoch {each.epoch} reached {each.reached} rows, and epoch {each.next_epoch} goes on from "
@@ -138,9 +162,20 @@ def told(report: "TrailReport") -> list[str]:
     ]
     finding = report.finding
     if finding is None:
-        return [*lines, f"not yet sealed: {report.unsealed}"]
-    until = f"and not after row {finding.by_size}" if finding.by_size is not None else "and before the next checkpoint"
-    return [*lines, f"{finding.difference}: {finding.message}", f"the difference lies behind row {finding.after_size} {until}"]
+        lines.append(f"not yet sealed: {report.unsealed}")
+    else:
+        until = f"and not after row {finding.by_size}" if finding.by_size is not None else "and before the next checkpoint"
+        lines += [f"{finding.difference}: {finding.message}", f"the difference lies behind row {finding.after_size} {until}"]
+    return lines if report.keys is None else [*lines, *_told_of_keys(report.keys)]
+
+
+def _told_of_keys(keys: "KeyReport") -> list[str]:
+    if not keys.differences:
+        return [f"{keys.compared + keys.partly} keys are as the trail says"]
+    lines = [f"{each.difference}: key {each.key_id}: {each.message}" for each in keys.findings]
+    if keys.differences > len(lines):
+        lines.append(f"and {keys.differences - len(lines)} more differences of keys")
+    return [*lines, f"{keys.compared + keys.partly} keys were compared with the trail: {keys.differences} differences"]
 
 
 def register(audit: typer.Typer) -> None:

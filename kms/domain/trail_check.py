@@ -10,6 +10,7 @@ from typing import Final
 
 from kms.domain.checkpoint import Checkpoint, VerifierKey, parse_note
 from kms.domain.errors import KmsError, malformed
+from kms.domain.key_check import KeyReport
 from kms.domain.merkle import Frontier
 from kms.domain.trail_lines import ORDER_MIN, Beginning, End, Leaf, RowPlace, Unplaced
 
@@ -68,7 +69,7 @@ class EpochStart:
 class TrailReport:
     """What came of a check. `verified_size` rows are what the checkpoints say, but for the first `begun_at`.
 
-    Those were not looked at. `unsealed` rows stand behind the last checkpoint.
+    Those were not looked at. `unsealed` rows stand behind the last checkpoint. `keys` is None where no keys were compared.
     """
 
     begun_at: int
@@ -78,6 +79,7 @@ class TrailReport:
     epochs: tuple[EpochStart, ...]
     rollbacks: tuple[Rollback, ...]
     finding: Finding | None
+    keys: KeyReport | None = None
 
 
 def judged(report: TrailReport, begins_at: int, restored: Collection[int]) -> TrailReport:
@@ -209,6 +211,16 @@ class TrailCheck:
     def size(self) -> int:
         """How many rows the trail has so far, with those that were left out."""
         return self._tree.size + len(self._held)
+
+    @property
+    def sealed_size(self) -> int:
+        """How many rows the last checkpoint so far covers."""
+        return self._sealed_at
+
+    @property
+    def begun_at(self) -> int:
+        """How many rows were left out at the beginning."""
+        return self._begun_at
 
     def row(self, leaf: Leaf) -> None:
         """Take the next row."""

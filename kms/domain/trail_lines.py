@@ -1,14 +1,18 @@
 """The lines of an exported trail: rows in their order, notes between them, at the very beginning perhaps a frontier, an end.
 
+Then the keys, each with what the trail says of it beyond the rows before.
+
 A row is the JSON object that its leaf of the tree hashes, byte for byte. docs/formats.md has the columns.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
+from uuid import UUID
 
 from kms.domain.errors import malformed
+from kms.domain.key_check import BIGINT_MAX, KeyChange, KeyUse, integer, load
 from kms.domain.merkle import Frontier, leaf_hash
 
 ORDER_MIN: Final = -(2**63)
@@ -25,10 +29,11 @@ class RowPlace(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """A row as the tree sees it."""
+    """A row as the tree sees it. `entry` is what the row says about a key; None also where only the hash was asked for."""
 
     place: RowPlace
     hash: bytes
+    entry: KeyChange | KeyUse | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,25 @@ class End:
     next_order: int
 
 
+@dataclass(frozen=True, slots=True)
+class KeyRow:
+    """A row of `cryptography.keys` without its envelope, and entries about it that the rows before may lack.
+
+    These belong to transactions that may have been under way when the rows were read. Some of them may be among the rows, too.
+    """
+
+    key_id: UUID
+    row: Mapping[str, Any]
+    later: tuple[KeyChange | KeyUse, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KeysEnd:
+    """The end of the keys: so many there were."""
+
+    count: int
+
+
 def place_before(order: int) -> RowPlace:
     """Return the place behind which every row stands whose order is at least *order*."""
     return RowPlace(order, "", _NO_ID)
@@ -89,9 +113,27 @@ def end_line(end: End) -> str:
     return json.dumps({"next_order": str(end.next_order)}, separators=(",", ":"))
 
 
-def parse_line(line: bytes) -> Leaf | Unplaced | Note | Beginning | End:
+def key_line(row: str, changes: str, used: int | None) -> str:
+    """Return the line of a key: its row, its later changes as pairs of version and text, the highest number of a later use.
+
+    *row* and *changes* are JSON already.
+    """
+    return f'{{"key":{row},"later":{{"changes":{changes},"used":{json.dumps(used)}}}}}'
+
+
+def keys_end_line(end: KeysEnd) -> str:
+    """Return the line of the end of the keys."""
+    return json.dumps({"keys": end.count}, separators=(",", ":"))
+
+
+Line = Leaf | Unplaced | Note | Beginning | End | KeyRow | KeysEnd
+
+
+def parse_line(line: bytes) -> Line:
     """Return what a line (without its end) holds, or raise MALFORMED."""
     try:
+        if line.startswith((b'{"key":', b'{"keys":')):
+            return _key(load(line))
         found = json.loads(line)
         if "frontier" in found:
             hashes = tuple(bytes.fromhex(each) for each in found["frontier"])
@@ -100,9 +142,37 @@ def parse_line(line: bytes) -> Leaf | Unplaced | Note | Beginning | End:
             return End(int(found["next_order"]))
         if found.get("commit_order", "") is None:
             return Unplaced(str(found["table"]), str(found["id"]))
-        return Note(str(found["note"])) if "note" in found else Leaf(_place(found), leaf_hash(line))
+        return Note(str(found["note"])) if "note" in found else Leaf(_place(found), leaf_hash(line), _entry(found))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        raise malformed("line", "expected a row, a note, a beginning or an end as `kms audit export` writes them") from None
+        raise malformed(
+            "line", "expected a row, a note, a key, a beginning or an end as `kms audit export` writes them"
+        ) from None
+
+
+def _key(found: Mapping[str, Any]) -> KeyRow | KeysEnd:
+    if "keys" in found:
+        return KeysEnd(integer(found["keys"]))
+    key_id, later = UUID(found["key"]["id"]), found["later"]
+    entries = [KeyChange(key_id, integer(version), str(data)) for version, data in later["changes"]]
+    uses = [] if later["used"] is None else [KeyUse(key_id, integer(later["used"]))]
+    return KeyRow(key_id, found["key"], (*entries, *uses))
+
+
+def _entry(row: Mapping[str, Any]) -> KeyChange | KeyUse | None:
+    """Return what a row says about a key. Raises ValueError, KeyError and TypeError where the service cannot have written it."""
+    if row["table"] == "audit.domain_events" and row["aggregate_type"] == "key":
+        return KeyChange(UUID(row["aggregate_id"]), _bigint(row["aggregate_version"]), row["event_data"])
+    if row["table"] == "audit.security_events" and row["event_type"] == "key.used":
+        number = load(row["event_details"]).get("use_number")
+        return None if number is None else KeyUse(UUID(row["resource_id"]), integer(number))
+    return None
+
+
+def _bigint(text: str) -> int:
+    found = int(text)
+    if not 0 < found <= BIGINT_MAX:
+        raise ValueError("expected a BIGINT above 0")
+    return found
 
 
 def _place(row: Mapping[str, str]) -> RowPlace:

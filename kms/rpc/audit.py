@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from kms.app.auditing import Auditing
+from kms.domain.ids import parse_uuid
 from kms.rpc import events
 from kms.rpc.edge import Context, current
 from kms.v1 import audit_pb2, audit_pb2_grpc
@@ -31,5 +32,7 @@ class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
             yield events.wire_stretch(stretch)
 
     async def VerifyTrail(self, request: audit_pb2.VerifyTrailRequest, context: Context) -> audit_pb2.VerifyTrailResponse:
-        """Compare the trail with its checkpoints."""
-        return events.wire_report(await self.auditing.verify(current(), request.from_size, request.to_size or None))
+        """Compare the trail with its checkpoints, and keys with the trail."""
+        after = parse_uuid(request.keys_after, field="keys_after") if request.keys_after else None
+        found = await self.auditing.verify(current(), request.from_size, request.to_size or None, after)
+        return events.wire_report(found)

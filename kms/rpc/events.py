@@ -10,6 +10,7 @@ from uuid import UUID
 from kms.domain.errors import malformed
 from kms.domain.fields import NUMBER_MAX, open_token, parse_filter, token_of
 from kms.domain.ids import UserId, parse_uuid
+from kms.domain.key_check import KeyReport
 from kms.domain.text import json_text
 from kms.domain.trail import Cursor, Event, EventFilter, Place, Stretch
 from kms.domain.trail_check import TrailReport
@@ -72,6 +73,22 @@ def wire_report(report: TrailReport) -> audit_pb2.VerifyTrailResponse:
         else audit_pb2.TrailFinding(
             difference=found.difference, after_size=found.after_size, by_size=found.by_size, message=found.message
         ),
+        keys=None if report.keys is None else _wire_keys(report.keys),
+    )
+
+
+def _wire_keys(found: KeyReport) -> audit_pb2.KeyComparison:
+    return audit_pb2.KeyComparison(
+        compared=found.compared,
+        partly=found.partly,
+        not_comparable=found.not_comparable,
+        unsigned=found.unsigned,
+        differences=found.differences,
+        findings=[
+            audit_pb2.KeyFinding(difference=each.difference, key_id=each.key_id, column=each.column, message=each.message)
+            for each in found.findings
+        ],
+        next_after=found.next_after,
     )
 
 

@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12kms/v1/audit.proto\x12\x06kms.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa2\x02\n\x05\x45vent\x12\n\n\x02id\x18\x01 \x01(\t\x12.\n\ncreated_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nevent_type\x18\x03 \x01(\t\x12\"\n\x08severity\x18\x04 \x01(\x0e\x32\x10.kms.v1.Severity\x12 \n\x07outcome\x18\x05 \x01(\x0e\x32\x0f.kms.v1.Outcome\x12\x0f\n\x07user_id\x18\x06 \x01(\t\x12\x0c\n\x04peer\x18\x07 \x01(\t\x12\x15\n\rresource_type\x18\x08 \x01(\t\x12\x13\n\x0bresource_id\x18\t \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\n \x01(\t\x12\x12\n\nrisk_score\x18\x0b \x01(\r\x12\x14\n\x0c\x64\x65tails_json\x18\x0c \x01(\t\"\xba\x02\n\x13SearchEventsRequest\x12)\n\x05since\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05until\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x13\n\x0bresource_id\x18\x04 \x01(\t\x12\x12\n\nevent_type\x18\x05 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x06 \x01(\t\x12 \n\x07outcome\x18\x07 \x01(\x0e\x32\x0f.kms.v1.Outcome\x12&\n\x0cseverity_min\x18\x08 \x01(\x0e\x32\x10.kms.v1.Severity\x12\x12\n\nrequest_id\x18\t \x01(\t\x12\x11\n\tpage_size\x18\n \x01(\r\x12\x12\n\npage_token\x18\x0b \x01(\t\"N\n\x14SearchEventsResponse\x12\x1d\n\x06\x65vents\x18\x01 \x03(\x0b\x32\r.kms.v1.Event\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"#\n\x11TailEventsRequest\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\t\"C\n\x12TailEventsResponse\x12\x1d\n\x06\x65vents\x18\x01 \x03(\x0b\x32\r.kms.v1.Event\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\t\"8\n\x12VerifyTrailRequest\x12\x11\n\tfrom_size\x18\x01 \x01(\x04\x12\x0f\n\x07to_size\x18\x02 \x01(\x04\"\xb0\x01\n\x13VerifyTrailResponse\x12\x10\n\x08\x62\x65gun_at\x18\x01 \x01(\x04\x12\x15\n\rverified_size\x18\x02 \x01(\x04\x12\x13\n\x0b\x63heckpoints\x18\x03 \x01(\x04\x12\x10\n\x08unsealed\x18\x04 \x01(\x04\x12%\n\x07\x66inding\x18\x05 \x01(\x0b\x32\x14.kms.v1.TrailFinding\x12\"\n\x06\x65pochs\x18\x06 \x03(\x0b\x32\x12.kms.v1.TrailEpoch\"2\n\nTrailEpoch\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\x14\n\x0cgoes_on_from\x18\x02 \x01(\x04\"i\n\x0cTrailFinding\x12\x12\n\ndifference\x18\x01 \x01(\t\x12\x12\n\nafter_size\x18\x02 \x01(\x04\x12\x14\n\x07\x62y_size\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x0f\n\x07message\x18\x04 \x01(\tB\n\n\x08_by_size*u\n\x08Severity\x12\x18\n\x14SEVERITY_UNSPECIFIED\x10\x00\x12\x10\n\x0cSEVERITY_LOW\x10\x01\x12\x13\n\x0fSEVERITY_MEDIUM\x10\x02\x12\x11\n\rSEVERITY_HIGH\x10\x03\x12\x15\n\x11SEVERITY_CRITICAL\x10\x04*a\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n\x0fOUTCOME_SUCCESS\x10\x01\x12\x13\n\x0fOUTCOME_FAILURE\x10\x02\x12\x13\n\x0fOUTCOME_BLOCKED\x10\x03\x32\xe8\x01\n\x0c\x41uditService\x12I\n\x0cSearchEvents\x12\x1b.kms.v1.SearchEventsRequest\x1a\x1c.kms.v1.SearchEventsResponse\x12\x45\n\nTailEvents\x12\x19.kms.v1.TailEventsRequest\x1a\x1a.kms.v1.TailEventsResponse0\x01\x12\x46\n\x0bVerifyTrail\x12\x1a.kms.v1.VerifyTrailRequest\x1a\x1b.kms.v1.VerifyTrailResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12kms/v1/audit.proto\x12\x06kms.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa2\x02\n\x05\x45vent\x12\n\n\x02id\x18\x01 \x01(\t\x12.\n\ncreated_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nevent_type\x18\x03 \x01(\t\x12\"\n\x08severity\x18\x04 \x01(\x0e\x32\x10.kms.v1.Severity\x12 \n\x07outcome\x18\x05 \x01(\x0e\x32\x0f.kms.v1.Outcome\x12\x0f\n\x07user_id\x18\x06 \x01(\t\x12\x0c\n\x04peer\x18\x07 \x01(\t\x12\x15\n\rresource_type\x18\x08 \x01(\t\x12\x13\n\x0bresource_id\x18\t \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\n \x01(\t\x12\x12\n\nrisk_score\x18\x0b \x01(\r\x12\x14\n\x0c\x64\x65tails_json\x18\x0c \x01(\t\"\xba\x02\n\x13SearchEventsRequest\x12)\n\x05since\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05until\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x13\n\x0bresource_id\x18\x04 \x01(\t\x12\x12\n\nevent_type\x18\x05 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x06 \x01(\t\x12 \n\x07outcome\x18\x07 \x01(\x0e\x32\x0f.kms.v1.Outcome\x12&\n\x0cseverity_min\x18\x08 \x01(\x0e\x32\x10.kms.v1.Severity\x12\x12\n\nrequest_id\x18\t \x01(\t\x12\x11\n\tpage_size\x18\n \x01(\r\x12\x12\n\npage_token\x18\x0b \x01(\t\"N\n\x14SearchEventsResponse\x12\x1d\n\x06\x65vents\x18\x01 \x03(\x0b\x32\r.kms.v1.Event\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"#\n\x11TailEventsRequest\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\t\"C\n\x12TailEventsResponse\x12\x1d\n\x06\x65vents\x18\x01 \x03(\x0b\x32\r.kms.v1.Event\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\t\"L\n\x12VerifyTrailRequest\x12\x11\n\tfrom_size\x18\x01 \x01(\x04\x12\x0f\n\x07to_size\x18\x02 \x01(\x04\x12\x12\n\nkeys_after\x18\x03 \x01(\t\"\xd5\x01\n\x13VerifyTrailResponse\x12\x10\n\x08\x62\x65gun_at\x18\x01 \x01(\x04\x12\x15\n\rverified_size\x18\x02 \x01(\x04\x12\x13\n\x0b\x63heckpoints\x18\x03 \x01(\x04\x12\x10\n\x08unsealed\x18\x04 \x01(\x04\x12%\n\x07\x66inding\x18\x05 \x01(\x0b\x32\x14.kms.v1.TrailFinding\x12\"\n\x06\x65pochs\x18\x06 \x03(\x0b\x32\x12.kms.v1.TrailEpoch\x12#\n\x04keys\x18\x07 \x01(\x0b\x32\x15.kms.v1.KeyComparison\"\xaa\x01\n\rKeyComparison\x12\x10\n\x08\x63ompared\x18\x01 \x01(\x04\x12\x0e\n\x06partly\x18\x02 \x01(\x04\x12\x16\n\x0enot_comparable\x18\x03 \x01(\x04\x12\x10\n\x08unsigned\x18\x04 \x01(\x04\x12\x13\n\x0b\x64ifferences\x18\x05 \x01(\x04\x12$\n\x08\x66indings\x18\x06 \x03(\x0b\x32\x12.kms.v1.KeyFinding\x12\x12\n\nnext_after\x18\x07 \x01(\t\"Q\n\nKeyFinding\x12\x12\n\ndifference\x18\x01 \x01(\t\x12\x0e\n\x06key_id\x18\x02 \x01(\t\x12\x0e\n\x06\x63olumn\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"2\n\nTrailEpoch\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\x14\n\x0cgoes_on_from\x18\x02 \x01(\x04\"i\n\x0cTrailFinding\x12\x12\n\ndifference\x18\x01 \x01(\t\x12\x12\n\nafter_size\x18\x02 \x01(\x04\x12\x14\n\x07\x62y_size\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x0f\n\x07message\x18\x04 \x01(\tB\n\n\x08_by_size*u\n\x08Severity\x12\x18\n\x14SEVERITY_UNSPECIFIED\x10\x00\x12\x10\n\x0cSEVERITY_LOW\x10\x01\x12\x13\n\x0fSEVERITY_MEDIUM\x10\x02\x12\x11\n\rSEVERITY_HIGH\x10\x03\x12\x15\n\x11SEVERITY_CRITICAL\x10\x04*a\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n\x0fOUTCOME_SUCCESS\x10\x01\x12\x13\n\x0fOUTCOME_FAILURE\x10\x02\x12\x13\n\x0fOUTCOME_BLOCKED\x10\x03\x32\xe8\x01\n\x0c\x41uditService\x12I\n\x0cSearchEvents\x12\x1b.kms.v1.SearchEventsRequest\x1a\x1c.kms.v1.SearchEventsResponse\x12\x45\n\nTailEvents\x12\x19.kms.v1.TailEventsRequest\x1a\x1a.kms.v1.TailEventsResponse0\x01\x12\x46\n\x0bVerifyTrail\x12\x1a.kms.v1.VerifyTrailRequest\x1a\x1b.kms.v1.VerifyTrailResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kms.v1.audit_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SEVERITY']._serialized_start=1255
-  _globals['_SEVERITY']._serialized_end=1372
-  _globals['_OUTCOME']._serialized_start=1374
-  _globals['_OUTCOME']._serialized_end=1471
+  _globals['_SEVERITY']._serialized_start=1568
+  _globals['_SEVERITY']._serialized_end=1685
+  _globals['_OUTCOME']._serialized_start=1687
+  _globals['_OUTCOME']._serialized_end=1784
   _globals['_EVENT']._serialized_start=64
   _globals['_EVENT']._serialized_end=354
   _globals['_SEARCHEVENTSREQUEST']._serialized_start=357
@@ -47,13 +47,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TAILEVENTSRESPONSE']._serialized_start=790
   _globals['_TAILEVENTSRESPONSE']._serialized_end=857
   _globals['_VERIFYTRAILREQUEST']._serialized_start=859
-  _globals['_VERIFYTRAILREQUEST']._serialized_end=915
-  _globals['_VERIFYTRAILRESPONSE']._serialized_start=918
-  _globals['_VERIFYTRAILRESPONSE']._serialized_end=1094
-  _globals['_TRAILEPOCH']._serialized_start=1096
-  _globals['_TRAILEPOCH']._serialized_end=1146
-  _globals['_TRAILFINDING']._serialized_start=1148
-  _globals['_TRAILFINDING']._serialized_end=1253
-  _globals['_AUDITSERVICE']._serialized_start=1474
-  _globals['_AUDITSERVICE']._serialized_end=1706
+  _globals['_VERIFYTRAILREQUEST']._serialized_end=935
+  _globals['_VERIFYTRAILRESPONSE']._serialized_start=938
+  _globals['_VERIFYTRAILRESPONSE']._serialized_end=1151
+  _globals['_KEYCOMPARISON']._serialized_start=1154
+  _globals['_KEYCOMPARISON']._serialized_end=1324
+  _globals['_KEYFINDING']._serialized_start=1326
+  _globals['_KEYFINDING']._serialized_end=1407
+  _globals['_TRAILEPOCH']._serialized_start=1409
+  _globals['_TRAILEPOCH']._serialized_end=1459
+  _globals['_TRAILFINDING']._serialized_start=1461
+  _globals['_TRAILFINDING']._serialized_end=1566
+  _globals['_AUDITSERVICE']._serialized_start=1787
+  _globals['_AUDITSERVICE']._serialized_end=2019
 # @@protoc_insertion_point(module_scope)

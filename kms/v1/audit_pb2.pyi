@@ -280,19 +280,25 @@ class VerifyTrailRequest(_message.Message):
 
     FROM_SIZE_FIELD_NUMBER: _builtins.int
     TO_SIZE_FIELD_NUMBER: _builtins.int
+    KEYS_AFTER_FIELD_NUMBER: _builtins.int
     from_size: _builtins.int
     """From the newest checkpoint with at most so many rows; 0: from the first row that is there. Below 2^63."""
     to_size: _builtins.int
     """To the first checkpoint with so many rows; 0: to the end. MALFORMED unless above `from_size`."""
+    keys_after: _builtins.str
+    """Where `to_size` is 0 keys are compared: those with ids above this one, `next_after` of the answer before. Empty: from the first.
+    A lower-case UUID, else MALFORMED.
+    """
     def __init__(
         self,
         *,
         from_size: _builtins.int = ...,
         to_size: _builtins.int = ...,
+        keys_after: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_size", b"from_size", "to_size", b"to_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_size", b"from_size", "keys_after", b"keys_after", "to_size", b"to_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -308,6 +314,7 @@ class VerifyTrailResponse(_message.Message):
     UNSEALED_FIELD_NUMBER: _builtins.int
     FINDING_FIELD_NUMBER: _builtins.int
     EPOCHS_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
     begun_at: _builtins.int
     """Rows before this were not looked at: not asked for, or said to be archived. Is it what you expect?"""
     verified_size: _builtins.int
@@ -326,6 +333,12 @@ class VerifyTrailResponse(_message.Message):
         trail would have to: ask whether there was a restore. What was lost is told only by checkpoints that were kept outside.
         """
 
+    @_builtins.property
+    def keys(self) -> Global___KeyComparison:
+        """The keys compared with what the trail says of them: its entries in the database, also those that no checkpoint covers yet or
+        that lie outside the range asked for. Absent where `to_size` was given.
+        """
+
     def __init__(
         self,
         *,
@@ -335,14 +348,101 @@ class VerifyTrailResponse(_message.Message):
         unsealed: _builtins.int = ...,
         finding: Global___TrailFinding | None = ...,
         epochs: _abc.Iterable[Global___TrailEpoch] | None = ...,
+        keys: Global___KeyComparison | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["finding", b"finding"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finding", b"finding", "keys", b"keys"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begun_at", b"begun_at", "checkpoints", b"checkpoints", "epochs", b"epochs", "finding", b"finding", "unsealed", b"unsealed", "verified_size", b"verified_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begun_at", b"begun_at", "checkpoints", b"checkpoints", "epochs", b"epochs", "finding", b"finding", "keys", b"keys", "unsealed", b"unsealed", "verified_size", b"verified_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___VerifyTrailResponse: _TypeAlias = VerifyTrailResponse  # noqa: Y015
+
+@_typing.final
+class KeyComparison(_message.Message):
+    """What comparing keys with the trail found. The counts are numbers of keys.
+    Of a key's uses the newest 10,000 are looked at, and all where these do not fit: an export has no such limit.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPARED_FIELD_NUMBER: _builtins.int
+    PARTLY_FIELD_NUMBER: _builtins.int
+    NOT_COMPARABLE_FIELD_NUMBER: _builtins.int
+    UNSIGNED_FIELD_NUMBER: _builtins.int
+    DIFFERENCES_FIELD_NUMBER: _builtins.int
+    FINDINGS_FIELD_NUMBER: _builtins.int
+    NEXT_AFTER_FIELD_NUMBER: _builtins.int
+    compared: _builtins.int
+    """In every column but the envelope, its MAC and `last_used_at`."""
+    partly: _builtins.int
+    """Their first entries were archived: only the columns that later entries say were compared."""
+    not_comparable: _builtins.int
+    """No entry about them is in the database, or more than 10,000 changes: not compared."""
+    unsigned: _builtins.int
+    """Of those compared: their last entries are not under a checkpoint yet."""
+    differences: _builtins.int
+    """How many differences there are. 0: none. One key can have several."""
+    next_after: _builtins.str
+    """About 500 keys are compared in one call; ask for those after this one. Empty: these were the last."""
+    @_builtins.property
+    def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___KeyFinding]:
+        """The first of them, at most 20."""
+
+    def __init__(
+        self,
+        *,
+        compared: _builtins.int = ...,
+        partly: _builtins.int = ...,
+        not_comparable: _builtins.int = ...,
+        unsigned: _builtins.int = ...,
+        differences: _builtins.int = ...,
+        findings: _abc.Iterable[Global___KeyFinding] | None = ...,
+        next_after: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compared", b"compared", "differences", b"differences", "findings", b"findings", "next_after", b"next_after", "not_comparable", b"not_comparable", "partly", b"partly", "unsigned", b"unsigned"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeyComparison: _TypeAlias = KeyComparison  # noqa: Y015
+
+@_typing.final
+class KeyFinding(_message.Message):
+    """How a key differs from what the trail says."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIFFERENCE_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    COLUMN_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    difference: _builtins.str
+    """Which kind, a stable word: KEY_DIFFERS, KEY_MISSING (the trail tells of the key, the table does not have it), KEY_UNKNOWN (the
+    table has it, the trail does not tell of it), KEY_MOVE_FORBIDDEN (the trail tells of a change that no call makes).
+    """
+    key_id: _builtins.str
+    """A UUID."""
+    column: _builtins.str
+    """Of `cryptography.keys`; empty for KEY_MISSING and KEY_UNKNOWN."""
+    message: _builtins.str
+    """A sentence."""
+    def __init__(
+        self,
+        *,
+        difference: _builtins.str = ...,
+        key_id: _builtins.str = ...,
+        column: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["column", b"column", "difference", b"difference", "key_id", b"key_id", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeyFinding: _TypeAlias = KeyFinding  # noqa: Y015
 
 @_typing.final
 class TrailEpoch(_message.Message):

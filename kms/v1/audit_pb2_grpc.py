@@ -80,8 +80,8 @@ class AuditServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def VerifyTrail(self, request, context):
-        """Compares the rows of the trail with its signed checkpoints. What was changed, removed or inserted behind the service's back is
-        told in `finding`, with OK. NOT_FOUND (KEY_NOT_FOUND) where no checkpoint was ever made. Whoever does not trust the service
+        """Compares the rows of the trail with its signed checkpoints, and the keys with the trail. What was changed, removed or inserted
+        behind the service's back is told in `finding` and in `keys`, with OK. NOT_FOUND (KEY_NOT_FOUND) where no checkpoint was ever made. Whoever does not trust the service
         verifies an export instead. A range that takes longer than a call may is ended with DEADLINE_EXCEEDED: ask for smaller ones.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -47,8 +47,8 @@ class AuditServiceStub:
     beyond 4 streams of one user or 8 of a server's process.
     """
     VerifyTrail: _grpc.UnaryUnaryMultiCallable[_audit_pb2.VerifyTrailRequest, _audit_pb2.VerifyTrailResponse]
-    """Compares the rows of the trail with its signed checkpoints. What was changed, removed or inserted behind the service's back is
-    told in `finding`, with OK. NOT_FOUND (KEY_NOT_FOUND) where no checkpoint was ever made. Whoever does not trust the service
+    """Compares the rows of the trail with its signed checkpoints, and the keys with the trail. What was changed, removed or inserted
+    behind the service's back is told in `finding` and in `keys`, with OK. NOT_FOUND (KEY_NOT_FOUND) where no checkpoint was ever made. Whoever does not trust the service
     verifies an export instead. A range that takes longer than a call may is ended with DEADLINE_EXCEEDED: ask for smaller ones.
     """
 
@@ -71,8 +71,8 @@ class AuditServiceAsyncStub(AuditServiceStub):
     beyond 4 streams of one user or 8 of a server's process.
     """
     VerifyTrail: _aio.UnaryUnaryMultiCallable[_audit_pb2.VerifyTrailRequest, _audit_pb2.VerifyTrailResponse]  # type: ignore[assignment]
-    """Compares the rows of the trail with its signed checkpoints. What was changed, removed or inserted behind the service's back is
-    told in `finding`, with OK. NOT_FOUND (KEY_NOT_FOUND) where no checkpoint was ever made. Whoever does not trust the service
+    """Compares the rows of the trail with its signed checkpoints, and the keys with the trail. What was changed, removed or inserted
+    behind the service's back is told in `finding` and in `keys`, with OK. NOT_FOUND (KEY_NOT_FOUND) where no checkpoint was ever made. Whoever does not trust the service
     verifies an export instead. A range that takes longer than a call may is ended with DEADLINE_EXCEEDED: ask for smaller ones.
     """
 
@@ -110,8 +110,8 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _audit_pb2.VerifyTrailRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_audit_pb2.VerifyTrailResponse, _abc.Awaitable[_audit_pb2.VerifyTrailResponse]]:
-        """Compares the rows of the trail with its signed checkpoints. What was changed, removed or inserted behind the service's back is
-        told in `finding`, with OK. NOT_FOUND (KEY_NOT_FOUND) where no checkpoint was ever made. Whoever does not trust the service
+        """Compares the rows of the trail with its signed checkpoints, and the keys with the trail. What was changed, removed or inserted
+        behind the service's back is told in `finding` and in `keys`, with OK. NOT_FOUND (KEY_NOT_FOUND) where no checkpoint was ever made. Whoever does not trust the service
         verifies an export instead. A range that takes longer than a call may is ended with DEADLINE_EXCEEDED: ask for smaller ones.
         """
 

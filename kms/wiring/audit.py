@@ -26,6 +26,8 @@ from kms.pki.public_keys import PublicKeyOperations
 from kms.store.backup_file import new_private_file
 from kms.store.checkpoint_file import CheckpointFile, finished_lines
 from kms.store.history_events import StoredHistoryEvents
+from kms.store.key_histories import key_histories
+from kms.store.key_table import StoredKeyTable
 from kms.store.keys import StoredKeys
 from kms.store.pool import Pool
 from kms.store.sealed_trail import StoredSealedTrail
@@ -43,9 +45,16 @@ def audit_key(config: Config) -> VerifierKey:
 
 
 def export_trail(config: Config, file: Path, after_size: int) -> int:
-    """Write the trail behind the newest checkpoint with at most *after_size* rows; return how many lines. Raises OSError."""
+    """Write the trail behind the newest checkpoint with at most *after_size* rows, and the keys; return how many lines.
+
+    Raises OSError.
+    """
     with new_private_file(file) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as content:
-        return asyncio.run(with_pool(config, lambda pool: _write(exported(StoredSealedTrail(pool), after_size), content)))
+
+        async def write(pool: Pool) -> int:
+            return await _write(exported(StoredSealedTrail(pool), after_size, StoredKeyTable(pool)), content)
+
+        return asyncio.run(with_pool(config, write))
 
 
 def verify_file(file: Path, key: str, checkpoints: Path | None) -> TrailReport:
@@ -54,7 +63,8 @@ def verify_file(file: Path, key: str, checkpoints: Path | None) -> TrailReport:
     with file.open("rb"), (checkpoints or file).open("rb"):
         pass  # what is missing is told before anything is read
     outside = tuple if checkpoints is None else partial(finished_lines, checkpoints)
-    return verify_lines(reader, partial(finished_lines, file), outside)
+    with key_histories() as histories:
+        return verify_lines(reader, partial(finished_lines, file), outside, histories)
 
 
 @asynccontextmanager
@@ -101,7 +111,7 @@ def verifying(config: Config, pool: Pool, records: Records) -> Callable[[], Awai
     """Return what makes a `VerifyTrail`. Raises KEY_NOT_FOUND where no checkpoint was ever made."""
 
     async def make() -> VerifyTrail:
-        return VerifyTrail(StoredSealedTrail(pool), await trail_reader(config, pool, records))
+        return VerifyTrail(StoredSealedTrail(pool), await trail_reader(config, pool, records), StoredKeyTable(pool))
 
     return make
 

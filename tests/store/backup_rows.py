@@ -21,7 +21,8 @@ ADD_KEY = b"""
 """
 STATE = b"""
     SELECT key_name::text, cryptography.effective_status(
-        key_status, activated_at, deactivated_at, superseded_at, expires_at, destruction_scheduled_at, destroyed_at, now()
+        key_status, activated_at, deactivated_at, superseded_at, expires_at, destruction_scheduled_at, destroyed_at, now(),
+        usage_counter >= cryptography.usage_limit(key_type, max_usage_count)
     ) FROM cryptography.keys
 """
 

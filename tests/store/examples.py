@@ -86,6 +86,7 @@ BAD_KEYS: Final[tuple[Row, ...]] = (
     {"bound_to": "b" * 51},
     {"version": 0},
     {"metadata": "[]"},
+    {"record_mac": b"short"},
 )
 BAD: Final[list[tuple[str, Row, Row]]] = [
     *(("cryptography.keys", AES, change) for change in BAD_KEYS),
@@ -281,6 +282,7 @@ BAD_REST: Final[list[tuple[str, Row]]] = [
     ("cryptography.epochs", {"cause": "WHIM"}),
     ("cryptography.epochs", {"timeline": "1"}),
     ("cryptography.epochs", {"backup_created_at": PAST}),
+    ("cryptography.epochs", {"record_mac": b"short"}),
     ("cryptography.restored_keys", {"confirmed_count": None}),
     ("cryptography.restored_keys", {"confirmed_count": -1}),
     ("cryptography.restored_keys", {"confirmed_at": None, "confirmed_count": None}),

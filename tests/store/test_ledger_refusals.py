@@ -214,4 +214,4 @@ async def test_with_less_than_a_tenth_of_the_disk_free_strangers_are_not_written
 
 def test_every_reason_has_a_severity() -> None:
     assert {severity(reason) for reason in Reason} == {"low", "medium", "high", "critical"}
-    assert [reason for reason in Reason if severity(reason) == "critical"] == [Reason.ENVELOPE_INVALID]
+    assert [reason for reason in Reason if severity(reason) == "critical"] == [Reason.ENVELOPE_INVALID, Reason.RECORD_INVALID]

@@ -40,7 +40,8 @@ ROWS: Final = b"""
     INSERT INTO cryptography.request_records (user_id, rpc, request_id, body_mac, result, event_id, created_at)
         SELECT id, 'Sign', gen_random_uuid()::text, 'm', 'r', gen_random_uuid(), now() - n * interval '1 hour'
         FROM authentication.users CROSS JOIN generate_series(1, 20) AS n;
-    SELECT cryptography.begin_first_epoch();
+    INSERT INTO cryptography.epochs (number, cause, system_identifier, timeline, database_oid)
+        SELECT 1, 'FIRST_START', here.system_identifier, here.timeline, here.database_oid FROM cryptography.location() AS here;
     INSERT INTO cryptography.restored_keys (
         key_id, user_id, epoch, status_before, deactivated_by_restore, confirmed_at, confirmed_count
     )
