@@ -29,6 +29,7 @@ from kms.pki.client_identity import ClientIdentity, host_clock
 from kms.pki.public_keys import PublicKeyOperations
 from kms.rpc.admin import AdminServicer
 from kms.rpc.audit import AuditServicer
+from kms.rpc.connections import Connections
 from kms.rpc.crypto import CryptoServicer
 from kms.rpc.edge import Edge
 from kms.rpc.keys import KeyServicer
@@ -57,6 +58,7 @@ from kms.wiring.condition import CHECK_SECONDS, Condition, SealWatch
 from kms.wiring.control import Report
 from kms.wiring.descriptors import raise_descriptor_limit
 from kms.wiring.jobs import JOURNAL_SECONDS, UPKEEP_SECONDS, destroy_due, forget_answers, repeating
+from kms.wiring.limits import call_limits, closing_connections, connection_limits, transport_limits
 from kms.wiring.log import configure_log
 from kms.wiring.parts import database_dsn, hsm_settings, ready_pool
 from kms.wiring.reports import ProcessReports
@@ -174,6 +176,7 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         condition = Condition(hsm, ledger, pool, disk, store_answers, caches, SealWatch(seal_seconds), advice)
         await stack.enter_async_context(repeating("condition", CHECK_SECONDS, condition.check))
         await stack.enter_async_context(seen(seen_on, telemetry, condition))
+        connections = Connections(connection_limits(server_config))
         settled = telemetry.observed(ledger, "store", "settle", "earlier", of="ledger.")
         server = _server(
             Auditing(StoredTrail(pool), verifying(config, pool)),
@@ -184,12 +187,14 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
             lifecycle,
             identity,
             telemetry,
+            connections,
             server_config,
             ProcessReports(condition, config.deployment_id, config.mode, supervised.number if supervised else 0),
             shares_port=supervised is not None,
         )
         port = await server.start(server_config.listen, tls)
         stack.push_async_callback(server.stop, 0)
+        await stack.enter_async_context(closing_connections(connections, port))
         yield Service(port, hsm, server, condition)
 
 
@@ -202,6 +207,7 @@ def _server(
     lifecycle: Lifecycle,
     identity: ClientIdentity,
     telemetry: Telemetry,
+    connections: Connections,
     config: ServerConfig,
     reports: ProcessReports,
     *,
@@ -210,21 +216,14 @@ def _server(
     access, public_keys = Access(users), PublicKeyOperations()
     hsm = telemetry.observed(hsm, "hsm", *HSM_OPERATIONS)
     uses = Uses(keys, hsm, ledger, access)
-    edge = Edge(
-        identity,
-        access,
-        ledger,
-        telemetry,
-        call_seconds_max=config.call_seconds_max,
-        calls_per_user_max=config.calls_per_user_max,
-    )
+    edge = Edge(identity, access, ledger, telemetry, connections, call_limits(config))
     return Server(
         edge,
         KeyServicer(Keyring(keys, hsm), Moving(keys, lifecycle), uses),
         CryptoServicer(Signing(keys, hsm, public_keys), Encryption(keys, hsm, public_keys), uses),
         AuditServicer(auditing),
         AdminServicer(Administration(reports)),
-        calls_max=config.calls_max,
+        transport=transport_limits(config),
         faults=lambda: reports.condition.faults,
         shares_port=shares_port,
     )
