@@ -56,7 +56,9 @@ async def test_a_bug_in_a_look_at_the_faults_is_a_fault_until_the_next_look_and_
         return ()
 
     parts = cast(Any, (KeyServiceServicer, CryptoServiceServicer, AuditServiceServicer, AdminServiceServicer))
-    server = Server(*cast(Any, (Open(), *(part() for part in parts))), transport=TransportLimits(10, 60, 60, 10, 5), faults=faults)
+    server = Server(
+        *cast(Any, (Open(), *(part() for part in parts))), transport=TransportLimits(10, 60, 60, 10, 5), faults=faults
+    )
     port = await server.start("localhost:0", ours)
     credentials = grpc.ssl_channel_credentials(ours.client_ca.read_bytes(), theirs.key, theirs.certificate)
     async with grpc.aio.secure_channel(f"localhost:{port}", credentials) as channel:
