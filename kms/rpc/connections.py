@@ -25,11 +25,12 @@ from kms.rpc.peers import Peer
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """How many connections one process holds: of all clients, of one user's certificates, of one address."""
+    """How many connections one process holds: of all clients, of one user, of one address; how many calls one connection has."""
 
     total_max: int
     per_user_max: int
     per_address_max: int
+    calls_max: int
 
 
 @dataclass(slots=True, eq=False)
@@ -63,11 +64,15 @@ class Connections:
         """Count a call of *user* on the connection of *peer* within the block.
 
         Raises RATE_LIMITED where the user has as many other connections as they may, each with a call in flight. If one of them
-        is idle, it is closed soon instead.
+        is idle, it is closed soon instead. Raises RATE_LIMITED also for one call too many on this connection: grpc keeps that
+        limit only once the client has acknowledged it.
         """
         connection = self._all.get(peer)
         if connection is None:
             connection = self._all[peer] = _Connection(peer, self.clock())
+        if connection.calls >= self.limits.calls_max:
+            message = f"you have {self.limits.calls_max} calls in flight on one connection, which is as many as you may have"
+            raise KmsError(Reason.RATE_LIMITED, message)
         if connection.user != user:
             self._give(connection, user)
         connection.calls += 1

@@ -30,7 +30,7 @@ def connection_limits(config: ServerConfig) -> ConnectionLimits:
     """Return the limits of connections: those of the configuration, and no more than file descriptors permit."""
     total = _connections_max(config)
     per_address = config.connections_per_address_max or max(1, total // 2)
-    return ConnectionLimits(total, config.connections_per_user_max, per_address)
+    return ConnectionLimits(total, config.connections_per_user_max, per_address, config.streams_per_connection_max)
 
 
 def transport_limits(config: ServerConfig) -> TransportLimits:

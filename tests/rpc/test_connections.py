@@ -29,8 +29,8 @@ def of(port: int, address: str = "192.0.2.1") -> Peer:
     return Peer(address, port)
 
 
-def connections(*, total: int = 100, user: int = 100, address: int = 100) -> Connections:
-    return Connections(ConnectionLimits(total, user, address), Clock())
+def connections(*, total: int = 100, user: int = 100, address: int = 100, calls: int = 100) -> Connections:
+    return Connections(ConnectionLimits(total, user, address, calls), Clock())
 
 
 def opened(known: Connections, *peers: Peer) -> list[Peer]:
@@ -104,6 +104,16 @@ def test_a_user_whose_connections_are_all_busy_is_refused_on_another() -> None:
         assert caught.value.reason is Reason.RATE_LIMITED
         stack.enter_context(call(known, of(3), BOB))
     called(known, of(3))
+
+
+def test_a_connection_has_so_many_calls_in_flight() -> None:
+    known = connections(calls=1)
+    with call(known, of(1)):
+        with pytest.raises(KmsError) as caught, call(known, of(1)):
+            pass
+        assert caught.value.reason is Reason.RATE_LIMITED
+        called(known, of(2))
+    called(known, of(1))
 
 
 def test_a_superseded_connection_that_calls_before_it_is_closed_takes_the_place_of_another() -> None:
