@@ -5,17 +5,17 @@ groups of methods share no places: Check and List, which answer at once; Watch; 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import grpc
 
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import UserId
-from kms.rpc.connections import Connections
+from kms.rpc.entrance import Entrance
 from kms.rpc.limits import InFlightLimit
-from kms.rpc.messages import MessageReader, decoded
+from kms.rpc.messages import decoded
 from kms.rpc.peers import peer_of_call
 from kms.rpc.status import abort, status_of
 from kms.rpc.streams import begin, first
@@ -56,14 +56,11 @@ class Bystanders:
     Their streams end when *draining* is set.
     """
 
-    def __init__(
-        self, identify: Identify, note: Note, draining: asyncio.Event, connections: Connections, messages: MessageReader
-    ) -> None:
+    def __init__(self, identify: Identify, note: Note, draining: asyncio.Event, entrance: Entrance) -> None:
         self._identify = identify
         self._note = note
         self._draining = draining
-        self._connections = connections
-        self._messages = messages
+        self._entrance = entrance
         self._checks = InFlightLimit("calls of health", CHECKS_PER_USER_MAX, _CHECKS_MAX)
         self._watches = InFlightLimit("streams of health", WATCHES_PER_USER_MAX, _WATCHES_MAX)
         self._reflections = InFlightLimit("streams of reflection", REFLECTIONS_PER_USER_MAX, _REFLECTIONS_MAX)
@@ -83,10 +80,8 @@ class Bystanders:
 
         async def answer(_: object, context: Context) -> Any:  # noqa: ANN401 - a message of grpc's own services
             try:
-                with self._admitted(context, self._checks):
-                    message = await self._messages.read(context)
-                    with self._checks.of_all():
-                        return await inner(decoded(decode, message), context)
+                async with self._message(context, self._checks) as message:
+                    return await inner(decoded(decode, message), context)
             except KmsError as error:
                 self._note(name, context, error)
                 return await abort(context, status_of(error))
@@ -97,10 +92,8 @@ class Bystanders:
         decode, inner = _parts(handler)
 
         async def stream(_: object, context: Context) -> None:
-            with self._admitted(context, self._watches):
-                message = await self._messages.read(context)
-                with self._watches.of_all():
-                    await self._lasting(inner(decoded(decode, message), context), context, STREAM_SECONDS_MAX)
+            async with self._message(context, self._watches) as message:
+                await self._lasting(inner(decoded(decode, message), context), context, STREAM_SECONDS_MAX)
 
         return self._stream(name, stream, response_serializer=handler.response_serializer)
 
@@ -108,9 +101,14 @@ class Bystanders:
         decode, inner = _parts(handler)
 
         async def stream(bodies: AsyncIterator[bytes], context: Context) -> None:
-            with self._admitted(context, self._reflections), self._reflections.of_all():
-                requests = (decoded(decode, body) async for body in bodies)
-                await self._lasting(inner(requests, context), context, _REFLECTION_SECONDS_MAX)
+            async with self._message(context, self._reflections) as first_body:
+
+                async def requests() -> AsyncIterator[Any]:
+                    yield decoded(decode, first_body)
+                    async for body in bodies:
+                        yield decoded(decode, body)
+
+                await self._lasting(inner(requests(), context), context, _REFLECTION_SECONDS_MAX)
 
         return self._stream(name, stream, response_serializer=handler.response_serializer)
 
@@ -142,11 +140,14 @@ class Bystanders:
     async def _drained(self) -> None:
         await self._draining.wait()
 
-    @contextmanager
-    def _admitted(self, context: Context, limit: InFlightLimit) -> Iterator[None]:
-        user_id = self._identify(context.auth_context())
-        with limit.of_user(user_id), self._connections.calling(peer_of_call(context.peer()), user_id):
-            yield
+    def _message(self, context: Context, limit: InFlightLimit) -> AbstractAsyncContextManager[bytes]:
+        peer = peer_of_call(context.peer())
+        try:
+            user_id = self._identify(context.auth_context())
+        except KmsError:
+            self._entrance.waste.note(peer, None)
+            raise
+        return self._entrance.message(context, peer, user_id, limit)
 
 
 def _parts(handler: MethodHandler) -> tuple[Callable[[bytes], Any], Any]:

@@ -52,10 +52,14 @@ class _Connection:
 
 @dataclass(slots=True)
 class Connections:
-    """Knows the connections of this process, and decides which to close. Only the event loop uses it."""
+    """Knows the connections of this process, and decides which to close. Only the event loop uses it.
+
+    `close` ends one at once, whatever goes on there. Until it is set, nothing can be closed.
+    """
 
     limits: ConnectionLimits
     clock: Callable[[], float] = time.monotonic
+    close: Callable[[Peer], None] = lambda _: None
     _all: dict[Peer, _Connection] = field(default_factory=dict)
     _of_user: dict[UserId, dict[_Connection, None]] = field(default_factory=dict)
 

@@ -19,7 +19,7 @@ from uuid import uuid4
 import grpc
 import structlog
 from google.protobuf.message import Message
-from google.rpc import status_pb2
+from google.rpc import code_pb2, status_pb2
 
 from kms.app.access import Access
 from kms.app.keyring import refused_key
@@ -29,6 +29,7 @@ from kms.domain.ids import UserId
 from kms.domain.permissions import check_permitted
 from kms.rpc.bystanders import Bystanders, Identify
 from kms.rpc.connections import Connections
+from kms.rpc.entrance import Entrance, Waste
 from kms.rpc.limits import CallLimits, InFlightLimit
 from kms.rpc.messages import MessageReader, decoded
 from kms.rpc.peers import peer_of_call
@@ -53,6 +54,7 @@ STREAMS_PER_USER_MAX: Final = 4
 # Their charge looks at the caller again, or nothing is recorded of them: who he was a moment ago will do.
 _RECENT_WILL_DO: Final = ("CryptoService/", "KeyService/GetPublicKey")
 _REQUEST_ID_FORM: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_UNIMPLEMENTED: Final = status_pb2.Status(code=code_pb2.UNIMPLEMENTED, message="there is no method of this name here")
 _CALL: ContextVar[Call] = ContextVar("call")
 _LOG = structlog.get_logger("kms.rpc")
 T = TypeVar("T")
@@ -93,14 +95,15 @@ class Edge(Interceptor):
         self._access = access
         self._ledger = ledger
         self._telemetry = telemetry
-        self._connections = connections
         self._call_seconds_max = limits.call_seconds_max
-        self._messages = MessageReader(limits.message_seconds_max, waiting_max=limits.calls_max)
+        waste = Waste(lambda peer: connections.close(peer))  # noqa: PLW0108 - it is set later
+        messages, checks = (MessageReader(limits.message_seconds_max, waiting_max=limits.calls_max) for _ in range(2))
+        self._entrance = Entrance(connections, messages, waste)
         self._calls = InFlightLimit("calls", limits.calls_per_user_max, limits.calls_max)
         self._streams = InFlightLimit("streams", STREAMS_PER_USER_MAX, STREAMS_MAX)
         self._draining = asyncio.Event()
-        checks = MessageReader(limits.message_seconds_max, waiting_max=limits.calls_max)
-        self._bystanders = Bystanders(identify, self._note_bystander, self._draining, connections, checks)
+        entrance = Entrance(connections, checks, waste)
+        self._bystanders = Bystanders(identify, self._note_bystander, self._draining, entrance)
 
     def end_streams(self) -> None:
         """End the streams, which would go on, as if they had said all: the server is about to stop."""
@@ -111,10 +114,10 @@ class Edge(Interceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[MethodHandler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> MethodHandler:
-        """Return the handler, wrapped if it is ours."""
+        """Return the handler, wrapped if it is ours, or one that answers UNIMPLEMENTED."""
         handler: MethodHandler | None = await continuation(handler_call_details)
         if handler is None:
-            return handler  # type: ignore[return-value]  # None is how grpc says UNIMPLEMENTED; the stubs leave it out
+            return grpc.stream_unary_rpc_method_handler(self._unknown)
         if not handler_call_details.method.startswith(OURS):
             return self._bystanders.guarded(handler_call_details.method, handler)
         decode, inner = handler.request_deserializer, handler.unary_unary or handler.unary_stream
@@ -137,6 +140,10 @@ class Edge(Interceptor):
         if handler.unary_unary is not None:
             return grpc.stream_unary_rpc_method_handler(answer, response_serializer=handler.response_serializer)
         return grpc.stream_stream_rpc_method_handler(stream, response_serializer=handler.response_serializer)
+
+    async def _unknown(self, _: object, context: Context) -> Message:
+        self._entrance.waste.note(peer_of_call(context.peer()), self._identify.claimed(context.auth_context()))
+        return await abort(context, _UNIMPLEMENTED)
 
     async def _guarded(
         self, method: _Method, context: Context, limit: InFlightLimit, seconds: float, act: Callable[[bytes], Awaitable[T]]
@@ -171,18 +178,20 @@ class Edge(Interceptor):
         self, method: _Method, context: Context, limit: InFlightLimit, request_id: str, act: Callable[[bytes], Awaitable[T]]
     ) -> T:
         """Return what *act* returns for the message of the call. Raises what keeps its caller from making it, now or at all."""
-        user_id = self._identify(context.auth_context())
         peer = peer_of_call(context.peer())
+        try:
+            user_id = self._identify(context.auth_context())
+        except KmsError:
+            self._entrance.waste.note(peer, None)
+            raise
         if (known := limit.over_limit_user(user_id)) is not None:
             _CALL.set(Call(known, request_id, peer.address))  # the refusal of a user we know is theirs in the trail
-        with limit.of_user(user_id), self._connections.calling(peer, user_id):
-            body = await self._messages.read(context)
-            with limit.of_all():
-                user = await self._access.admit(user_id, recent=method.name.startswith(_RECENT_WILL_DO))
-                limit.know(user)
-                _CALL.set(Call(user, request_id, peer.address))
-                check_permitted(user.permissions, method.name)
-                return await act(body)
+        async with self._entrance.message(context, peer, user_id, limit) as body:
+            user = await self._access.admit(user_id, recent=method.name.startswith(_RECENT_WILL_DO))
+            limit.know(user)
+            _CALL.set(Call(user, request_id, peer.address))
+            check_permitted(user.permissions, method.name)
+            return await act(body)
 
     async def _stream(self, method: _Method, body: bytes, context: Context) -> None:
         async def check() -> None:

@@ -34,6 +34,13 @@ class AcceptedSockets:
         self._known = known
         return {peer: descriptor for (descriptor, _), peer in known.items() if peer is not None}
 
+    def close(self, peer: Peer) -> None:
+        """End the connection to *peer*, if there is one."""
+        known = {found: descriptor for (descriptor, _), found in self._known.items()}
+        descriptor = known[peer] if peer in known else self.peers().get(peer)
+        if descriptor is not None:
+            self.shut_down(peer, descriptor)
+
     def shut_down(self, peer: Peer, descriptor: int) -> None:
         """End the connection to *peer*, if *descriptor* is still that one."""
         # The duplicate stays what it is, also if grpc closes its own meanwhile and the number is another's.

@@ -7,6 +7,7 @@ MESSAGE_BYTES_MAX: Final = 4 * 1024 * 1024  # a batch of 1 MiB with room for its
 STREAM_SECONDS_MAX: Final = 3600.0
 _HANDSHAKE_SECONDS: Final = 10.0
 _PING_STRIKES_MAX: Final = 2
+_PENDING_MAX: Final = 20_000
 # Our own pings find clients that are gone without a word, and end their calls.
 _OWN_PING_SECONDS: Final = 60.0
 _OWN_PING_ANSWER_SECONDS: Final = 20.0
@@ -34,6 +35,9 @@ def channel_arguments(limits: TransportLimits, *, shares_port: bool) -> list[tup
         ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
         ("grpc.server_handshake_timeout_ms", _milliseconds(_HANDSHAKE_SECONDS)),
         ("grpc.max_allowed_incoming_connections", limits.connections_max + limits.connections_max // 2),
+        # What gRPC does with calls beyond these is to cancel them, whoever's they are.
+        ("grpc.server.max_pending_requests", _PENDING_MAX),
+        ("grpc.server.max_pending_requests_hard_limit", _PENDING_MAX),
         ("grpc.max_concurrent_streams", limits.streams_per_connection_max),
         ("grpc.max_connection_idle_ms", _milliseconds(limits.idle_seconds)),
         ("grpc.max_connection_age_ms", _milliseconds(limits.age_seconds)),

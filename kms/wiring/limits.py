@@ -48,6 +48,7 @@ def transport_limits(config: ServerConfig) -> TransportLimits:
 async def closing_connections(connections: Connections, port: int) -> AsyncIterator[None]:
     """Within the block, look several times a second at the connections to *port*, and close those over a limit."""
     sockets = AcceptedSockets(port)
+    connections.close = sockets.close
 
     async def look() -> None:
         began = time.monotonic()

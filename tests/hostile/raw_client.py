@@ -17,6 +17,7 @@ from tests.fixtures.server import DEPLOYMENT, Deployment
 _PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _CONTINUATION = 0, 1, 3, 4, 6, 7, 9
 _ACK, _END_STREAM, _END_HEADERS = 1, 1, 4
+_CANCEL: Final = 8
 _FRAME_HEADER_BYTES: Final = 9
 
 
@@ -54,6 +55,10 @@ class RawConnection:
         """Send a part of a message."""
         self._send(_DATA, _END_STREAM if is_last else 0, stream, payload)
 
+    def reset(self, stream: int) -> None:
+        """Cancel a call."""
+        self._send(_RST_STREAM, 0, stream, _CANCEL.to_bytes(4))
+
     def ping(self) -> None:
         """Send a ping."""
         self._send(_PING, 0, 0, bytes(8))
@@ -85,7 +90,8 @@ class RawConnection:
 
     def _send(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         frame = len(payload).to_bytes(3) + bytes([kind, flags]) + stream.to_bytes(4) + payload
-        self.writer.write(_PREFACE + frame if kind == _SETTINGS and not flags else frame)
+        if not self.closed.is_set():
+            self.writer.write(_PREFACE + frame if kind == _SETTINGS and not flags else frame)
 
     def greet(self) -> None:
         """Send what begins a connection."""
@@ -95,11 +101,11 @@ class RawConnection:
 class RawClient:
     """Opens connections with the certificate of one user."""
 
-    def __init__(self, deployment: Deployment, address: str, user_id: UserId) -> None:
+    def __init__(self, deployment: Deployment, address: str, user_id: UserId, deployment_id: str) -> None:
         directory = deployment.directory
         certificate, key = (directory / f"raw-{user_id}.{kind}" for kind in ("crt", "key"))
         if not certificate.exists():
-            deployment.certificate(identity_uri(DEPLOYMENT, user_id)).write(certificate, key)
+            deployment.certificate(identity_uri(deployment_id, user_id)).write(certificate, key)
         self._context = _tls(directory / "authority.crt", certificate, key)
         host, _, port = address.rpartition(":")
         self._host, self._port = host, int(port)
@@ -137,9 +143,11 @@ class RawClient:
 
 
 @asynccontextmanager
-async def raw_client(deployment: Deployment, address: str, user_id: UserId) -> AsyncIterator[RawClient]:
+async def raw_client(
+    deployment: Deployment, address: str, user_id: UserId, deployment_id: str = DEPLOYMENT
+) -> AsyncIterator[RawClient]:
     """A client whose connections are closed after the block."""
-    client = RawClient(deployment, address, user_id)
+    client = RawClient(deployment, address, user_id, deployment_id)
     try:
         yield client
     finally:

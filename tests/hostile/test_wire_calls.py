@@ -1,5 +1,6 @@
 """Calls whose messages never come, of one certificate and of several, and what they take from others: nothing."""
 
+import asyncio
 from contextlib import AsyncExitStack
 from typing import Any
 from uuid import uuid4
@@ -13,7 +14,7 @@ from kms.v1 import keys_pb2 as kpb
 from tests.conformance.driver import reason_of
 from tests.conformance.refusals import refusal_of
 from tests.conformance.requests import create, made
-from tests.fixtures.server import Caller, Deployment, RunningServer
+from tests.fixtures.server import DEPLOYMENT, Caller, Deployment, RunningServer
 from tests.hostile.bystander import Bystander
 from tests.hostile.raw_client import RawConnection, raw_client
 from tests.hostile.waiting import until
@@ -127,6 +128,32 @@ async def test_bytes_that_do_not_parse_are_malformed_to_health_and_reflection_to
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stream.read()
     assert reason_of(caught.value) == "MALFORMED"
+
+
+@pytest.mark.parametrize("attack", ["cancelled", "of no method", "of a bad certificate"])
+async def test_a_client_that_wastes_calls_loses_its_connections_and_others_are_served(
+    deployment: Deployment, attack: str
+) -> None:
+    with deployment.serving() as server:
+        other = Bystander(server)
+        deployment_of_attacker = "other" if attack == "of a bad certificate" else DEPLOYMENT
+        async with raw_client(deployment, server.address, deployment.new_user(), deployment_of_attacker) as client:
+            connections = await client.connect_many(3)
+
+            async def waste() -> None:
+                while any(not connection.closed.is_set() for connection in connections):
+                    for connection in connections:
+                        for _ in range(50):
+                            stream = connection.call("kms.v1.CryptoService/None" if attack == "of no method" else SIGN)
+                            if attack == "cancelled":
+                                connection.reset(stream)
+                    await asyncio.sleep(0.05)
+
+            wasting = asyncio.create_task(waste())
+            assert await other.outcomes(10) == {"OK": 20}
+            async with asyncio.timeout(80):
+                await wasting
+            assert await other.outcomes_of_a_new_connection() == {"OK": 2}
 
 
 async def test_health_is_checked_while_no_other_call_has_a_place(deployment: Deployment) -> None:

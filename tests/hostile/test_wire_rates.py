@@ -53,6 +53,18 @@ async def pings_and_health(client: RawClient) -> None:
             connections = [one for one in connections if not one.closed.is_set()] or await client.connect_many(80)
 
 
+async def cancelled_calls(client: RawClient) -> None:
+    """Begin calls and cancel them at once, 2000 a second, and connect again when a connection is closed."""
+    connections = await client.connect_many(5)
+    while True:
+        for connection in connections:
+            for _ in range(20):
+                connection.reset(connection.call(SIGN))
+        await asyncio.sleep(PAUSE_SECONDS)
+        connections = [one for one in connections if not one.closed.is_set()]
+        connections += await client.connect_many(5 - len(connections))
+
+
 def rate(uses: list[Use]) -> float:
     assert {use.outcome for use in uses} == {"OK"}
     return len(uses) / ROUND_SECONDS
@@ -60,7 +72,7 @@ def rate(uses: list[Use]) -> float:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("attack", [calls_without_messages, idle_connections, pings_and_health])
+@pytest.mark.parametrize("attack", [calls_without_messages, idle_connections, pings_and_health, cancelled_calls])
 async def test_signing_keeps_half_of_its_rate(deployment: Deployment, attack: Callable[[RawClient], Awaitable[None]]) -> None:
     deployment.set_server(message_seconds_max=120)
     with deployment.serving(files_max=FILES) as server:
