@@ -16,7 +16,7 @@ from kms.domain.ids import UserId
 from kms.rpc.entrance import Entrance
 from kms.rpc.limits import InFlightLimit
 from kms.rpc.messages import decoded
-from kms.rpc.peers import peer_of_call
+from kms.rpc.peers import Peer, peer_of_call
 from kms.rpc.status import abort, status_of
 from kms.rpc.streams import begin, first
 from kms.rpc.transport import STREAM_SECONDS_MAX
@@ -101,14 +101,9 @@ class Bystanders:
         decode, inner = _parts(handler)
 
         async def stream(bodies: AsyncIterator[bytes], context: Context) -> None:
-            async with self._message(context, self._reflections) as first_body:
-
-                async def requests() -> AsyncIterator[Any]:
-                    yield decoded(decode, first_body)
-                    async for body in bodies:
-                        yield decoded(decode, body)
-
-                await self._lasting(inner(requests(), context), context, _REFLECTION_SECONDS_MAX)
+            with self._entrance.stream(*self._caller(context), self._reflections):
+                requests = (decoded(decode, body) async for body in bodies)
+                await self._lasting(inner(requests, context), context, _REFLECTION_SECONDS_MAX)
 
         return self._stream(name, stream, response_serializer=handler.response_serializer)
 
@@ -141,13 +136,15 @@ class Bystanders:
         await self._draining.wait()
 
     def _message(self, context: Context, limit: InFlightLimit) -> AbstractAsyncContextManager[bytes]:
+        return self._entrance.message(context, *self._caller(context), limit)
+
+    def _caller(self, context: Context) -> tuple[Peer, UserId]:
         peer = peer_of_call(context.peer())
         try:
-            user_id = self._identify(context.auth_context())
+            return peer, self._identify(context.auth_context())
         except KmsError:
             self._entrance.waste.note(peer, None)
             raise
-        return self._entrance.message(context, peer, user_id, limit)
 
 
 def _parts(handler: MethodHandler) -> tuple[Callable[[bytes], Any], Any]:

@@ -5,14 +5,16 @@ next to nothing, and us the better part of a call. So each user may waste so man
 are wasted.
 """
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import grpc
 
+from kms.domain.errors import KmsError
 from kms.domain.ids import UserId
 from kms.rpc.connections import Connections
 from kms.rpc.limits import InFlightLimit
@@ -71,3 +73,13 @@ class Entrance:
         finally:
             if is_wasted:
                 self.waste.note(peer, user_id)
+
+    @contextmanager
+    def stream(self, peer: Peer, user_id: UserId, limit: InFlightLimit) -> Iterator[None]:
+        """Hold the places of a stream of requests within the block: there is no one message to wait for. Raises RATE_LIMITED."""
+        try:
+            with limit.of_user(user_id), self._connections.calling(peer, user_id), limit.of_all():
+                yield
+        except (asyncio.CancelledError, KmsError):
+            self.waste.note(peer, user_id)
+            raise
