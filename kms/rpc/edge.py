@@ -8,13 +8,11 @@ handled here and nowhere else. A stream of answers passes the same, and as long 
 """
 
 import asyncio
-import re
 import time
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
-from uuid import uuid4
 
 import grpc
 import structlog
@@ -30,6 +28,7 @@ from kms.domain.permissions import check_permitted
 from kms.rpc.bystanders import Bystanders, Identify
 from kms.rpc.connections import Connections
 from kms.rpc.entrance import Entrance, Waste
+from kms.rpc.headers import REQUEST_ID, request_id_of, seconds_left
 from kms.rpc.limits import CallLimits, InFlightLimit
 from kms.rpc.messages import MessageReader, decoded
 from kms.rpc.peers import peer_of_call
@@ -47,13 +46,11 @@ else:
     Interceptor = grpc.aio.ServerInterceptor
 
 OURS: Final = "/kms.v1."
-REQUEST_ID: Final = "x-request-id"
 CANCELLED: Final = "CANCELLED"
 STREAMS_MAX: Final = 8
 STREAMS_PER_USER_MAX: Final = 4
 # Their charge looks at the caller again, or nothing is recorded of them: who he was a moment ago will do.
 _RECENT_WILL_DO: Final = ("CryptoService/", "KeyService/GetPublicKey")
-_REQUEST_ID_FORM: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _UNIMPLEMENTED: Final = status_pb2.Status(code=code_pb2.UNIMPLEMENTED, message="there is no method of this name here")
 _CALL: ContextVar[Call] = ContextVar("call")
 _LOG = structlog.get_logger("kms.rpc")
@@ -126,14 +123,14 @@ class Edge(Interceptor):
         method = _Method(handler_call_details.method.removeprefix(OURS), decode, cast(Any, inner))
 
         async def answer(_: object, context: Context) -> Message:
-            seconds = _seconds_left(context, self._call_seconds_max)
+            seconds = seconds_left(context, self._call_seconds_max)
             with self._telemetry.spans.call(method.name, context.invocation_metadata() or ()):
                 return await self._guarded(
                     method, context, self._calls, seconds, lambda body: method.call(decoded(method.decode, body), context)
                 )
 
         async def stream(_: object, context: Context) -> None:
-            seconds = _seconds_left(context, STREAM_SECONDS_MAX)
+            seconds = seconds_left(context, STREAM_SECONDS_MAX)
             await self._guarded(method, context, self._streams, seconds, lambda body: self._stream(method, body, context))
 
         # Handlers of streams of requests begin with the headers. `MessageReader` reads the one message.
@@ -149,7 +146,7 @@ class Edge(Interceptor):
         self, method: _Method, context: Context, limit: InFlightLimit, seconds: float, act: Callable[[bytes], Awaitable[T]]
     ) -> T:
         """Return what *act* returns for a caller who may make the call, or end the call with an error."""
-        request_id = _request_id(context)
+        request_id = request_id_of(context)
         context.set_trailing_metadata(((REQUEST_ID, request_id),))
         structlog.contextvars.bind_contextvars(request_id=request_id)  # grpc handles each call in a context of its own
         began = time.monotonic()
@@ -205,7 +202,7 @@ class Edge(Interceptor):
         self._ledger.note_refusal(who, method.rpartition("/")[2], refused_key(reason), reason)
 
     def _note_bystander(self, method: str, context: Context, error: KmsError) -> None:
-        self._ledger.note_refusal(self._stranger(context, _request_id(context)), method.rpartition("/")[2], None, error.reason)
+        self._ledger.note_refusal(self._stranger(context, request_id_of(context)), method.rpartition("/")[2], None, error.reason)
 
     def _stranger(self, context: Context, request_id: str) -> Stranger:
         return Stranger(request_id, peer_of_call(context.peer()).address, self._identify.claimed(context.auth_context()))
@@ -222,18 +219,5 @@ class Edge(Interceptor):
         )
 
 
-def _seconds_left(context: Context, seconds_max: float) -> float:
-    """Return how long a call may take: until its deadline, be it past, and no longer than *seconds_max*."""
-    remaining = context.time_remaining()
-    return seconds_max if remaining is None else min(remaining, seconds_max)
-
-
 def _refused(error: KmsError) -> tuple[str, status_pb2.Status]:
     return error.reason, status_of(error)
-
-
-def _request_id(context: Context) -> str:
-    for name, value in context.invocation_metadata() or ():
-        if name == REQUEST_ID and isinstance(value, str) and _REQUEST_ID_FORM.fullmatch(value):
-            return value
-    return str(uuid4())
