@@ -54,15 +54,13 @@ async def pings_and_health(client: RawClient) -> None:
 
 
 async def cancelled_calls(client: RawClient) -> None:
-    """Begin calls and cancel them at once, 2000 a second, and connect again when a connection is closed."""
+    """Begin calls and cancel them at once, 2000 a second, until the connections are closed."""
     connections = await client.connect_many(5)
     while True:
         for connection in connections:
             for _ in range(20):
                 connection.reset(connection.call(SIGN))
         await asyncio.sleep(PAUSE_SECONDS)
-        connections = [one for one in connections if not one.closed.is_set()]
-        connections += await client.connect_many(5 - len(connections))
 
 
 def rate(uses: list[Use]) -> float:
