@@ -62,6 +62,14 @@ class ServerConfig(_Section):
     call_seconds_max: Annotated[float, Field(gt=0, le=600)] = 30.0
     calls_max: Annotated[int, Field(ge=1, le=100_000)] = 1000
     calls_per_user_max: Annotated[int, Field(ge=1, le=100_000)] = 200
+    message_seconds_max: Annotated[float, Field(gt=0, le=600)] = 10.0
+    connections_max: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
+    connections_per_user_max: Annotated[int, Field(ge=1, le=1_000_000)] = 100
+    connections_per_address_max: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    connection_idle_seconds: Annotated[float, Field(ge=1, le=86_400)] = 300.0
+    connection_age_seconds: Annotated[float, Field(ge=1, le=86_400)] = 3600.0
+    streams_per_connection_max: Annotated[int, Field(ge=1, le=100_000)] = 256
+    ping_seconds_min: Annotated[float, Field(ge=0.1, le=600)] = 5.0
     journal: Path | None = None
     workers: Annotated[int, Field(ge=1, le=WORKERS_MAX)] = 1
     stuck_seconds: Annotated[float, Field(ge=1, le=600)] = 10.0

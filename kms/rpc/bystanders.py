@@ -1,19 +1,25 @@
-"""Health and reflection: services of grpc's own, for whoever has a good certificate, in a room of their own.
+"""Health and reflection: services of grpc's own, for whoever has a good certificate, with limits of their own.
 
-They go on without the database, so the certificate alone decides: authority, validity, revocation, form of the name.
+They go on without the database, so the certificate alone decides: authority, validity, revocation, form of the name. Three
+groups of methods share no places: Check and List, which answer at once; Watch; and reflection.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import grpc
 
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import UserId
+from kms.rpc.entrance import Entrance
+from kms.rpc.limits import InFlightLimit
+from kms.rpc.messages import decoded
+from kms.rpc.peers import Peer, peer_of_call
 from kms.rpc.status import abort, status_of
 from kms.rpc.streams import begin, first
+from kms.rpc.transport import STREAM_SECONDS_MAX
 
 Context = grpc.aio.ServicerContext[Any, Any]
 if TYPE_CHECKING:  # generic in the stubs only
@@ -23,8 +29,13 @@ else:
 
 Note = Callable[[str, Context, KmsError], None]
 
-BYSTANDERS_MAX: Final = 64
-_STREAM_SECONDS_MAX: Final = 3600.0
+CHECKS_PER_USER_MAX: Final = 16
+WATCHES_PER_USER_MAX: Final = 4
+REFLECTIONS_PER_USER_MAX: Final = 4
+_CHECKS_MAX: Final = 1024
+_WATCHES_MAX: Final = 64
+_REFLECTIONS_MAX: Final = 64
+_REFLECTION_SECONDS_MAX: Final = 60.0
 
 
 class Identify(Protocol):
@@ -45,59 +56,100 @@ class Bystanders:
     Their streams end when *draining* is set.
     """
 
-    def __init__(self, identify: Identify, note: Note, draining: asyncio.Event) -> None:
+    def __init__(self, identify: Identify, note: Note, draining: asyncio.Event, entrance: Entrance) -> None:
         self._identify = identify
         self._note = note
         self._draining = draining
-        self._present = 0
+        self._entrance = entrance
+        self._checks = InFlightLimit("calls of health", CHECKS_PER_USER_MAX, _CHECKS_MAX)
+        self._watches = InFlightLimit("streams of health", WATCHES_PER_USER_MAX, _WATCHES_MAX)
+        self._reflections = InFlightLimit("streams of reflection", REFLECTIONS_PER_USER_MAX, _REFLECTIONS_MAX)
 
     def guarded(self, name: str, handler: MethodHandler) -> MethodHandler:
-        """Return *handler* behind the check of the certificate and the limit of their number and duration."""
-        inner: Any = handler.unary_unary or handler.unary_stream or handler.stream_stream or handler.stream_unary
-        forms = {"request_deserializer": handler.request_deserializer, "response_serializer": handler.response_serializer}
+        """Return *handler* after a check of the certificate, of the number of calls, and of their duration."""
+        if handler.unary_unary is not None:
+            return self._check(name, handler)
+        if handler.unary_stream is not None:
+            return self._watch(name, handler)
+        if handler.stream_stream is not None:
+            return self._reflection(name, handler)
+        raise TypeError("a method that takes a stream and gives one answer is not expected here")
 
-        async def answer(request: Any, context: Context) -> Any:  # noqa: ANN401 - a message of grpc's own services
+    def _check(self, name: str, handler: MethodHandler) -> MethodHandler:
+        decode, inner = _parts(handler)
+
+        async def answer(_: object, context: Context) -> Any:  # noqa: ANN401 - a message of grpc's own services
             try:
-                with self._admitted(context):
-                    return await inner(request, context)
+                async with self._message(context, self._checks) as message:
+                    return await inner(decoded(decode, message), context)
             except KmsError as error:
                 self._note(name, context, error)
                 return await abort(context, status_of(error))
 
-        async def stream(request: Any, context: Context) -> None:  # noqa: ANN401 - as above
+        return grpc.stream_unary_rpc_method_handler(answer, response_serializer=handler.response_serializer)
+
+    def _watch(self, name: str, handler: MethodHandler) -> MethodHandler:
+        decode, inner = _parts(handler)
+
+        async def stream(_: object, context: Context) -> None:
+            async with self._message(context, self._watches) as message:
+                await self._lasting(inner(decoded(decode, message), context), context, STREAM_SECONDS_MAX)
+
+        return self._stream(name, stream, response_serializer=handler.response_serializer)
+
+    def _reflection(self, name: str, handler: MethodHandler) -> MethodHandler:
+        decode, inner = _parts(handler)
+
+        async def stream(bodies: AsyncIterator[bytes], context: Context) -> None:
+            with self._entrance.stream(*self._caller(context), self._reflections):
+                requests = (decoded(decode, body) async for body in bodies)
+                await self._lasting(inner(requests, context), context, _REFLECTION_SECONDS_MAX)
+
+        return self._stream(name, stream, response_serializer=handler.response_serializer)
+
+    def _stream(
+        self,
+        name: str,
+        stream: Callable[[AsyncIterator[bytes], Context], Awaitable[None]],
+        *,
+        response_serializer: Callable[[Any], bytes] | None,
+    ) -> MethodHandler:
+        async def refusing(bodies: AsyncIterator[bytes], context: Context) -> None:
             try:
-                with self._admitted(context):
-                    async with asyncio.timeout(_STREAM_SECONDS_MAX):
-                        await begin(context)
-                        await first(_written(inner(request, context), context), self._drained())
-            except TimeoutError:
-                late = KmsError(Reason.DEADLINE_EXCEEDED, "the stream has lasted long enough; open another")
-                await abort(context, status_of(late))
+                await stream(bodies, context)
             except KmsError as error:
                 self._note(name, context, error)
                 await abort(context, status_of(error))
 
-        if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(answer, **forms)
-        if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(stream, **forms)
-        if handler.stream_stream is not None:
-            return grpc.stream_stream_rpc_method_handler(stream, **forms)
-        raise TypeError("a method that takes a stream and gives one answer is not expected here")
+        return grpc.stream_stream_rpc_method_handler(refusing, response_serializer=response_serializer)
+
+    async def _lasting(self, answer: Any, context: Context, seconds_max: float) -> None:  # noqa: ANN401 - as `_written`
+        try:
+            async with asyncio.timeout(seconds_max):
+                await begin(context)
+                await first(_written(answer, context), self._drained())
+        except TimeoutError:
+            late = KmsError(Reason.DEADLINE_EXCEEDED, "the stream has lasted long enough; open another")
+            await abort(context, status_of(late))
 
     async def _drained(self) -> None:
         await self._draining.wait()
 
-    @contextmanager
-    def _admitted(self, context: Context) -> Iterator[None]:
-        self._identify(context.auth_context())
-        if self._present >= BYSTANDERS_MAX:
-            raise KmsError(Reason.RATE_LIMITED, f"{BYSTANDERS_MAX} calls of health and reflection are there already")
-        self._present += 1
+    def _message(self, context: Context, limit: InFlightLimit) -> AbstractAsyncContextManager[bytes]:
+        return self._entrance.message(context, *self._caller(context), limit)
+
+    def _caller(self, context: Context) -> tuple[Peer, UserId]:
+        peer = peer_of_call(context.peer())
         try:
-            yield
-        finally:
-            self._present -= 1
+            return peer, self._identify(context.auth_context())
+        except KmsError:
+            self._entrance.waste.note(peer, None)
+            raise
+
+
+def _parts(handler: MethodHandler) -> tuple[Callable[[bytes], Any], Any]:
+    decode: Any = handler.request_deserializer
+    return decode, handler.unary_unary or handler.unary_stream or handler.stream_stream
 
 
 async def _written(answer: Any, context: Context) -> None:  # noqa: ANN401 - grpc's services stream in two ways

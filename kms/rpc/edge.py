@@ -1,35 +1,40 @@
-"""What every call passes: request id, decoding, identity, permission, deadline, errors, one log line, one count, one span.
+"""What every call passes: request id, identity, limits, decoding, permission, deadline, errors; one log line, count and span.
 
-grpc.aio by itself answers bytes that do not parse with INTERNAL and sends the text of any exception to the client, so
-decoding and errors are handled here and nowhere else. A stream of answers passes the same, and as long as it lasts its caller is
-looked at again and again.
+    headers ──▶ who calls, may they call now? ──▶ message ──▶ admitted, permitted? ──▶ servicer ──▶ answer or error
+
+The call begins with its headers: its deadline runs, and it counts for its user, before its message is there. grpc.aio by itself
+answers bytes that do not parse with INTERNAL and sends the text of any exception to the client, so decoding and errors are
+handled here and nowhere else. A stream of answers passes the same, and as long as it lasts we check its caller again and again.
 """
 
 import asyncio
-import re
 import time
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
-from urllib.parse import unquote
-from uuid import uuid4
 
 import grpc
 import structlog
-from google.protobuf.message import DecodeError, Message
-from google.rpc import status_pb2
+from google.protobuf.message import Message
+from google.rpc import code_pb2, status_pb2
 
 from kms.app.access import Access
 from kms.app.keyring import refused_key
 from kms.app.ports import Call, Ledger, Stranger
-from kms.domain.errors import INTERNAL, KmsError, Reason, malformed
+from kms.domain.errors import INTERNAL, KmsError, Reason
 from kms.domain.ids import UserId
 from kms.domain.permissions import check_permitted
 from kms.rpc.bystanders import Bystanders, Identify
-from kms.rpc.room import Room
+from kms.rpc.connections import Connections
+from kms.rpc.entrance import Entrance, Waste
+from kms.rpc.headers import REQUEST_ID, request_id_of, seconds_left
+from kms.rpc.limits import CallLimits, InFlightLimit
+from kms.rpc.messages import MessageReader, decoded
+from kms.rpc.peers import peer_of_call
 from kms.rpc.status import CODE_NAMES, abort, internal_status, status_of
 from kms.rpc.streams import sent
+from kms.rpc.transport import STREAM_SECONDS_MAX
 from kms.telemetry import Telemetry
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -41,14 +46,12 @@ else:
     Interceptor = grpc.aio.ServerInterceptor
 
 OURS: Final = "/kms.v1."
-REQUEST_ID: Final = "x-request-id"
 CANCELLED: Final = "CANCELLED"
 STREAMS_MAX: Final = 8
 STREAMS_PER_USER_MAX: Final = 4
-STREAM_SECONDS_MAX: Final = 3600.0
 # Their charge looks at the caller again, or nothing is recorded of them: who he was a moment ago will do.
 _RECENT_WILL_DO: Final = ("CryptoService/", "KeyService/GetPublicKey")
-_REQUEST_ID_FORM: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_UNIMPLEMENTED: Final = status_pb2.Status(code=code_pb2.UNIMPLEMENTED, message="there is no method of this name here")
 _CALL: ContextVar[Call] = ContextVar("call")
 _LOG = structlog.get_logger("kms.rpc")
 T = TypeVar("T")
@@ -82,19 +85,22 @@ class Edge(Interceptor):
         access: Access,
         ledger: Ledger,
         telemetry: Telemetry,
-        *,
-        call_seconds_max: float,
-        calls_per_user_max: int,
+        connections: Connections,
+        limits: CallLimits,
     ) -> None:
         self._identify = identify
         self._access = access
         self._ledger = ledger
         self._telemetry = telemetry
-        self._call_seconds_max = call_seconds_max
-        self._room = Room("calls", calls_per_user_max)
-        self._streams_room = Room("streams", STREAMS_PER_USER_MAX, STREAMS_MAX)
+        self._call_seconds_max = limits.call_seconds_max
+        waste = Waste(lambda peer: connections.close(peer))  # noqa: PLW0108 - it is set later
+        messages, checks = (MessageReader(limits.message_seconds_max, waiting_max=limits.calls_max) for _ in range(2))
+        self._entrance = Entrance(connections, messages, waste)
+        self._calls = InFlightLimit("calls", limits.calls_per_user_max, limits.calls_max)
+        self._streams = InFlightLimit("streams", STREAMS_PER_USER_MAX, STREAMS_MAX)
         self._draining = asyncio.Event()
-        self._bystanders = Bystanders(identify, self._note_bystander, self._draining)
+        entrance = Entrance(connections, checks, waste)
+        self._bystanders = Bystanders(identify, self._note_bystander, self._draining, entrance)
 
     def end_streams(self) -> None:
         """End the streams, which would go on, as if they had said all: the server is about to stop."""
@@ -105,10 +111,10 @@ class Edge(Interceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[MethodHandler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> MethodHandler:
-        """Return the handler, wrapped if it is ours."""
+        """Return the handler, wrapped if it is ours, or one that answers UNIMPLEMENTED."""
         handler: MethodHandler | None = await continuation(handler_call_details)
         if handler is None:
-            return handler  # type: ignore[return-value]  # None is how grpc says UNIMPLEMENTED; the stubs leave it out
+            return grpc.stream_unary_rpc_method_handler(self._unknown)
         if not handler_call_details.method.startswith(OURS):
             return self._bystanders.guarded(handler_call_details.method, handler)
         decode, inner = handler.request_deserializer, handler.unary_unary or handler.unary_stream
@@ -116,41 +122,38 @@ class Edge(Interceptor):
             raise TypeError(f"{handler_call_details.method} takes a stream, and the edge knows single requests only")
         method = _Method(handler_call_details.method.removeprefix(OURS), decode, cast(Any, inner))
 
-        async def answer(body: bytes, context: Context) -> Message:
-            seconds = _seconds_left(context, self._call_seconds_max)
+        async def answer(_: object, context: Context) -> Message:
+            seconds = seconds_left(context, self._call_seconds_max)
             with self._telemetry.spans.call(method.name, context.invocation_metadata() or ()):
                 return await self._guarded(
-                    method, context, self._room, seconds, lambda: method.call(_decode(method, body), context)
+                    method, context, self._calls, seconds, lambda body: method.call(decoded(method.decode, body), context)
                 )
 
-        async def stream(body: bytes, context: Context) -> None:
-            seconds = _seconds_left(context, STREAM_SECONDS_MAX)
-            await self._guarded(method, context, self._streams_room, seconds, lambda: self._stream(method, body, context))
+        async def stream(_: object, context: Context) -> None:
+            seconds = seconds_left(context, STREAM_SECONDS_MAX)
+            await self._guarded(method, context, self._streams, seconds, lambda body: self._stream(method, body, context))
 
-        # No deserializer: grpc would answer INTERNAL to bytes that do not parse.
+        # Handlers of streams of requests begin with the headers. `MessageReader` reads the one message.
         if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(answer, response_serializer=handler.response_serializer)
-        return grpc.unary_stream_rpc_method_handler(stream, response_serializer=handler.response_serializer)
+            return grpc.stream_unary_rpc_method_handler(answer, response_serializer=handler.response_serializer)
+        return grpc.stream_stream_rpc_method_handler(stream, response_serializer=handler.response_serializer)
 
-    async def _guarded(self, method: _Method, context: Context, room: Room, seconds: float, act: Callable[[], Awaitable[T]]) -> T:
+    async def _unknown(self, _: object, context: Context) -> Message:
+        self._entrance.waste.note(peer_of_call(context.peer()), self._identify.claimed(context.auth_context()))
+        return await abort(context, _UNIMPLEMENTED)
+
+    async def _guarded(
+        self, method: _Method, context: Context, limit: InFlightLimit, seconds: float, act: Callable[[bytes], Awaitable[T]]
+    ) -> T:
         """Return what *act* returns for a caller who may make the call, or end the call with an error."""
-        request_id = _request_id(context)
+        request_id = request_id_of(context)
         context.set_trailing_metadata(((REQUEST_ID, request_id),))
         structlog.contextvars.bind_contextvars(request_id=request_id)  # grpc handles each call in a context of its own
         began = time.monotonic()
         refusal: status_pb2.Status
         try:
             async with asyncio.timeout(seconds):
-                user_id = self._identify(context.auth_context())
-                peer = peer_address(context.peer())
-                if (known := room.crowded_out(user_id)) is not None:
-                    _CALL.set(Call(known, request_id, peer))  # what he is refused is his, and no stranger's
-                with room.taken(user_id):
-                    user = await self._access.admit(user_id, recent=method.name.startswith(_RECENT_WILL_DO))
-                    room.know(user)
-                    _CALL.set(Call(user, request_id, peer))
-                    check_permitted(user.permissions, method.name)
-                    response = await act()
+                response = await self._admitted(method, context, limit, request_id, act)
         except TimeoutError:
             reason, refusal = _refused(KmsError(Reason.DEADLINE_EXCEEDED, "the call took longer than it may"))
         except KmsError as error:
@@ -168,22 +171,41 @@ class Edge(Interceptor):
         self._note(method.name, context, request_id, reason)
         return await abort(context, refusal)
 
+    async def _admitted(
+        self, method: _Method, context: Context, limit: InFlightLimit, request_id: str, act: Callable[[bytes], Awaitable[T]]
+    ) -> T:
+        """Return what *act* returns for the message of the call. Raises what keeps its caller from making it, now or at all."""
+        peer = peer_of_call(context.peer())
+        try:
+            user_id = self._identify(context.auth_context())
+        except KmsError:
+            self._entrance.waste.note(peer, None)
+            raise
+        if (known := limit.over_limit_user(user_id)) is not None:
+            _CALL.set(Call(known, request_id, peer.address))  # the refusal of a user we know is theirs in the trail
+        async with self._entrance.message(context, peer, user_id, limit) as body:
+            user = await self._access.admit(user_id, recent=method.name.startswith(_RECENT_WILL_DO))
+            limit.know(user)
+            _CALL.set(Call(user, request_id, peer.address))
+            check_permitted(user.permissions, method.name)
+            return await act(body)
+
     async def _stream(self, method: _Method, body: bytes, context: Context) -> None:
         async def check() -> None:
             user = await self._access.admit(self._identify(context.auth_context()))
             check_permitted(user.permissions, method.name)
 
-        await sent(method.call(_decode(method, body), context), context, check=check, draining=self._draining)
+        await sent(method.call(decoded(method.decode, body), context), context, check=check, draining=self._draining)
 
     def _note(self, method: str, context: Context, request_id: str, reason: str) -> None:
         who = _CALL.get(None) or self._stranger(context, request_id)
         self._ledger.note_refusal(who, method.rpartition("/")[2], refused_key(reason), reason)
 
     def _note_bystander(self, method: str, context: Context, error: KmsError) -> None:
-        self._ledger.note_refusal(self._stranger(context, _request_id(context)), method.rpartition("/")[2], None, error.reason)
+        self._ledger.note_refusal(self._stranger(context, request_id_of(context)), method.rpartition("/")[2], None, error.reason)
 
     def _stranger(self, context: Context, request_id: str) -> Stranger:
-        return Stranger(request_id, peer_address(context.peer()), self._identify.claimed(context.auth_context()))
+        return Stranger(request_id, peer_of_call(context.peer()).address, self._identify.claimed(context.auth_context()))
 
     def _end(self, method: str, request_id: str, began: float, outcome: str) -> None:
         call, seconds = _CALL.get(None), time.monotonic() - began
@@ -197,34 +219,5 @@ class Edge(Interceptor):
         )
 
 
-def _seconds_left(context: Context, seconds_max: float) -> float:
-    """Return how long a call may take: until its deadline, be it past, and no longer than *seconds_max*."""
-    remaining = context.time_remaining()
-    return seconds_max if remaining is None else min(remaining, seconds_max)
-
-
 def _refused(error: KmsError) -> tuple[str, status_pb2.Status]:
     return error.reason, status_of(error)
-
-
-def _decode(method: _Method, body: bytes) -> Message:
-    try:
-        return method.decode(body)
-    except DecodeError:
-        raise malformed("request", "expected a protocol buffer of the request's type, with UTF-8 in its strings") from None
-
-
-def _request_id(context: Context) -> str:
-    for name, value in context.invocation_metadata() or ():
-        if name == REQUEST_ID and isinstance(value, str) and _REQUEST_ID_FORM.fullmatch(value):
-            return value
-    return str(uuid4())
-
-
-def peer_address(peer: str) -> str:
-    """Return the address in what grpc says of a peer, `ipv4:192.0.2.1:5000` or `ipv6:%5Bfe80::1%252%5D:5000`; else nothing.
-
-    Without port and zone (RFC 6874): PostgreSQL's inet, in which it is recorded, knows neither.
-    """
-    kind, _, rest = unquote(peer).partition(":")
-    return rest.rpartition(":")[0].strip("[]").partition("%")[0] if kind in ("ipv4", "ipv6") else ""

@@ -1,7 +1,6 @@
 """The gRPC server: TLS with client certificates, our services behind the edge, health and reflection."""
 
 import asyncio
-import resource
 import ssl
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -16,19 +15,18 @@ from grpc_reflection.v1alpha import reflection
 from kms.domain.errors import malformed
 from kms.rpc.admin import AdminServicer
 from kms.rpc.audit import AuditServicer
-from kms.rpc.bystanders import BYSTANDERS_MAX
 from kms.rpc.crypto import CryptoServicer
 from kms.rpc.edge import Edge
 from kms.rpc.health import Health
 from kms.rpc.keys import KeyServicer
+from kms.rpc.transport import TransportLimits, channel_arguments
 from kms.v1 import admin_pb2, admin_pb2_grpc, audit_pb2, audit_pb2_grpc, crypto_pb2, crypto_pb2_grpc, keys_pb2, keys_pb2_grpc
 
-MESSAGE_BYTES_MAX: Final = 4 * 1024 * 1024  # a batch of 1 MiB with room for its framing
 _NO_PART: Final = frozenset[str]()
 _UNTOLD: Final = frozenset({"untold"})  # a part that none does without
-# What of the service each can do without; KeyService makes no key without the token, but lists, revokes and schedules.
+# What of the service each can do without. KeyService proves each record in the token, and makes the MAC of each move there.
 DOES_WITHOUT: Final = {
-    keys_pb2.DESCRIPTOR.services_by_name["KeyService"].full_name: frozenset({"token"}),
+    keys_pb2.DESCRIPTOR.services_by_name["KeyService"].full_name: _NO_PART,
     crypto_pb2.DESCRIPTOR.services_by_name["CryptoService"].full_name: _NO_PART,
     audit_pb2.DESCRIPTOR.services_by_name["AuditService"].full_name: frozenset({"token"}),
     admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name: frozenset({"token"}),
@@ -36,7 +34,6 @@ DOES_WITHOUT: Final = {
 LIVENESS: Final = "liveness"
 READINESS: Final = "readiness"
 _HEALTH_SECONDS: Final = 0.25
-_HANDSHAKE_MILLISECONDS: Final = 10_000
 _LOG = structlog.get_logger("kms.rpc.server")
 
 
@@ -66,18 +63,13 @@ class Server:
         audit: AuditServicer,
         admin: AdminServicer,
         *,
-        calls_max: int,
+        transport: TransportLimits,
         faults: Callable[[], Collection[str]],
         shares_port: bool = False,
     ) -> None:
-        options = [
-            # With SO_REUSEPORT a second server on the port would take half of the calls instead of being refused.
-            ("grpc.so_reuseport", int(shares_port)),
-            ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-            ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MILLISECONDS),
-            ("grpc.max_allowed_incoming_connections", _connections_max()),
-        ]
-        self._server = grpc.aio.server(interceptors=[edge], options=options, maximum_concurrent_rpcs=calls_max + BYSTANDERS_MAX)
+        # No `maximum_concurrent_rpcs`: grpc counts health checks, and calls whose message never comes. The edge has the limits.
+        options = channel_arguments(transport, shares_port=shares_port)
+        self._server = grpc.aio.server(interceptors=[edge], options=options)
         keys_pb2_grpc.add_KeyServiceServicer_to_server(keys, self._server)
         crypto_pb2_grpc.add_CryptoServiceServicer_to_server(crypto, self._server)
         audit_pb2_grpc.add_AuditServiceServicer_to_server(audit, self._server)
@@ -137,11 +129,6 @@ def check_pair(tls: TlsFiles) -> None:
         raise malformed(
             "server.tls_key_file", f"expected in {tls.key} the PEM key of the certificate in {tls.certificate}"
         ) from None
-
-
-def _connections_max() -> int:
-    """Return how many connections leave enough file descriptors for the token and the database."""
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
 
 
 def _credentials(tls: TlsFiles) -> grpc.ServerCredentials:

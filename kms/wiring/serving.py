@@ -33,6 +33,7 @@ from kms.pki.client_identity import ClientIdentity, host_clock
 from kms.pki.public_keys import PublicKeyOperations
 from kms.rpc.admin import AdminServicer
 from kms.rpc.audit import AuditServicer
+from kms.rpc.connections import Connections
 from kms.rpc.crypto import CryptoServicer
 from kms.rpc.edge import Edge
 from kms.rpc.keys import KeyServicer
@@ -71,6 +72,7 @@ from kms.wiring.jobs import (
     reconciling,
     repeating,
 )
+from kms.wiring.limits import call_limits, closing_connections, connection_limits, transport_limits
 from kms.wiring.log import configure_log
 from kms.wiring.parts import database_dsn, hsm_settings, ready_pool
 from kms.wiring.reports import ProcessReports
@@ -175,15 +177,8 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         known_keys = keys if journal is None else KnownKeys(keys, JournalKnowledge(journal.path))
         moves = telemetry.observed(_lifecycle(pool, records, journal), "store", "move", of="lifecycle.")
         lifecycle = ForgettingLifecycle(moves, keys)
-        await stack.enter_async_context(
-            repeating("destruction", UPKEEP_SECONDS, partial(destroy_due, Destruction(lifecycle, hsm)))
-        )
-        if supervised is None or supervised.number == 1:
-            reconciliation = Reconciliation(hsm, StoredResidentRows(pool, stored_keys), hsm.opens, host_clock)
-            await stack.enter_async_context(repeating("residents", RECONCILIATION_SECONDS, reconciling(reconciliation)))
-        if journal is not None:
-            await stack.enter_async_context(repeating("journal", JOURNAL_SECONDS, JournalFollower(pool, journal).catch_up))
-        await stack.enter_async_context(repeating("repeats", UPKEEP_SECONDS, partial(forget_answers, StoredRepeats(pool))))
+        is_first = supervised is None or supervised.number == 1
+        await stack.enter_async_context(_upkeep(pool, stored_keys, hsm, lifecycle, journal, is_first=is_first))
         history = HistoryWatch()
         await stack.enter_async_context(signing_trail(config, dsn, pool, records, hsm, history))
         store_answers = await stack.enter_async_context(watched(pool))
@@ -195,6 +190,7 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         condition = Condition(hsm, ledger, pool, records, disk, store_answers, caches, watch, history, advice)
         await stack.enter_async_context(repeating("condition", CHECK_SECONDS, condition.check))
         await stack.enter_async_context(seen(seen_on, telemetry, condition))
+        connections = Connections(connection_limits(server_config))
         settled = telemetry.observed(ledger, "store", "settle", "earlier", of="ledger.")
         server = _server(
             Auditing(StoredTrail(pool), verifying(config, pool, records)),
@@ -205,13 +201,32 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
             lifecycle,
             identity,
             telemetry,
+            connections,
             server_config,
             ProcessReports(condition, config.deployment_id, config.mode, supervised.number if supervised else 0),
             shares_port=supervised is not None,
         )
         port = await server.start(server_config.listen, tls)
         stack.push_async_callback(server.stop, 0)
+        await stack.enter_async_context(closing_connections(connections, port))
         yield Service(port, hsm, server, condition)
+
+
+@asynccontextmanager
+async def _upkeep(
+    pool: Pool, keys: StoredKeys, hsm: TokenHsm, lifecycle: Lifecycle, journal: Journal | None, *, is_first: bool
+) -> AsyncIterator[None]:
+    """Do within the block what is repeated. The first of several workers reconciles the token with the rows."""
+    async with AsyncExitStack() as stack:
+        destroying = partial(destroy_due, Destruction(lifecycle, hsm))
+        await stack.enter_async_context(repeating("destruction", UPKEEP_SECONDS, destroying))
+        if is_first:
+            reconciliation = Reconciliation(hsm, StoredResidentRows(pool, keys), hsm.opens, host_clock)
+            await stack.enter_async_context(repeating("residents", RECONCILIATION_SECONDS, reconciling(reconciliation)))
+        if journal is not None:
+            await stack.enter_async_context(repeating("journal", JOURNAL_SECONDS, JournalFollower(pool, journal).catch_up))
+        await stack.enter_async_context(repeating("repeats", UPKEEP_SECONDS, partial(forget_answers, StoredRepeats(pool))))
+        yield
 
 
 def _server(
@@ -223,6 +238,7 @@ def _server(
     lifecycle: Lifecycle,
     identity: ClientIdentity,
     telemetry: Telemetry,
+    connections: Connections,
     config: ServerConfig,
     reports: ProcessReports,
     *,
@@ -231,21 +247,14 @@ def _server(
     access, public_keys = Access(users), PublicKeyOperations()
     hsm = telemetry.observed(hsm, "hsm", *HSM_OPERATIONS)
     uses = Uses(keys, hsm, ledger, access)
-    edge = Edge(
-        identity,
-        access,
-        ledger,
-        telemetry,
-        call_seconds_max=config.call_seconds_max,
-        calls_per_user_max=config.calls_per_user_max,
-    )
+    edge = Edge(identity, access, ledger, telemetry, connections, call_limits(config))
     return Server(
         edge,
         KeyServicer(Keyring(keys, hsm, uninterrupted), Moving(keys, lifecycle), uses),
         CryptoServicer(Signing(keys, hsm, public_keys), Encryption(keys, hsm, public_keys), uses),
         AuditServicer(auditing),
         AdminServicer(Administration(reports)),
-        calls_max=config.calls_max,
+        transport=transport_limits(config),
         faults=lambda: reports.condition.faults,
         shares_port=shares_port,
     )

@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kms.domain.ids import UserId, identity_uri
 from kms.pki.authority import issue_client, issue_crl, make_authority
+from kms.rpc.bystanders import WATCHES_PER_USER_MAX
 from kms.v1 import keys_pb2 as kpb
 from tests.conformance.refusals import refusal, refusal_of
 from tests.conformance.requests import create
@@ -126,13 +127,14 @@ def test_health_and_reflection_ask_for_a_good_certificate_too_and_leave_room_for
 
     caller = server.caller()
     watching: Any = health_pb2_grpc.HealthStub(caller.channel)
-    streams = [watching.Watch(health_pb2.HealthCheckRequest(), timeout=20) for _ in range(64)]
+    streams = [watching.Watch(health_pb2.HealthCheckRequest(), timeout=20) for _ in range(WATCHES_PER_USER_MAX)]
     for stream in streams:
         assert next(stream).status == health_pb2.HealthCheckResponse.SERVING
     with pytest.raises(grpc.RpcError) as caught:
         next(watching.Watch(health_pb2.HealthCheckRequest(), timeout=5))
     assert refusal_of(caught.value).reason == "RATE_LIMITED"
     caller.keys.ListKeys(LIST)
+    watching.Check(health_pb2.HealthCheckRequest())
     for stream in streams:
         stream.cancel()
 

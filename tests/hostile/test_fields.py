@@ -183,6 +183,7 @@ KINDS: Final[dict[str, Kind]] = {
     "TailEventsRequest.cursor": TOKEN,
     "VerifyTrailRequest.from_size": VERSION,
     "VerifyTrailRequest.to_size": VERSION,
+    "VerifyTrailRequest.keys_after": ID,
 }
 
 

@@ -15,6 +15,7 @@ from structlog.testing import LogCapture
 from kms.pki.authority import issue_client, issue_server, make_authority
 from kms.rpc import server as serving
 from kms.rpc.server import LIVENESS, READINESS, Server, TlsFiles
+from kms.rpc.transport import TransportLimits
 from kms.v1.admin_pb2_grpc import AdminServiceServicer
 from kms.v1.audit_pb2_grpc import AuditServiceServicer
 from kms.v1.crypto_pb2_grpc import CryptoServiceServicer
@@ -55,7 +56,9 @@ async def test_a_bug_in_a_look_at_the_faults_is_a_fault_until_the_next_look_and_
         return ()
 
     parts = cast(Any, (KeyServiceServicer, CryptoServiceServicer, AuditServiceServicer, AdminServiceServicer))
-    server = Server(*cast(Any, (Open(), *(part() for part in parts))), calls_max=10, faults=faults)
+    server = Server(
+        *cast(Any, (Open(), *(part() for part in parts))), transport=TransportLimits(10, 60, 60, 10, 5), faults=faults
+    )
     port = await server.start("localhost:0", ours)
     credentials = grpc.ssl_channel_credentials(ours.client_ca.read_bytes(), theirs.key, theirs.certificate)
     async with grpc.aio.secure_channel(f"localhost:{port}", credentials) as channel:

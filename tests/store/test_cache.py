@@ -390,7 +390,7 @@ async def test_a_charge_tells_nobody_also_where_it_reaches_the_limit(database: D
         rows(database, "UPDATE authentication.users SET last_login_at = now(), failed_login_attempts = 3")
         assert not list(connection.notifies(timeout=0.2))
         await here.sign(alice, key.name)
-        assert [told.payload for told in connection.notifies(timeout=5, stop_after=1)] == [f"key {key.identity.key_id}"]
+        assert not list(connection.notifies(timeout=0.2))
 
 
 @pytest.mark.parametrize("change", ["version = version + 1", "locked_until = now()", "deleted_at = now()", "username = 'alicia'"])

@@ -11,12 +11,11 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from kms.app import verifying
-from kms.app.ports import Change
 from kms.app.verifying import VerifyTrail, exported, verify_lines
 from kms.dev.postgres import EmbeddedPostgres
 from kms.domain.checkpoint import VerifierKey
 from kms.domain.key_check import COLUMNS, COLUMNS_NOT_COMPARED, KeyReport, load
-from kms.domain.lifecycle import Move
+from kms.domain.lifecycle import Change, Move
 from kms.domain.trail_check import NoteReader
 from kms.store import key_table
 from kms.store.backup import backup

@@ -102,7 +102,10 @@ def plan_of(connection: psycopg.Connection[Any], statement: str) -> tuple[str, d
                 row = explained.fetchone()
                 assert row is not None
                 return role, row[0][0]["Plan"]
-        except psycopg.errors.InsufficientPrivilege:
+        except (
+            psycopg.errors.InsufficientPrivilege,
+            psycopg.errors.UndefinedTable,
+        ):  # a temporary table of an operator's command
             continue
     return None
 

@@ -4,7 +4,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from kms.rpc.edge import peer_address
+from kms.rpc.peers import peer_of_call
 
 
 @pytest.mark.parametrize(
@@ -18,10 +18,10 @@ from kms.rpc.edge import peer_address
     ],
 )
 def test_the_address_of_a_peer_is_one_that_can_be_recorded(peer: str, address: str) -> None:
-    assert peer_address(peer) == address
+    assert peer_of_call(peer).address == address
     assert getattr(ip_address(address), "scope_id", None) is None
 
 
 @pytest.mark.parametrize("peer", ["", "unix:", "unix:/run/kms.sock", "unix-abstract:kms", "inproc"])
 def test_who_has_no_address_is_recorded_without_one(peer: str) -> None:
-    assert peer_address(peer) == ""
+    assert peer_of_call(peer).address == ""
