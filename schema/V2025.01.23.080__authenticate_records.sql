@@ -7,6 +7,9 @@ ALTER TABLE cryptography.keys
 ALTER TABLE cryptography.epochs
     ADD COLUMN record_mac BYTEA CONSTRAINT epoch_mac_size CHECK (octet_length(record_mac) = 32);
 
+-- Answers of before have no MAC, and would be refused as planted: a request that is repeated is made again.
+TRUNCATE cryptography.request_records;
+
 GRANT SELECT (record_mac) ON cryptography.keys TO authenticated_users, admin_users;
 GRANT INSERT (key_status, created_at, record_mac) ON cryptography.keys TO authenticated_users;
 GRANT UPDATE (record_mac) ON cryptography.keys TO kms_lifecycle;
@@ -129,7 +132,8 @@ $$;
 DROP FUNCTION cryptography.move_key(UUID, TEXT, JSONB, INTEGER, BIGINT, TEXT, TEXT);
 -- Move a key of the user for whom the transaction acts, who is at user_version, and whose key is at expected_version. change holds
 -- reason, occurred_at, pending_days, max_usage_count, expires_at and metadata, as far as the move uses them. new_mac is that of the
--- row as this function leaves it at moment, by the service's mirror of it, `moved` in kms/domain/key_row.py.
+-- row as this function leaves it at moment, by the service's mirror of it, `moved` in kms/domain/key_row.py. The moment lies a little
+-- ahead, so that the lock is had before it; where the lock took longer the verdict is BUSY, and the service tries a later moment.
 -- Returns 'OK' or the reason why nothing was changed, with MALFORMED the name of the field.
 CREATE FUNCTION cryptography.move_key(
     moved_id UUID, move TEXT, change JSONB, user_version INTEGER, expected_version BIGINT, moment TIMESTAMPTZ, new_mac BYTEA,
@@ -170,7 +174,8 @@ BEGIN
     field := cryptography.change_fault(move, change, held.usage_counter, held.max_usage_count, held.expires_at, now_at);
     verdict := CASE
         WHEN held.id IS NULL THEN 'KEY_NOT_FOUND'
-        WHEN held.version <> expected_version OR moment NOT BETWEEN now_at - INTERVAL '1 minute' AND now_at THEN 'STALE'
+        WHEN held.version <> expected_version THEN 'STALE'
+        WHEN moment NOT BETWEEN now_at AND now_at + INTERVAL '5 seconds' THEN 'BUSY'
         WHEN cryptography.move_refusal(state, move) IS NOT NULL THEN cryptography.move_refusal(state, move)
         WHEN move = 'reactivate' AND held.superseded_at IS NOT NULL THEN 'KEY_INACTIVE'
         WHEN move = 'reactivate' AND held.usage_counter >= use_limit THEN 'USAGE_LIMIT_REACHED'
@@ -180,6 +185,8 @@ BEGIN
     IF verdict <> 'OK' THEN
         RETURN;
     END IF;
+    -- The lock was there before the moment: no use of the key is recorded later than the move.
+    PERFORM pg_sleep(extract(epoch FROM moment - clock_timestamp()));
     PERFORM set_config('app.reason', coalesce(change ->> 'reason', ''), TRUE),
         set_config('app.request_id', coalesce(request_id, ''), TRUE), set_config('app.peer', coalesce(peer, ''), TRUE);
     IF move = 'activate' THEN

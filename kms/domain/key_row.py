@@ -12,7 +12,7 @@ from typing import Any, Final, LiteralString
 from uuid import UUID
 
 from kms.domain.envelope import lengths_prefixed
-from kms.domain.errors import KmsError, Reason
+from kms.domain.errors import KmsError, Reason, malformed
 from kms.domain.keys import usage_limit
 from kms.domain.lifecycle import Change, Move, Standing, State, effective_state
 
@@ -78,6 +78,8 @@ def epoch_bytes(row: Row) -> bytes:
 def state_of(row: Row, now: datetime) -> State:
     """Return the state of the key in *row* at *now*."""
     limit = usage_limit(row["key_type"], row["max_usage_count"])
+    if not isinstance(row["usage_counter"], int):  # the one column that decides and is not authenticated
+        raise record_invalid(row["id"])
     return effective_state(
         Standing(
             row["key_status"],
@@ -96,6 +98,33 @@ def state_of(row: Row, now: datetime) -> State:
 def moved(row: Row, move: Move, change: Change, moment: datetime) -> Row:
     """Return *row* as *move* leaves it at *moment*: the mirror of `cryptography.move_key`, which checks whether it may be."""
     return {**row, **_changed(row, move, change, moment), "version": row["version"] + 1}
+
+
+def check_change(row: Row, move: Move, change: Change, moment: datetime) -> None:
+    """Raise why *move* cannot be made of *row* with *change*: the mirror of what `cryptography.move_key` says of it.
+
+    MALFORMED names the field; USAGE_LIMIT_REACHED and KEY_INACTIVE for a key that is not reactivated. It comes before the MAC is
+    made: the token must not vouch for a row that the database then refuses.
+    """
+    limit = usage_limit(row["key_type"], row["max_usage_count"])
+    if move is Move.REACTIVATE and row["superseded_at"] is not None:
+        raise KmsError(Reason.KEY_INACTIVE, "a key that was superseded stays inactive")
+    if move is Move.REACTIVATE and limit is not None and row["usage_counter"] >= limit:
+        raise KmsError(Reason.USAGE_LIMIT_REACHED, "the key has been used as often as it may be")
+    if move is Move.COMPROMISE and change.occurred_at is not None and change.occurred_at > moment:
+        raise malformed("occurred_at", "expected a moment that has passed")
+    if move is Move.SCHEDULE_DESTRUCTION and change.pending_days is not None and not 7 <= change.pending_days <= 90:
+        raise malformed("pending_days", "expected 7 to 90 days")
+    if move is Move.UPDATE:
+        _check_narrower(row, change, moment)
+
+
+def _check_narrower(row: Row, change: Change, moment: datetime) -> None:
+    count, now_at, expires_at, ends_at = change.max_usage_count, row["max_usage_count"], change.expires_at, row["expires_at"]
+    if count is not None and (count < max(row["usage_counter"], 1) or (now_at is not None and count > now_at)):
+        raise malformed("max_usage_count", "expected no more than the limit now, no fewer than the uses so far, and at least 1")
+    if expires_at is not None and (expires_at <= moment or (ends_at is not None and expires_at > ends_at)):
+        raise malformed("expires_at", "expected a moment ahead, and not behind the expiry now")
 
 
 def destroyed(row: Row, moment: datetime) -> Row:
@@ -147,7 +176,7 @@ def _value(value: object) -> bytes:
             return b"i%d" % value
         case UUID():
             return b"u" + value.bytes
-        case datetime():
+        case datetime() if value.tzinfo is not None:
             return b"m%d" % ((value - _BEGINNING) // _MICROSECOND)
         case dict():
             return b"j" + json.dumps(value, sort_keys=True, separators=(",", ":")).encode()

@@ -47,7 +47,9 @@ def backup(dsn: str, out: Path, journals: Sequence[Path] = ()) -> tuple[Path, Ma
 def connected(settings: dict[str, Any]) -> psycopg.Connection[Any]:
     """Return a connection in autocommit mode. Raises STORE_UNAVAILABLE."""
     try:
-        return psycopg.connect(**settings, autocommit=True, prepare_threshold=None)
+        connection = psycopg.connect(**settings, autocommit=True, prepare_threshold=None)
+        connection.execute("SET timezone = 'UTC'")  # days are of 24 hours, as where MACs are made
+        return connection
     except psycopg.OperationalError as error:
         raise unavailable(f"the database does not answer: {error}") from None
 

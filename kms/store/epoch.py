@@ -24,6 +24,8 @@ from kms.domain.key_row import AUTHENTICATED, Row, epoch_bytes
 from kms.domain.restoring import Restoring, confirmed
 from kms.store.errors import unavailable
 from kms.store.journal import Entry, Event
+from kms.store.journal_knowledge import JournalKnowledge
+from kms.store.keys import key_record
 from kms.store.pool import AS_ADMINISTRATOR, AS_JOB, Pool
 from kms.store.renewed_macs import TokenMac, renewed_macs
 
@@ -54,7 +56,8 @@ UNCONFIRMED: Final = """
     ORDER BY user_id, key_id
 """
 RESTORED_KEY: Final = f"""
-    SELECT {", ".join(f"k.{column}" for column in AUTHENTICATED)}, k.record_mac
+    SELECT {", ".join(f"k.{column}" for column in AUTHENTICATED)}, k.usage_counter, k.last_used_at, k.record_mac,
+        clock_timestamp() AS now
     FROM cryptography.restored_keys AS r JOIN cryptography.keys AS k ON k.id = r.key_id
     WHERE r.key_id = %(key)s AND r.confirmed_at IS NULL
 """
@@ -204,13 +207,17 @@ class Beginning:
     invalid: tuple[UUID, ...] = ()
 
 
-async def check_epoch(pool: Pool, records: Records) -> UUID:
-    """Return an id of the epoch, or raise STORE_UNAVAILABLE, saying what to run, for a database that lies elsewhere than it says.
+async def check_epoch(pool: Pool, records: Records, *, was_served: bool = False) -> tuple[int, UUID]:
+    """Return number and id of the epoch, or raise STORE_UNAVAILABLE, saying what to run, for a database that lies elsewhere.
+
+    *was_served*: something outside the database knows that it has an epoch.
 
     A database without an epoch was never served; its first begins. Raises RECORD_INVALID for an epoch that nobody with the token
     began: it would excuse a history that was put back.
     """
     found = await pool.fetch(AS_JOB, CURRENT)
+    if not found and was_served:
+        raise unavailable("the database has no epoch, and it was served before: rows were removed. Find out who, then restore it")
     if not found:
         here = (await pool.fetch(AS_JOB, HERE))[0]
         first = {**here, "number": 1, "cause": Cause.FIRST_START.value, "backup_created_at": None}
@@ -225,7 +232,7 @@ async def check_epoch(pool: Pool, records: Records) -> UUID:
             "the database is not where it was served last: it was restored, recovered to a point in time, or moved. "
             "Run `kms epoch begin` if it may have lost anything, `kms epoch continue` only if it has lost nothing"
         )
-    return UUID(bytes=sha256(epoch_bytes(found[0])).digest()[:16])
+    return found[0]["number"], UUID(bytes=sha256(epoch_bytes(found[0])).digest()[:16])
 
 
 async def current_epoch(pool: Pool) -> Epoch | None:
@@ -239,16 +246,21 @@ async def unconfirmed_keys(pool: Pool) -> Sequence[UnconfirmedKey]:
     return [UnconfirmedKey(**row) for row in await pool.fetch(AS_ADMINISTRATOR, UNCONFIRMED)]
 
 
-async def confirm_key(pool: Pool, records: Records, key_id: UUID, count: int) -> bool:
+async def confirm_key(
+    pool: Pool, records: Records, key_id: UUID, count: int, *, knowledge: JournalKnowledge | None = None
+) -> bool:
     """State that a restored key was used *count* times; return whether it is what it was before, and not at its limit.
 
     Raises KEY_NOT_FOUND for a key that waits for nothing, MALFORMED for a count below that of the backup or above the limit,
-    RECORD_INVALID for a key that is not as the service left it, STALE for one that was changed at this moment.
+    RECORD_INVALID for a key that is not as the service left it, or is older than *knowledge* of the journal; STALE for one that
+    was changed at this moment.
     """
     rows = await pool.fetch(AS_ADMINISTRATOR, RESTORED_KEY, {"key": key_id})
     if not rows:
         raise _waits_for_nothing()
     await records.prove_key(rows[0])
+    if knowledge is not None:
+        knowledge.check(key_record(rows[0], records.judged_at(rows[0]["now"])))
     epochs = await pool.fetch(AS_ADMINISTRATOR, BEGUN_AT, {"moment": rows[0]["deactivated_at"]})
     for epoch in epochs:
         await _prove(records, epoch)

@@ -71,6 +71,18 @@ def changed_line(key_id: UUID, version: int, *, occurred_at: datetime, what: str
     return Line(Event.KEY_CHANGED, key_id, occurred_at, f"version {version}, {what}")
 
 
+def epoch_number(line: Line) -> int:
+    """Return the number in a line of `see_epoch`."""
+    number = line.reason.removeprefix("epoch ")
+    return int(number) if number.isdecimal() else 0
+
+
+def version_in(line: Line) -> int:
+    """Return the version in a line that `changed_line` made, 0 for another."""
+    number = line.reason.removeprefix("version ").partition(",")[0]
+    return int(number) if number.isdecimal() else 0
+
+
 @dataclass(frozen=True, slots=True)
 class Entry(Line):
     """A line of a journal, where it stands."""
@@ -92,12 +104,21 @@ class Journal:
         with self._opened(at) as (_, head):
             return head
 
-    def see_epoch(self, epoch: UUID, *, at: datetime) -> None:
-        """Write down that *epoch* is served, unless it was the last that was. Raises as `begin` does."""
+    def see_epoch(self, number: int, epoch: UUID, *, at: datetime) -> None:
+        """Write down that *epoch* with its *number* is served, unless it was the last that was.
+
+        Raises as `begin` does, and STORE_UNAVAILABLE for one with a lower number: a row of it was removed, or an older database
+        put back.
+        """
 
         def decide(entries: Iterator[Entry]) -> Sequence[Line]:
             last = next((entry for entry in entries if entry.event is Event.EPOCH_SEEN), None)
-            return () if last is not None and last.subject == epoch else [Line(Event.EPOCH_SEEN, epoch, at, "")]
+            if last is not None and epoch_number(last) > number:
+                raise unavailable(
+                    f"{self.path} knows of epoch {epoch_number(last)}, and the database is in epoch {number}: it was put "
+                    "back, or rows of it were removed. Find out who, then run `kms epoch begin`"
+                )
+            return () if last is not None and last.subject == epoch else [Line(Event.EPOCH_SEEN, epoch, at, f"epoch {number}")]
 
         self.extend(decide, at=at)
 

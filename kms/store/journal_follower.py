@@ -2,8 +2,10 @@
 
 A service that was killed between a change and its line, or could not write the line, leaves such a gap, and so do others that
 serve the same database. The events of keys are followed in the order of the trail, from a place that the journal itself keeps
-in lines of its own: a journal that is gone, or is of another epoch, has none, and then every key is looked at once.
+in lines of its own: a journal that is gone, or is of another epoch, has none, and then every key is looked at once. Nothing is
+appended that the proven record of its key does not show.
 """
+# ruff: noqa: S608  # queries are put together from literals alone: LiteralString, which basedpyright checks
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
@@ -12,10 +14,14 @@ from datetime import datetime
 from typing import Final, NamedTuple
 from uuid import UUID
 
+import structlog
 from psycopg.rows import DictRow
 
+from kms.app.records import Records
+from kms.domain.errors import KmsError, Reason
+from kms.domain.key_row import AUTHENTICATED
 from kms.store.errors import unavailable
-from kms.store.journal import Entry, Event, Journal, Line, changed_line
+from kms.store.journal import Entry, Event, Journal, Line, changed_line, version_in
 from kms.store.pool import AS_ADMINISTRATOR, AS_JOB, Pool
 
 # Epochs of one number can differ: a backup may be restored twice.
@@ -45,14 +51,18 @@ KEYS: Final = """
     ORDER BY id
     LIMIT %(limit)s
 """
+OF_KEYS: Final = f"""
+    SELECT {", ".join(AUTHENTICATED)}, record_mac FROM cryptography.keys WHERE id = ANY (%(ids)s)
+"""
 ROWS_MAX: Final = 1_000
+_LOG = structlog.get_logger("kms.store.journal_follower")
 _FIRST_ID: Final = UUID(int=0)
 _EVENTS: Final = {
     "key.revoked": Event.KEY_REVOKED,
     "key.compromised": Event.KEY_COMPROMISED,
     "key.destroyed": Event.KEY_DESTROYED,
 }
-_NARROWING: Final = frozenset({"key.deactivated", "key.destruction_scheduled"})
+_NARROWING: Final = frozenset({"key.deactivated", "key.destruction_scheduled", "key.destruction_cancelled"})
 _COLUMNS: Final = {
     "compromised_at": Event.KEY_COMPROMISED,
     "revoked_at": Event.KEY_REVOKED,
@@ -73,6 +83,7 @@ class JournalFollower:
 
     pool: Pool
     journal: Journal
+    records: Records
 
     async def catch_up(self) -> None:
         """Append every move that belongs there, was made before all transactions under way, and is not in the journal.
@@ -86,8 +97,31 @@ class JournalFollower:
             lines, reached = await self._lines_of_keys(), Place(here["horizon"])
         else:
             lines, reached = await self._lines_of_events(written)
+        lines = await self._shown(lines)
         if lines or reached != written:
             await self._extend(now, lambda entries: _missing(entries, lines, epoch, now, written, reached))
+
+    async def _shown(self, lines: Sequence[Line]) -> list[Line]:
+        """Return those of *lines* that the proven record of their key shows too: what is in the journal is there for ever."""
+        shown = list[Line]()
+        for start in range(0, len(lines), ROWS_MAX):
+            part = lines[start : start + ROWS_MAX]
+            rows = await self.pool.fetch(AS_ADMINISTRATOR, OF_KEYS, {"ids": list({line.subject for line in part})})
+            proven = {row["id"]: row for row in rows if await self._is_proven(row)}
+            shown += [line for line in part if line.subject in proven and _shows(proven[line.subject], line)]
+            for line in part:
+                if line.subject not in proven:
+                    _LOG.error("not journaled: the key's record is not ours", key=str(line.subject), line=line.event.value)
+        return shown
+
+    async def _is_proven(self, row: DictRow) -> bool:
+        try:
+            await self.records.prove_key(row)
+        except KmsError as error:
+            if error.reason is not Reason.RECORD_INVALID:
+                raise
+            return False
+        return True
 
     async def _written(self, epoch: UUID, now: datetime) -> Place | None:
         """Return how far the journal says that *epoch* was followed."""
@@ -126,6 +160,18 @@ class JournalFollower:
             raise unavailable(f"the journal {self.journal.path} cannot be written: {error.strerror}") from None
 
 
+def _shows(row: DictRow, line: Line) -> bool:
+    match line.event:
+        case Event.KEY_REVOKED:
+            return row["revoked_at"] is not None
+        case Event.KEY_COMPROMISED:
+            return row["compromised_at"] is not None
+        case Event.KEY_DESTROYED:
+            return row["destroyed_at"] is not None
+        case _:
+            return bool(row["version"] >= version_in(line))
+
+
 def _missing(
     entries: Iterator[Entry], lines: Sequence[Line], epoch: UUID, now: datetime, written: Place | None, reached: Place
 ) -> Sequence[Line]:
@@ -162,7 +208,7 @@ def _line_of_event(row: DictRow) -> Line | None:
     if (event := _EVENTS.get(kind)) is not None:
         return Line(event, key_id, at, reason)
     if kind in _NARROWING or (kind == "key.updated" and row["is_narrowed"]):
-        return changed_line(key_id, row["aggregate_version"], occurred_at=at, what=f"{kind}: {reason}")
+        return changed_line(key_id, int(row["aggregate_version"]), occurred_at=at, what=f"{kind}: {reason}")
     return None
 
 

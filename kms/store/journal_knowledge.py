@@ -7,6 +7,7 @@ worker or of another on the machine.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from uuid import UUID
 
@@ -17,9 +18,24 @@ from kms.domain.key_row import record_invalid
 from kms.domain.keys import KeyFilter, KeyRecord, UsableKey
 from kms.domain.lifecycle import State
 from kms.store.errors import unavailable
-from kms.store.journal import Entry, Event, parse_line
+from kms.store.journal import Entry, Event, epoch_number, parse_line, version_in
 
 _ENDS = (Event.KEY_COMPROMISED, Event.KEY_REVOKED, Event.KEY_DESTROYED)
+
+
+@dataclass(frozen=True, slots=True)
+class Narrowed:
+    """What the journal knows of a key that was changed: the version since then, and its limits then, None without one."""
+
+    version: int
+    max_usage_count: int | None
+    expires_at: datetime | None
+
+    def fits(self, key: KeyRecord) -> bool:
+        """Whether *key* is no older than this, and its limits are no wider."""
+        count, ends_at = self.max_usage_count, self.expires_at
+        is_limited = count is None or (key.max_usage_count is not None and key.max_usage_count <= count)
+        return key.version >= self.version and is_limited and (ends_at is None or _ends_by(key, ends_at))
 
 
 @dataclass(slots=True, eq=False)
@@ -27,9 +43,11 @@ class JournalKnowledge:
     """The journal in *path*, as far as it was read: it follows the file, so it changes."""
 
     path: Path
+    _file_id: int = 0
     _offset: int = 0
+    _epoch: int = 0
     _ended: dict[UUID, set[Event]] = field(default_factory=dict, repr=False)
-    _versions: dict[UUID, int] = field(default_factory=dict, repr=False)
+    _narrowed: dict[UUID, Narrowed] = field(default_factory=dict, repr=False)
 
     def check(self, key: KeyRecord) -> None:
         """Raise RECORD_INVALID for a key that the journal knows to be revoked, compromised, destroyed or changed since.
@@ -38,35 +56,40 @@ class JournalKnowledge:
         """
         self.follow()
         key_id = key.identity.key_id
+        narrowed = self._narrowed.get(key_id)
         shows = all(_shows(key, event) for event in self._ended.get(key_id, ()))
-        if not shows or key.version < self._versions.get(key_id, 0):
+        if not shows or (narrowed is not None and not narrowed.fits(key)):
             raise record_invalid(key_id)
 
     def follow(self) -> None:
         """Learn what was written since the last look. Raises STORE_UNAVAILABLE."""
         try:
-            size = os.stat(self.path).st_size
-            if size == self._offset:
+            found = os.stat(self.path)
+            if (found.st_ino, found.st_size) == (self._file_id, self._offset):
                 return
+            if found.st_ino != self._file_id or found.st_size < self._offset:
+                self._file_id, self._offset = found.st_ino, 0  # another file: what was known of the one before stays known
             with self.path.open("rb") as file:
                 file.seek(self._offset)
-                content = file.read(size - self._offset)
-        except (OSError, ValueError):
-            raise unavailable(f"the journal {self.path} cannot be read, or was cut off") from None
+                content = file.read(found.st_size - self._offset)
+        except OSError as error:
+            raise unavailable(f"the journal {self.path} cannot be read: {error.strerror}") from None
         # A line that is being written is read the next time.
-        finished = content[: content.rfind(b"\n") + 1]
-        for line in finished.splitlines():
-            self._learn(parse_line(line, str(self.path)))
-        self._offset += len(finished)
+        for line in content[: content.rfind(b"\n") + 1].splitlines(keepends=True):
+            self._learn(parse_line(line.removesuffix(b"\n"), str(self.path)))
+            self._offset += len(line)
 
     def _learn(self, line: Entry) -> None:
-        if line.event is Event.EPOCH_SEEN:
+        if line.event is Event.EPOCH_SEEN and epoch_number(line) >= self._epoch:
             # Versions of another epoch are those of other changes; what was ended stays so.
-            self._versions.clear()
+            self._epoch = epoch_number(line)
+            self._narrowed.clear()
         elif line.event in _ENDS:
             self._ended.setdefault(line.subject, set()).add(line.event)
         elif line.event is Event.KEY_CHANGED:
-            self._versions[line.subject] = max(self._versions.get(line.subject, 0), _version(line))
+            known = self._narrowed.get(line.subject)
+            told = Narrowed(version_in(line), _number_in(line, "max_usage_count"), _moment_in(line, "expires_at"))
+            self._narrowed[line.subject] = told if known is None else _narrower(known, told)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,24 +106,34 @@ class KnownKeys:
     async def find(self, caller: UserId, ref: KeyRef, *, recent: bool = False) -> KeyRecord | None:
         """Return the key, or None: see `Keys.find`. Raises RECORD_INVALID."""
         record = await self.keys.find(caller, ref, recent=recent)
-        if record is not None:
-            self.knowledge.check(record)
+        if record is not None and self._is_known_better(record):
+            # A move that was made meanwhile tells the journal before the cache: what is read now is after its line.
+            record = await self.keys.find(caller, ref)
+            if record is not None:
+                self.knowledge.check(record)
         return record
 
     async def find_usable(self, caller: UserId, ref: KeyRef, *, recent: bool = False) -> UsableKey | None:
         """Return the key with its envelope, or None: see `Keys.find_usable`. Raises RECORD_INVALID."""
         key = await self.keys.find_usable(caller, ref, recent=recent)
-        if key is not None:
-            self.knowledge.check(key.record)
+        if key is not None and self._is_known_better(key.record):
+            key = await self.keys.find_usable(caller, ref)
+            if key is not None:
+                self.knowledge.check(key.record)
         return key
 
     async def page(self, caller: UserId, which: KeyFilter, *, after: str, limit: int) -> KeyPage:
         """Return keys in the order of their names: see `Keys.page`."""
         page = await self.keys.page(caller, which, after=after, limit=limit)
-        invalid = [key.identity.key_id for key in page.keys if self._is_invalid(key)]
+        doubtful = [key.identity.key_id for key in page.keys if self._is_known_better(key)]
+        invalid = [key_id for key_id in doubtful if await self._is_invalid(caller, key_id)]
         return _without(page, invalid) if invalid else page
 
-    def _is_invalid(self, key: KeyRecord) -> bool:
+    async def _is_invalid(self, caller: UserId, key_id: KeyId) -> bool:
+        record = await self.keys.find(caller, key_id)
+        return record is not None and self._is_known_better(record)
+
+    def _is_known_better(self, key: KeyRecord) -> bool:
         try:
             self.knowledge.check(key)
         except KmsError as error:
@@ -126,7 +159,31 @@ def _shows(key: KeyRecord, event: Event) -> bool:
             return key.state is State.DESTROYED
 
 
-def _version(line: Entry) -> int:
-    """Return the version in a line that `changed_line` made, 0 for another."""
-    number = line.reason.removeprefix("version ").partition(",")[0]
-    return int(number) if number.isdecimal() else 0
+def _ends_by(key: KeyRecord, moment: datetime) -> bool:
+    return key.expires_at is not None and key.expires_at <= moment
+
+
+def _narrower(known: Narrowed, told: Narrowed) -> Narrowed:
+    """Return what both say of a key: limits are never raised."""
+    counts = [count for count in (known.max_usage_count, told.max_usage_count) if count is not None]
+    ends = [moment for moment in (known.expires_at, told.expires_at) if moment is not None]
+    return Narrowed(max(known.version, told.version), min(counts, default=None), min(ends, default=None))
+
+
+def _word_in(line: Entry, name: str) -> str | None:
+    """Return what a line of ours says of *name*, before the caller's reason, which may say anything."""
+    what = line.reason.partition(", ")[2].partition(": ")[0]
+    return next((word.partition("=")[2] for word in what.split(" ") if word.startswith(f"{name}=")), None)
+
+
+def _number_in(line: Entry, name: str) -> int | None:
+    word = _word_in(line, name)
+    return int(word) if word is not None and word.isdecimal() else None
+
+
+def _moment_in(line: Entry, name: str) -> datetime | None:
+    word = _word_in(line, name)
+    try:
+        return None if word is None else datetime.fromisoformat(word)
+    except ValueError:
+        return None

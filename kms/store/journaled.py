@@ -15,7 +15,8 @@ from kms.domain.lifecycle import Change, Move
 from kms.store.journal import Entry, Event, Journal, Line, changed_line, read_journal
 
 _DELAY_MIN: Final = timedelta(days=7)
-_NARROWING: Final = frozenset({Move.DEACTIVATE, Move.SCHEDULE_DESTRUCTION})
+# A cancelled destruction is among them: an old row that has it still must be known as old.
+_NARROWING: Final = frozenset({Move.DEACTIVATE, Move.SCHEDULE_DESTRUCTION, Move.CANCEL_DESTRUCTION})
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,12 @@ class JournaledLifecycle:
         if not found:
             return ()
         lines = await asyncio.to_thread(read_journal, self.journal.path)
-        scheduled = {line.subject for line in lines if _is_old_schedule(line, self.clock())}
+        scheduled = set[UUID]()
+        for line in lines:
+            if _is_old_schedule(line, self.clock()):
+                scheduled.add(line.subject)
+            elif line.event is Event.KEY_CHANGED:
+                scheduled.discard(line.subject)  # it was cancelled, or scheduled again not long ago
         # The object of a RESIDENT key is named by the key's id.
         return [hsm_key_id for hsm_key_id in found if UUID(hsm_key_id) in scheduled]
 

@@ -91,18 +91,17 @@ class StoredKeys:
     async def insert(self, caller: UserId, key: NewKey, *, call: Call | None = None, repeat: Repeat | None = None) -> KeyRecord:
         """Store a key: see `Keys.insert`."""
         try:
+            # Before a connection is held: the token may be slow.
+            row = _new_row(caller, key, (await self.pool.fetch(as_user(caller), NOW))[0]["now"])
+            parameters = {
+                **row,
+                "metadata": Jsonb(row["metadata"]),
+                "encrypted_private_key": key.material.envelope,
+                "record_mac": await self.records.mac_of_key(row),
+            }
             async with self.pool.transaction(as_user(caller)) as connection:
                 if call is not None:
                     await connection.execute(FOR_CALL, {"request_id": call.request_id, "peer": call.peer})
-                now = await (await connection.execute(NOW)).fetchone()
-                assert now is not None  # noqa: S101  # a SELECT without FROM gives a row
-                row = _new_row(caller, key, now["now"])
-                parameters = {
-                    **row,
-                    "metadata": Jsonb(row["metadata"]),
-                    "encrypted_private_key": key.material.envelope,
-                    "record_mac": await self.records.mac_of_key(row),
-                }
                 stored = await (await connection.execute(INSERT, parameters)).fetchone()
                 assert stored is not None  # noqa: S101  # INSERT … RETURNING gives a row or raises
                 record = await self._proven(stored, caller, key.identity.key_id)

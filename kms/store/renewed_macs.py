@@ -1,7 +1,8 @@
 """The MACs of keys that an operator's command changes by statements of its own: at the beginning of an epoch.
 
-The rows are kept as they were. After the changes a row gets a new MAC if it was proven before and became what was expected; any
-other stays without a valid one, and so refused.
+The rows are kept as they were. After the changes every row that was proven before must be what was expected of it, be it
+changed or not: a trigger in a restored database could swallow a change. It gets the MAC of what it is then. Any other row has no
+valid MAC, and so is refused.
 """
 # ruff: noqa: S608  # queries are put together from literals alone: LiteralString, which basedpyright checks
 
@@ -26,7 +27,7 @@ KEEP: Final = f"""
 INDEX: Final = "ALTER TABLE pg_temp.keys_before ADD PRIMARY KEY (id)"
 BEFORE: Final = f"""
     SELECT {", ".join(f"b.{column}" for column in AUTHENTICATED)}, b.usage_counter, b.record_mac
-    FROM pg_temp.keys_before AS b JOIN cryptography.keys AS k ON k.id = b.id AND k.version <> b.version
+    FROM pg_temp.keys_before AS b
     WHERE b.id > %(after)s
     ORDER BY b.id
     LIMIT 1000
@@ -46,7 +47,7 @@ TokenMac = Callable[[bytes], bytes]
 
 @contextmanager
 def renewed_macs(connection: psycopg.Connection[Any], restoring: Restoring, mac: TokenMac) -> Iterator[list[UUID]]:
-    """Renew the MACs of the keys that the block changes, at its end; yield the list of those that are not ours to renew."""
+    """Renew the MACs of the keys that the block changes, at its end; yield the list of those that have no valid one then."""
     connection.execute(KEEP)
     connection.execute(INDEX)
     invalid = list[UUID]()
@@ -69,11 +70,19 @@ def is_proven(row: Row, mac: TokenMac) -> bool:
 def _renew(connection: psycopg.Connection[Any], before: list[DictRow], restoring: Restoring, mac: TokenMac) -> list[UUID]:
     cursor = connection.cursor(row_factory=dict_row)
     now = {row["id"]: row for row in cursor.execute(AFTER, {"ids": [row["id"] for row in before]}).fetchall()}
-    ours = {
-        row["id"]: key_bytes(now[row["id"]])
-        for row in before
-        if is_proven(row, mac)
-        and key_bytes({**restoring.applied(row), "version": now[row["id"]]["version"]}) == key_bytes(now[row["id"]])
-    }
-    connection.execute(RENEW, {"ids": list(ours), "macs": [mac(text) for text in ours.values()]})
-    return [row["id"] for row in before if row["id"] not in ours]
+    renewed, invalid = dict[UUID, bytes | None](), list[UUID]()
+    for row in before:
+        after = now.get(row["id"])
+        if after is None:
+            invalid.append(row["id"])
+            continue
+        is_ours = is_proven(row, mac)
+        is_expected = key_bytes({**restoring.applied(row), "version": after["version"]}) == key_bytes(after) if is_ours else False
+        if not is_expected:
+            invalid.append(row["id"])
+            if is_ours:
+                renewed[row["id"]] = None
+        elif after["version"] != row["version"]:
+            renewed[row["id"]] = mac(key_bytes(after))
+    connection.execute(RENEW, {"ids": list(renewed), "macs": list(renewed.values())})
+    return invalid

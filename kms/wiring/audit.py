@@ -14,7 +14,7 @@ from kms.app.keyring import Keyring
 from kms.app.ports import Hsm
 from kms.app.records import Records
 from kms.app.sealing import ALGORITHM, Sealing
-from kms.app.sealing_key import KEY_NAME, USER_NAME, SealingKeys, origin_of, reader_of
+from kms.app.sealing_key import AUDIT, KEY_NAME, USER_NAME, SealingKeys, origin_of, reader_of
 from kms.app.verifying import VerifyTrail, exported, verify_lines
 from kms.config import AuditConfig, Config
 from kms.domain.checkpoint import VerifierKey, parse_verifier_key
@@ -120,7 +120,8 @@ async def trail_reader(config: Config, pool: Pool, records: Records) -> NoteRead
     """Return what reads this deployment's checkpoints. Raises KEY_NOT_FOUND where none was ever made."""
     owner = await StoredUsers(pool).find_service(USER_NAME)
     key = None if owner is None else await StoredKeys(pool, records).find(owner, KEY_NAME)
-    if key is None:
+    # By its record alone: the name of its user is the database's to say, and anybody may call a key of theirs so.
+    if key is None or key.identity.bound_to != AUDIT:
         raise KmsError(Reason.KEY_NOT_FOUND, "there is no key for checkpoints yet: `kms serve` makes it at its first start")
     return reader_of(key, _is_valid, origin_of(config.deployment_id))
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from uuid import UUID
 
@@ -17,6 +18,7 @@ from kms.store import restore as restoration
 from kms.store.backup import backup as make_backup
 from kms.store.backup_file import Manifest
 from kms.store.epoch import Beginning
+from kms.store.journal_knowledge import JournalKnowledge
 from kms.store.restore_drill import held_keys
 from kms.wiring.parts import database_dsn, hsm_settings, migration_dsn, ready_pool, token_records, with_pool
 
@@ -71,8 +73,11 @@ def epoch_status(config: Config) -> tuple[epochs.Epoch | None, Sequence[epochs.U
 
 def confirm_restored_key(config: Config, key_id: UUID, count: int) -> bool:
     """State how often a restored key was used; return whether it is active again."""
+    journal = config.server.journal if config.server is not None else None
+    knowledge = None if journal is None else JournalKnowledge(journal)
     with token_records(config) as records:
-        return asyncio.run(with_pool(config, lambda pool: epochs.confirm_key(pool, records, key_id, count)))
+        confirm = partial(epochs.confirm_key, records=records, key_id=key_id, count=count, knowledge=knowledge)
+        return asyncio.run(with_pool(config, confirm))
 
 
 def ensure_partitions(config: Config, ahead_days: int) -> Sequence[str]:

@@ -162,7 +162,7 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         stack.push_async_callback(hsm.close)
         await check_token(config, hsm, StoredWrappingKeys(pool))
         records = Records(hsm.mac, host_clock)
-        epoch = await epochs.check_epoch(pool, records)
+        epoch = await epochs.check_epoch(pool, records, was_served=_was_served(config))
         telemetry = Telemetry(stack.enter_context(tracing(config.tracing, config.deployment_id)))
         disk = Disk(needed(config.database).disk_path)
         await stack.enter_async_context(repeating("disk", CHECK_SECONDS, disk.watch))
@@ -173,9 +173,12 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         ledger = await stack.enter_async_context(
             open_ledger(dsn, pool, settled=telemetry.settled, records_strangers=disk.has_room_for_strangers)
         )
-        journal = _journal(server_config.journal, epoch)
-        known_keys = keys if journal is None else KnownKeys(keys, JournalKnowledge(journal.path))
-        moves = telemetry.observed(_lifecycle(pool, records, journal), "store", "move", of="lifecycle.")
+        journal = _journal(server_config.journal, *epoch)
+        knowledge = None if journal is None else JournalKnowledge(journal.path)
+        if knowledge is not None:
+            await asyncio.to_thread(knowledge.follow)
+        known_keys = keys if knowledge is None else KnownKeys(keys, knowledge)
+        moves = telemetry.observed(_lifecycle(pool, records, journal, knowledge), "store", "move", of="lifecycle.")
         lifecycle = ForgettingLifecycle(moves, keys)
         is_first = supervised is None or supervised.number == 1
         await stack.enter_async_context(_upkeep(pool, stored_keys, hsm, lifecycle, journal, is_first=is_first))
@@ -224,7 +227,9 @@ async def _upkeep(
             reconciliation = Reconciliation(hsm, StoredResidentRows(pool, keys), hsm.opens, host_clock)
             await stack.enter_async_context(repeating("residents", RECONCILIATION_SECONDS, reconciling(reconciliation)))
         if journal is not None:
-            await stack.enter_async_context(repeating("journal", JOURNAL_SECONDS, JournalFollower(pool, journal).catch_up))
+            await stack.enter_async_context(
+                repeating("journal", JOURNAL_SECONDS, JournalFollower(pool, journal, keys.records).catch_up)
+            )
         await stack.enter_async_context(repeating("repeats", UPKEEP_SECONDS, partial(forget_answers, StoredRepeats(pool))))
         yield
 
@@ -268,19 +273,25 @@ def _advice(config: Config) -> list[str]:
     return ["the trail is not signed: set audit.checkpoints to a file outside the database"]
 
 
-def _journal(file: Path | None, epoch: UUID) -> Journal | None:
+def _was_served(config: Config) -> bool:
+    """Whether a file outside the database knows that it was served before."""
+    files = (needed(config.server).journal, config.audit.checkpoints if config.audit else None)
+    return any(file is not None and file.is_file() and file.stat().st_size > 0 for file in files)
+
+
+def _journal(file: Path | None, number: int, epoch: UUID) -> Journal | None:
     if file is None:
         return None
     journal = Journal(file)
     try:
-        journal.see_epoch(epoch, at=host_clock())
+        journal.see_epoch(number, epoch, at=host_clock())
     except OSError as error:
         raise KmsError(Reason.STORE_UNAVAILABLE, f"the journal {file} cannot be written: {error.strerror}") from None
     return journal
 
 
-def _lifecycle(pool: Pool, records: Records, journal: Journal | None) -> Lifecycle:
-    stored = StoredLifecycle(pool, records)
+def _lifecycle(pool: Pool, records: Records, journal: Journal | None, knowledge: JournalKnowledge | None) -> Lifecycle:
+    stored = StoredLifecycle(pool, records, knowledge)
     return stored if journal is None else JournaledLifecycle(stored, journal, host_clock)
 
 

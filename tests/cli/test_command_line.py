@@ -41,6 +41,7 @@ def test_the_command_has_what_the_readme_names() -> None:
         *("key destroy", "key cancel-destruction", "key update"),
         *("backup", "restore", "epoch show", "epoch begin", "epoch continue", "epoch confirm"),
         *("status", "audit search", "audit tail", "audit key", "audit export", "audit verify"),
+        *("records adopt", "records check"),
         *("partitions ensure", "partitions check", "partitions drain", "partitions archive"),
     }
 

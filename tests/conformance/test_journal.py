@@ -1,6 +1,7 @@
 """What a restore must not undo is in a file outside the database before it is answered."""
 
 from kms.store.journal import Event, read_journal
+from kms.v1 import crypto_pb2 as cpb
 from kms.v1 import keys_pb2 as kpb
 from tests.conformance.refusals import refusal
 from tests.conformance.requests import made
@@ -38,9 +39,13 @@ def test_what_is_for_good_is_journaled_before_it_is_answered_or_at_the_next_star
         journal.rename(journal.with_name("kept"))
         journal.mkdir()
         found = refusal(caller.keys.RevokeKey, kpb.RevokeKeyRequest(key="d", reason="r"))
-        assert found.reason == "OUTCOME_UNKNOWN"
-        assert caller.keys.GetKey(kpb.GetKeyRequest(key="d")).key.state == kpb.KEY_STATE_REVOKED
+        # What cannot be read cannot be asked: nothing was done, and no key is used.
+        assert found.reason == "STORE_UNAVAILABLE"
+        assert refusal(caller.crypto.Encrypt, cpb.EncryptRequest(key="d", plaintext=b"p")).reason == "STORE_UNAVAILABLE"
     journal.rmdir()
     journal.with_name("kept").rename(journal)
-    with deployment.serving():
-        soon(lambda: (Event.KEY_REVOKED, unwritten.id) in told())
+    with deployment.serving() as server:
+        caller = server.caller(caller.user_id)
+        assert caller.keys.GetKey(kpb.GetKeyRequest(key="d")).key.state == kpb.KEY_STATE_ACTIVE
+        caller.keys.RevokeKey(kpb.RevokeKeyRequest(key="d", reason="r"))
+        assert (Event.KEY_REVOKED, unwritten.id) in told()

@@ -189,6 +189,8 @@ def test_a_filter_that_few_keys_fit_takes_pages_of_bounded_work_and_finds_them_a
     with psycopg.connect(server.deployment.database.admin_dsn) as connection:
         connection.execute(b"SET session_replication_role = replica")  # no triggers: it is not about the trail
         connection.execute(COPIES, (caller.user_id,))
+        ids = connection.execute("SELECT id FROM cryptography.keys WHERE user_id = %s", (caller.user_id,)).fetchall()
+        server.deployment.macs.renew(connection, [row[0] for row in ids])
     request = kpb.ListKeysRequest(type=kpb.KEY_TYPE_SECP256R1)
     made(caller, "secp256r1", name="n2400/one")
     pages = [caller.keys.ListKeys(request)]

@@ -111,7 +111,7 @@ def test_what_should_be_seen_to_is_told(production: Deployment, monkeypatch: pyt
         admin.execute(b"UPDATE cryptography.epochs SET timeline = 'FFFFFFFF'")
         soon(lambda: server.seen("/readyz")[0] == 503 and "5% free" in server.seen("/readyz")[1])
         lines = server.seen("/readyz")[1].splitlines()
-        assert lines[0].startswith("epoch: the database is not where it was served last")
+        assert lines[0].startswith("epoch: epoch 1 of the database was begun without the token")
         assert "warning: refusals of callers who are not admitted are no longer recorded" in lines
         done = production.run("--config", str(server.client_config("operator")), "status", "--json")
         assert (done.returncode, [*json.loads(done.stdout)["faults"]]) == (1, ["epoch"])

@@ -72,9 +72,9 @@ def bench(postgres: EmbeddedPostgres, token_template: Path, tmp_path_factory: py
             if row != (None,):
                 break
             threading.Event().wait(0.1)
-        key = run_kms("--config", deployment.config_file, "audit", "key")
-        assert key.code == 0, key
-        yield Bench(server, auditor, admin, key.out.decode().strip())
+        key = deployment.run("audit", "key")
+        assert key.returncode == 0, key
+        yield Bench(server, auditor, admin, key.stdout.strip())
 
 
 @contextmanager

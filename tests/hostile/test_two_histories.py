@@ -190,7 +190,9 @@ def refused(signed: Signed, remembered: bytes, attack: Callable[[], None] | None
         attack()
     until(lambda: signed.refusing_workers(lines) == {1, 2})
     events = signed.events("audit.history_refused", began)
-    assert [severity for severity, _ in events] == ["critical"]
+    # One of a machine; two workers that refuse at the same moment may both report it.
+    assert {severity for severity, _ in events} == {"critical"}
+    assert len(events) <= 2
     assert events[0][1].keys() == {"expected", "found", "machine"}
     assert signed.file.read_bytes() == remembered
     _, told = signed.server.seen("/readyz")

@@ -39,7 +39,7 @@ def journal(tmp_path: Path) -> Journal:
 @pytest.fixture
 async def follower(store: Pool, journal: Journal) -> JournalFollower:
     await check_epoch(store, RECORDS)
-    return JournalFollower(store, journal)
+    return JournalFollower(store, journal, RECORDS)
 
 
 @pytest.fixture
@@ -264,7 +264,7 @@ async def test_workers_that_catch_up_at_once_write_nothing_twice(
 ) -> None:
     for _ in range(2):  # first without a place, then behind one
         made = await moved_each_way(store, admin, alice)
-        await asyncio.gather(*(JournalFollower(store, journal).catch_up() for _ in range(3)))
+        await asyncio.gather(*(JournalFollower(store, journal, RECORDS).catch_up() for _ in range(3)))
         assert set(made) <= set(told(journal))
         assert [told(journal).count(line) for line in made] == [1] * len(made)
 
