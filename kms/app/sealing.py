@@ -110,9 +110,9 @@ class Sealing:
         epoch, key = await self.trail.epoch(), self.key.reader.key
         kept = memory.last()
         known = None if kept is None else self.key.reader.open(kept.text)
-        if known is not None and (epoch, tree.size) <= (known.epoch, known.tree_size):
+        if known is not None and epoch < known.epoch:
             # An epoch that is older than what was signed: its row was removed, or an older database put back.
-            raise HistoryError(f"more than {known.tree_size} rows in epoch {known.epoch}", f"{tree.size} rows in epoch {epoch}")
+            raise HistoryError(f"epoch {known.epoch} or a later one", f"epoch {epoch}")
         checkpoint = Checkpoint(key.name, tree.size, tree.root(), epoch, last.tree.size, self.clock())
         signature = await self.hsm.sign(self.key.held, ALGORITHM, checkpoint.text().encode())
         made = StoredCheckpoint(tree, horizon, epoch, signed_note(checkpoint, key, signature))

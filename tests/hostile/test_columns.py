@@ -137,7 +137,7 @@ def test_the_time_of_the_last_use_decides_nothing(superuser: Superuser, owner: C
 @pytest.mark.parametrize("column", columns_told("cryptography.request_records"))
 def test_a_stored_answer_is_refused_or_made_again(superuser: Superuser, owner: Caller, column: str) -> None:
     edit = {
-        "result": "overlay(result placing '\\x00'::bytea from 40)",
+        "result": "set_byte(result, 5, 255 - get_byte(result, 5))",
         "body_mac": "sha256(body_mac)",
         "rpc": "rpc || 'x'",
         "request_id": "'another'",
@@ -206,8 +206,12 @@ def test_no_checkpoint_follows_one_that_was_edited(
         "WHERE conrelid = 'audit.checkpoints'::regclass AND contype = 'c'"
     )
     last = "tree_size = (SELECT max(tree_size) FROM audit.checkpoints)"
-    superuser(*(row["drop"] for row in drops), f"CREATE TABLE public.kept AS SELECT * FROM audit.checkpoints WHERE {last}")
-    superuser(f"UPDATE audit.checkpoints SET {column} = {CHECKPOINT_EDITS[column]} WHERE {last}")
+    superuser(*(row["drop"] for row in drops))
+    superuser(
+        "LOCK TABLE audit.checkpoints IN EXCLUSIVE MODE",  # none is signed between the two
+        f"CREATE TABLE public.kept AS SELECT * FROM audit.checkpoints WHERE {last}",
+        f"UPDATE audit.checkpoints SET {column} = {CHECKPOINT_EDITS[column]} WHERE {last}",
+    )
     owner.crypto.Sign(SIGN, timeout=15)  # something to sign
     if told()["audit.checkpoints", column] == "harmless":
         size = superuser("SELECT tree_size FROM public.kept")[0]["tree_size"]

@@ -290,8 +290,9 @@ def test_what_no_call_does_is_named_though_the_trail_tells_of_it(bench: Bench, c
     # With the triggers, so that the trail has an entry, and row and trail agree.
     key = a_key(caller, max_usage_count=10)
     _forged.add(key.id)
-    bench.admin.execute("UPDATE cryptography.keys SET max_usage_count = 20 WHERE id = %s", (key.id,))
+    edit = bench.server.deployment.edit_keys
+    edit("UPDATE cryptography.keys SET max_usage_count = 20 WHERE id = %s", key.id)
     caller.keys.RevokeKey(kpb.RevokeKeyRequest(key=key.id, reason="lost"))
-    bench.admin.execute("UPDATE cryptography.keys SET key_status = 'active', revoked_at = NULL WHERE id = %s", (key.id,))
+    edit("UPDATE cryptography.keys SET key_status = 'active', revoked_at = NULL WHERE id = %s", key.id)
     expected = {("KEY_MOVE_FORBIDDEN", "0", "max_usage_count"), ("KEY_MOVE_FORBIDDEN", "0", "key_status")}
     assert both(bench, key.id) == (expected, expected)

@@ -4,6 +4,7 @@ import hashlib
 import hmac
 from datetime import UTC, datetime
 from typing import Any
+from uuid import UUID
 
 import psycopg
 from psycopg import sql
@@ -26,9 +27,11 @@ async def amac(data: bytes) -> bytes:
 RECORDS = Records(amac, lambda: datetime.now(UTC))
 
 
-def renew_macs(connection: psycopg.Connection[Any]) -> None:
+def renew_macs(connection: psycopg.Connection[Any], *, only: UUID | None = None) -> None:
     """Give each key the MAC of its record as it is, as if the service had made what a test has made of it."""
     columns = sql.SQL(", ").join(map(sql.Identifier, AUTHENTICATED))
     found = connection.cursor(row_factory=dict_row).execute(sql.SQL("SELECT {} FROM cryptography.keys").format(columns))
     for row in found.fetchall():
+        if only is not None and row["id"] != only:
+            continue
         connection.execute("UPDATE cryptography.keys SET record_mac = %s WHERE id = %s", (mac(key_bytes(row)), row["id"]))

@@ -239,6 +239,7 @@ async def test_a_move_that_commits_late_is_not_passed_by(
         admin.execute(
             "UPDATE cryptography.keys SET key_status = 'revoked', revoked_at = now() WHERE id = %s", (slow.identity.key_id,)
         )
+        renew_macs(admin, only=slow.identity.key_id)
         await move(store, alice, fast, Move.REVOKE)
         await follower.catch_up()
     await follower.catch_up()
