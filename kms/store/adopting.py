@@ -12,8 +12,10 @@ import psycopg
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
+from kms.domain.errors import KmsError, Reason
 from kms.domain.key_row import AUTHENTICATED, epoch_bytes, key_bytes
 from kms.store.backup import check_login_sees_all, connected
+from kms.store.errors import unavailable
 from kms.store.pool import connection_settings
 from kms.store.renewed_macs import RENEW, TokenMac, is_proven
 
@@ -75,12 +77,23 @@ def adopt_records(dsn: str, mac: TokenMac) -> int:
             while rows := _page(connection, after):
                 after = rows[-1]["id"]
                 bare = [row for row in rows if row["record_mac"] is None]
-                connection.execute(RENEW, {"ids": [row["id"] for row in bare], "macs": [mac(key_bytes(row)) for row in bare]})
+                connection.execute(RENEW, {"ids": [row["id"] for row in bare], "macs": [_mac(mac, row) for row in bare]})
                 adopted += len(bare)
             for epoch in connection.cursor(row_factory=dict_row).execute(EPOCHS).fetchall():
                 connection.execute(ADOPT_EPOCH, {"number": epoch["number"], "mac": mac(epoch_bytes(epoch))})
             connection.execute(RECORD, {"details": Jsonb({"keys": adopted})})
     return adopted
+
+
+def _mac(mac: TokenMac, row: dict[str, Any]) -> bytes:
+    try:
+        return mac(key_bytes(row))
+    except KmsError as error:
+        if error.reason is not Reason.RECORD_INVALID:
+            raise
+        raise unavailable(
+            f"the key {row['id']} has a value that no key of ours has: nothing was adopted; look at its row"
+        ) from None
 
 
 def _page(connection: psycopg.Connection[Any], after: UUID) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ from kms.domain.ids import KeyId, KeyRef, UserId
 from kms.domain.keys import KeyFilter, KeyRecord, UsableKey
 from kms.domain.lifecycle import Change, Move
 from kms.store.cache import Cache, CacheStatus
+from kms.store.counts import Counts
 from kms.store.misses import Misses
 
 _KEY_BYTES: Final = 2048  # of objects, beside the texts in them
@@ -53,6 +54,7 @@ class CachedKeys:
     stored: Keys
     cache: Cache[tuple[UserId, KeyRef], UsableKey] = field(default_factory=_key_cache, repr=False)
     misses: Misses = field(default_factory=Misses, repr=False)
+    counts: Counts = field(default_factory=Counts, repr=False)
 
     async def insert(self, caller: UserId, key: NewKey, *, call: Call | None = None, repeat: Repeat | None = None) -> KeyRecord:
         """Store a key: see `Keys.insert`."""
@@ -88,6 +90,7 @@ class CachedKeys:
 
     async def _sought(self, caller: UserId, ref: KeyRef) -> UsableKey | None:
         self.misses.pay(caller, ref)
+        mark = self.counts.mark()
         try:
             key = await self.stored.find_usable(caller, ref)
         except KmsError:
@@ -96,6 +99,7 @@ class CachedKeys:
         if key is not None:
             self.misses.give_back(caller, ref)
             self.misses.see(key.record)
+            self.counts.check(key.record, mark)
         return key
 
 
@@ -129,8 +133,11 @@ class ForgettingLedger:
 
     async def settle(self, entry: Entry) -> None:
         """Charge and record a use: see `Ledger.settle`."""
+        is_counted = entry.is_charged and self.keys.counts.is_counted(entry.key_id)
         try:
             await self.ledger.settle(entry)
+            if is_counted:
+                self.keys.counts.charged(entry.key_id)
         except KmsError as error:
             if error.reason in LOOK_AGAIN:  # else it would be read anew of a database in trouble
                 self.keys.drop(entry.key_id)

@@ -22,6 +22,7 @@ from kms.domain.trail_lines import Note, parse_line
 from kms.store.errors import unavailable
 from kms.store.journal import sync_directory
 
+_LINE_BEGINS: Final = b'{"note":'
 _LINE_BYTES_MAX: Final = 16_384
 _LOCK_SECONDS: Final = 0.05
 T = TypeVar("T")
@@ -175,7 +176,8 @@ def _repaired(file: IO[bytes]) -> bytes | None:
     start = file.seek(max(0, size - 2 * _LINE_BYTES_MAX))
     tail = file.read(size - start)
     finished = tail[: tail.rfind(b"\n") + 1]
-    if size > 2 * _LINE_BYTES_MAX and not finished:
-        return tail
+    rest = tail[len(finished) :]
+    if (size > 2 * _LINE_BYTES_MAX and not finished) or not (rest.startswith(_LINE_BEGINS[: len(rest)])):
+        return rest or tail  # no line of ours: another file, which is left as it is
     file.truncate(start + len(finished))
     return finished.removesuffix(b"\n").rpartition(b"\n")[2] if finished else None

@@ -115,7 +115,8 @@ class Refusals:
         source = _source(call)
         window = self._window(source, now)
         is_critical = reason in _CRITICAL
-        if not is_critical and (window.singles >= SINGLE_MAX or len(self._rows) >= _WAITING_MAX):
+        is_full = len(self._rows) >= _WAITING_MAX
+        if is_full or (not is_critical and window.singles >= SINGLE_MAX):
             window.add(reason, now)
             return
         window.singles += not is_critical

@@ -86,6 +86,11 @@ async def signing_trail(
     found = SealingKeys(keys, keyring, owner, _is_valid, origin_of(config.deployment_id))
 
     async def make() -> Sealing:
+        if any(finished_lines(file.path)) and not await found.is_made():
+            # Another key would sign another trail, and each that is made stays in the token.
+            raise KmsError(
+                Reason.KEY_NOT_FOUND, f"the key that has signed the checkpoints in {file.path} is gone: restore its row"
+            )
         key = await found.find_or_make()
         return Sealing(StoredSealedTrail(pool, records), hsm, key, file, StoredHistoryEvents(pool), host_clock, seen)
 

@@ -267,6 +267,16 @@ def _server(
 
 def _advice(config: Config) -> list[str]:
     """Return what should be configured otherwise, though the service can do without."""
+    return [*_without_memory(config), *_without_journal(config)]
+
+
+def _without_journal(config: Config) -> list[str]:
+    if config.mode != "production" or needed(config.server).journal is not None:
+        return []
+    return ["nothing outside the database knows of revoked keys: set server.journal"]
+
+
+def _without_memory(config: Config) -> list[str]:
     if config.audit is not None and config.audit.checkpoints is not None:
         return []
     # In production mode the configuration is at fault.

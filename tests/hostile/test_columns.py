@@ -4,6 +4,8 @@ The edits of `cryptography.keys` that are refused are tried one by one in `test_
 """
 
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +17,6 @@ from kms.v1 import crypto_pb2 as cpb
 from kms.v1 import keys_pb2 as kpb
 from tests.conformance.refusals import refusal
 from tests.conformance.requests import made
-from tests.conformance.test_outages import soon
 from tests.fixtures.server import Caller, RunningServer
 from tests.hostile.conftest import Superuser
 from tests.hostile.test_records import EDITS, forget
@@ -80,6 +81,14 @@ def told() -> dict[tuple[str, str], str]:
         if found
         for column in found[2].split(", ")
     }
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """Wait until *condition* holds: a worker that refused looks again every few seconds."""
+    deadline = time.monotonic() + 100
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.1)
 
 
 def columns_told(table: str) -> list[str]:
@@ -200,7 +209,7 @@ def test_a_grant_opens_no_key(attacked: RunningServer, superuser: Superuser, own
 def test_no_checkpoint_follows_one_that_was_edited(
     attacked: RunningServer, superuser: Superuser, owner: Caller, column: str
 ) -> None:
-    soon(lambda: refused(attacked) == 0 and superuser("SELECT count(*) AS n FROM audit.checkpoints")[0]["n"] > 0)
+    eventually(lambda: refused(attacked) == 0 and superuser("SELECT count(*) AS n FROM audit.checkpoints")[0]["n"] > 0)
     drops = superuser(
         "SELECT format('ALTER TABLE audit.checkpoints DROP CONSTRAINT %I', conname) AS drop FROM pg_constraint "
         "WHERE conrelid = 'audit.checkpoints'::regclass AND contype = 'c'"
@@ -215,18 +224,18 @@ def test_no_checkpoint_follows_one_that_was_edited(
     owner.crypto.Sign(SIGN, timeout=15)  # something to sign
     if told()["audit.checkpoints", column] == "harmless":
         size = superuser("SELECT tree_size FROM public.kept")[0]["tree_size"]
-        soon(lambda: superuser("SELECT max(tree_size) AS n FROM audit.checkpoints")[0]["n"] > size)
+        eventually(lambda: superuser("SELECT max(tree_size) AS n FROM audit.checkpoints")[0]["n"] > size)
         superuser("DROP TABLE public.kept")
         return
     try:
-        soon(lambda: refused(attacked) == 1)
+        eventually(lambda: refused(attacked) == 1)
     finally:
         superuser(
             "DELETE FROM audit.checkpoints WHERE tree_size >= (SELECT tree_size FROM public.kept)",
             "INSERT INTO audit.checkpoints SELECT * FROM public.kept",
             "DROP TABLE public.kept",
         )
-    soon(lambda: refused(attacked) == 0)
+    eventually(lambda: refused(attacked) == 0)
 
 
 @pytest.fixture
