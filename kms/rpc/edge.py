@@ -123,6 +123,7 @@ class Edge(Interceptor):
         method = _Method(handler_call_details.method.removeprefix(OURS), decode, cast(Any, inner))
 
         async def answer(_: object, context: Context) -> Message:
+            self._entrance.check_open(context)
             seconds = seconds_left(context, self._call_seconds_max)
             with self._telemetry.spans.call(method.name, context.invocation_metadata() or ()):
                 return await self._guarded(
@@ -130,6 +131,7 @@ class Edge(Interceptor):
                 )
 
         async def stream(_: object, context: Context) -> None:
+            self._entrance.check_open(context)
             seconds = seconds_left(context, STREAM_SECONDS_MAX)
             await self._guarded(method, context, self._streams, seconds, lambda body: self._stream(method, body, context))
 

@@ -98,11 +98,15 @@ class Entrance:
         self._messages = messages
         self._waste = waste
 
+    def check_open(self, context: Context) -> None:
+        """Cancel a call whose connection we have shut, at the least cost: no answer would reach its client."""
+        if self._connections.is_shut(peer_of_call(context.peer())):
+            raise asyncio.CancelledError
+
     def caller(self, context: Context) -> tuple[Peer, UserId]:
         """Return who calls, and from where. Raises CREDENTIALS_INVALID; `ShutOutError` for callers who are shut out."""
+        self.check_open(context)
         peer = peer_of_call(context.peer())
-        if self._connections.is_shut(peer):
-            raise ShutOutError
         try:
             user_id = self._identify(context.auth_context())
         except KmsError:
