@@ -5,18 +5,16 @@ groups of methods share no places: Check and List, which answer at once; Watch; 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 
 from kms.domain.errors import KmsError, Reason
-from kms.domain.ids import UserId
-from kms.rpc.entrance import Entrance
+from kms.rpc.entrance import SHUT_OUT, Entrance, ShutOutError
 from kms.rpc.limits import InFlightLimit
 from kms.rpc.messages import decoded
-from kms.rpc.peers import Peer, peer_of_call
 from kms.rpc.status import abort, status_of
 from kms.rpc.streams import begin, first
 from kms.rpc.transport import STREAM_SECONDS_MAX
@@ -38,26 +36,13 @@ _REFLECTIONS_MAX: Final = 64
 _REFLECTION_SECONDS_MAX: Final = 60.0
 
 
-class Identify(Protocol):
-    """Finds who calls from what TLS knows of the peer, `grpc.ServicerContext.auth_context()`."""
-
-    def __call__(self, auth_context: Mapping[str, Iterable[bytes]], /) -> UserId:
-        """Return the user that the certificate names, or raise CREDENTIALS_INVALID."""
-        ...
-
-    def claimed(self, auth_context: Mapping[str, Iterable[bytes]], /) -> UserId | None:
-        """Return whom the certificate names, be it good or not."""
-        ...
-
-
 class Bystanders:
     """Guards methods that are not ours. *note* is told of each refusal, with the method's name.
 
     Their streams end when *draining* is set.
     """
 
-    def __init__(self, identify: Identify, note: Note, draining: asyncio.Event, entrance: Entrance) -> None:
-        self._identify = identify
+    def __init__(self, note: Note, draining: asyncio.Event, entrance: Entrance) -> None:
         self._note = note
         self._draining = draining
         self._entrance = entrance
@@ -82,6 +67,8 @@ class Bystanders:
             try:
                 async with self._message(context, self._checks) as message:
                     return await inner(decoded(decode, message), context)
+            except ShutOutError:
+                return await abort(context, SHUT_OUT)
             except KmsError as error:
                 self._note(name, context, error)
                 return await abort(context, status_of(error))
@@ -101,7 +88,7 @@ class Bystanders:
         decode, inner = _parts(handler)
 
         async def stream(bodies: AsyncIterator[bytes], context: Context) -> None:
-            with self._entrance.stream(*self._caller(context), self._reflections):
+            with self._entrance.stream(*self._entrance.caller(context), self._reflections):
                 requests = (decoded(decode, body) async for body in bodies)
                 await self._lasting(inner(requests, context), context, _REFLECTION_SECONDS_MAX)
 
@@ -117,6 +104,8 @@ class Bystanders:
         async def refusing(bodies: AsyncIterator[bytes], context: Context) -> None:
             try:
                 await stream(bodies, context)
+            except ShutOutError:
+                await abort(context, SHUT_OUT)
             except KmsError as error:
                 self._note(name, context, error)
                 await abort(context, status_of(error))
@@ -136,15 +125,7 @@ class Bystanders:
         await self._draining.wait()
 
     def _message(self, context: Context, limit: InFlightLimit) -> AbstractAsyncContextManager[bytes]:
-        return self._entrance.message(context, *self._caller(context), limit)
-
-    def _caller(self, context: Context) -> tuple[Peer, UserId]:
-        peer = peer_of_call(context.peer())
-        try:
-            return peer, self._identify(context.auth_context())
-        except KmsError:
-            self._entrance.waste.note(peer, None)
-            raise
+        return self._entrance.message(context, *self._entrance.caller(context), limit)
 
 
 def _parts(handler: MethodHandler) -> tuple[Callable[[bytes], Any], Any]:

@@ -43,6 +43,7 @@ class _Connection:
     user: UserId | None = None
     has_called: bool = False
     is_superseded: bool = False
+    is_shut: bool = False
 
     @property
     def rank(self) -> tuple[bool, bool, float]:
@@ -71,9 +72,7 @@ class Connections:
         is idle, it is closed soon instead. Raises RATE_LIMITED also for one call too many on this connection: grpc keeps that
         limit only once the client has acknowledged it.
         """
-        connection = self._all.get(peer)
-        if connection is None:
-            connection = self._all[peer] = _Connection(peer, self.clock())
+        connection = self._of(peer)
         if connection.calls >= self.limits.calls_max:
             message = f"you have {self.limits.calls_max} calls in flight on one connection, which is as many as you may have"
             raise KmsError(Reason.RATE_LIMITED, message)
@@ -86,6 +85,18 @@ class Connections:
         finally:
             connection.calls -= 1
             connection.idle_since = self.clock()
+
+    def shut(self, peer: Peer) -> None:
+        """Close the connection of *peer* at once. Calls that came in before find that it `is_shut`."""
+        connection = self._of(peer)
+        if not connection.is_shut:
+            connection.is_shut = True
+            self.close(peer)
+
+    def is_shut(self, peer: Peer) -> bool:
+        """Return whether the connection of *peer* is one that we shut."""
+        connection = self._all.get(peer)
+        return connection is not None and connection.is_shut
 
     def to_close(self, present: Collection[Peer]) -> list[Peer]:
         """Return those of *present*, which are all connections that are open now, that are to be closed."""
@@ -101,6 +112,12 @@ class Connections:
         if len(self._all) > self.limits.total_max or max(excess.values(), default=0) > 0:
             closing = self._over_limit(excess)
         return [connection.peer for connection in closing]
+
+    def _of(self, peer: Peer) -> _Connection:
+        connection = self._all.get(peer)
+        if connection is None:
+            connection = self._all[peer] = _Connection(peer, self.clock())
+        return connection
 
     def _over_limit(self, excess: dict[str, int]) -> list[_Connection]:
         """Return what must go so that no address, and not all together, have too many."""

@@ -25,9 +25,9 @@ from kms.app.ports import Call, Ledger, Stranger
 from kms.domain.errors import INTERNAL, KmsError, Reason
 from kms.domain.ids import UserId
 from kms.domain.permissions import check_permitted
-from kms.rpc.bystanders import Bystanders, Identify
+from kms.rpc.bystanders import Bystanders
 from kms.rpc.connections import Connections
-from kms.rpc.entrance import Entrance, Waste
+from kms.rpc.entrance import SHUT_OUT, Entrance, Identify, ShutOutError, Waste
 from kms.rpc.headers import REQUEST_ID, request_id_of, seconds_left
 from kms.rpc.limits import CallLimits, InFlightLimit
 from kms.rpc.messages import MessageReader, decoded
@@ -93,14 +93,14 @@ class Edge(Interceptor):
         self._ledger = ledger
         self._telemetry = telemetry
         self._call_seconds_max = limits.call_seconds_max
-        waste = Waste(lambda peer: connections.close(peer))  # noqa: PLW0108 - it is set later
+        waste = Waste()
         messages, checks = (MessageReader(limits.message_seconds_max, waiting_max=limits.calls_max) for _ in range(2))
-        self._entrance = Entrance(connections, messages, waste)
+        self._entrance = Entrance(identify, connections, messages, waste)
         self._calls = InFlightLimit("calls", limits.calls_per_user_max, limits.calls_max)
         self._streams = InFlightLimit("streams", STREAMS_PER_USER_MAX, STREAMS_MAX)
         self._draining = asyncio.Event()
-        entrance = Entrance(connections, checks, waste)
-        self._bystanders = Bystanders(identify, self._note_bystander, self._draining, entrance)
+        entrance = Entrance(identify, connections, checks, waste)
+        self._bystanders = Bystanders(self._note_bystander, self._draining, entrance)
 
     def end_streams(self) -> None:
         """End the streams, which would go on, as if they had said all: the server is about to stop."""
@@ -123,6 +123,7 @@ class Edge(Interceptor):
         method = _Method(handler_call_details.method.removeprefix(OURS), decode, cast(Any, inner))
 
         async def answer(_: object, context: Context) -> Message:
+            self._entrance.check_open(context)
             seconds = seconds_left(context, self._call_seconds_max)
             with self._telemetry.spans.call(method.name, context.invocation_metadata() or ()):
                 return await self._guarded(
@@ -130,6 +131,7 @@ class Edge(Interceptor):
                 )
 
         async def stream(_: object, context: Context) -> None:
+            self._entrance.check_open(context)
             seconds = seconds_left(context, STREAM_SECONDS_MAX)
             await self._guarded(method, context, self._streams, seconds, lambda body: self._stream(method, body, context))
 
@@ -139,7 +141,12 @@ class Edge(Interceptor):
         return grpc.stream_stream_rpc_method_handler(stream, response_serializer=handler.response_serializer)
 
     async def _unknown(self, _: object, context: Context) -> Message:
-        self._entrance.waste.note(peer_of_call(context.peer()), self._identify.claimed(context.auth_context()))
+        try:
+            self._entrance.unknown(context)
+        except ShutOutError:
+            return await abort(context, SHUT_OUT)
+        except KmsError as error:
+            return await abort(context, status_of(error))
         return await abort(context, _UNIMPLEMENTED)
 
     async def _guarded(
@@ -154,6 +161,8 @@ class Edge(Interceptor):
         try:
             async with asyncio.timeout(seconds):
                 response = await self._admitted(method, context, limit, request_id, act)
+        except ShutOutError:
+            return await abort(context, SHUT_OUT)
         except TimeoutError:
             reason, refusal = _refused(KmsError(Reason.DEADLINE_EXCEEDED, "the call took longer than it may"))
         except KmsError as error:
@@ -175,12 +184,7 @@ class Edge(Interceptor):
         self, method: _Method, context: Context, limit: InFlightLimit, request_id: str, act: Callable[[bytes], Awaitable[T]]
     ) -> T:
         """Return what *act* returns for the message of the call. Raises what keeps its caller from making it, now or at all."""
-        peer = peer_of_call(context.peer())
-        try:
-            user_id = self._identify(context.auth_context())
-        except KmsError:
-            self._entrance.waste.note(peer, None)
-            raise
+        peer, user_id = self._entrance.caller(context)
         if (known := limit.over_limit_user(user_id)) is not None:
             _CALL.set(Call(known, request_id, peer.address))  # the refusal of a user we know is theirs in the trail
         async with self._entrance.message(context, peer, user_id, limit) as body:

@@ -21,6 +21,7 @@ class AcceptedSockets:
     def __init__(self, port: int) -> None:
         self._port = port
         self._known: dict[tuple[int, str], Peer | None] = {}  # None: a socket that is not one of these connections
+        self._open: dict[Peer, int] = {}
 
     def peers(self) -> dict[Peer, int]:
         """Return the peers that are connected now, with the descriptors."""
@@ -32,21 +33,25 @@ class AcceptedSockets:
                     place = (descriptor, target)
                     known[place] = self._known[place] if place in self._known else self._peer(descriptor)
         self._known = known
-        return {peer: descriptor for (descriptor, _), peer in known.items() if peer is not None}
+        self._open = {peer: descriptor for (descriptor, _), peer in known.items() if peer is not None}
+        return self._open
 
     def close(self, peer: Peer) -> None:
         """End the connection to *peer*, if there is one."""
-        known = {found: descriptor for (descriptor, _), found in self._known.items()}
-        descriptor = known[peer] if peer in known else self.peers().get(peer)
+        if peer in self._open and self.shut_down(peer, self._open[peer]):
+            return
+        descriptor = self.peers().get(peer)
         if descriptor is not None:
             self.shut_down(peer, descriptor)
 
-    def shut_down(self, peer: Peer, descriptor: int) -> None:
-        """End the connection to *peer*, if *descriptor* is still that one."""
+    def shut_down(self, peer: Peer, descriptor: int) -> bool:
+        """End the connection to *peer*, if *descriptor* is still that one. Return whether it was."""
         # The duplicate stays what it is, also if grpc closes its own meanwhile and the number is another's.
         with suppress(OSError), _duplicated(descriptor) as found:
             if self._peer_of(found) == peer:
                 found.shutdown(socket.SHUT_RDWR)
+                return True
+        return False
 
     def _descriptors(self) -> list[int]:
         try:

@@ -156,6 +156,43 @@ async def test_a_client_that_wastes_calls_loses_its_connections_and_others_are_s
             assert await other.outcomes_of_a_new_connection() == {"OK": 2}
 
 
+async def test_a_user_who_wastes_calls_is_shut_out_for_a_while_and_nobody_else_is(deployment: Deployment) -> None:
+    with deployment.serving() as server:
+        other, user = Bystander(server), deployment.new_user()
+        async with raw_client(deployment, server.address, user) as client:
+
+            async def is_shut_out() -> bool:
+                """Waste calls until the connection is closed. Return whether a call on another closes that too."""
+                first, second = await client.connect_many(2)
+                while not first.closed.is_set():
+                    for _ in range(50):
+                        first.call("kms.v1.CryptoService/None")
+                    await asyncio.sleep(0.02)
+                stream = second.call("kms.v1.KeyService/ListKeys", b"")
+                await until(lambda: second.closed.is_set() or stream in second.answered)
+                return second.closed.is_set()
+
+            async with asyncio.timeout(80):  # on a slow machine the while may be over
+                while not await is_shut_out():
+                    pass
+            assert await other.outcomes(5) == {"OK": 10}
+            assert await other.outcomes_of_a_new_connection() == {"OK": 2}
+            answered = sum(len(connection.answered) for connection in client.connections)
+        events = [line["event"] for line in server.log() if line.get("method") == "KeyService/ListKeys"]
+        assert events.count("call") == answered, "a call of someone who is shut out is not logged"
+        assert any(line["event"] == "client shut out" and line["user"] == str(user) for line in server.log())
+        again = server.caller(user)
+        await until(lambda: reason_of_listing(again) == "")
+
+
+def reason_of_listing(caller: Caller) -> str:
+    try:
+        caller.keys.ListKeys(kpb.ListKeysRequest(), timeout=20)
+    except grpc.RpcError as error:
+        return error.code().name
+    return ""
+
+
 async def test_health_is_checked_while_no_other_call_has_a_place(deployment: Deployment) -> None:
     deployment.set_server(calls_max=1)
     with deployment.serving() as server:

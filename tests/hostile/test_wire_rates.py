@@ -63,6 +63,31 @@ async def cancelled_calls(client: RawClient) -> None:
         await asyncio.sleep(PAUSE_SECONDS)
 
 
+async def cancelled_calls_on_new_connections(client: RawClient) -> None:
+    """Begin calls and cancel them at once, 2000 a second. Connect again after each closing, 100 times a second at most."""
+
+    async def waste() -> None:
+        connections = await client.connect_many(1)
+        while True:
+            for connection in connections:
+                for _ in range(20):
+                    connection.reset(connection.call(SIGN))
+            await asyncio.sleep(PAUSE_SECONDS)
+            if all(connection.closed.is_set() for connection in connections):
+                connections = await client.connect_many(1)
+
+    await asyncio.gather(*(waste() for _ in range(5)))
+
+
+ATTACKS = [
+    calls_without_messages,
+    idle_connections,
+    pings_and_health,
+    cancelled_calls,
+    cancelled_calls_on_new_connections,
+]
+
+
 def rate(uses: list[Use]) -> float:
     assert {use.outcome for use in uses} == {"OK"}
     return len(uses) / ROUND_SECONDS
@@ -70,7 +95,7 @@ def rate(uses: list[Use]) -> float:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("attack", [calls_without_messages, idle_connections, pings_and_health, cancelled_calls])
+@pytest.mark.parametrize("attack", ATTACKS)
 async def test_signing_keeps_half_of_its_rate(deployment: Deployment, attack: Callable[[RawClient], Awaitable[None]]) -> None:
     deployment.set_server(message_seconds_max=120)
     with deployment.serving(files_max=FILES) as server:
