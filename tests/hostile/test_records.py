@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from kms.v1 import crypto_pb2 as cpb
 from kms.v1 import keys_pb2 as kpb
-from tests.conformance.refusals import refusal
+from tests.conformance.refusals import refusal, refusal_of
 from tests.conformance.requests import create, made
 from tests.conformance.test_outages import soon
 from tests.fixtures.server import Caller, RunningServer
@@ -169,7 +169,7 @@ def put_back(superuser: Superuser, row: dict[str, Any]) -> None:
     superuser(insert, parameters=(json.dumps(row),))
 
 
-@pytest.mark.parametrize("narrowing", ["revoked", "compromised", "deactivated", "limited", "scheduled"])
+@pytest.mark.parametrize("narrowing", ["revoked", "compromised", "deactivated", "limited", "scheduled", "cancelled"])
 def test_an_old_row_with_its_old_mac_is_refused_by_what_the_journal_knows(
     superuser: Superuser, owner: Caller, narrowing: str
 ) -> None:
@@ -183,10 +183,13 @@ def test_an_old_row_with_its_old_mac_is_refused_by_what_the_journal_knows(
             owner.keys.MarkKeyCompromised(kpb.MarkKeyCompromisedRequest(key="k", reason="r"))
         case "limited":
             owner.keys.UpdateKey(kpb.UpdateKeyRequest(key="k", max_usage_count=1))
-        case "deactivated" | "scheduled":
+        case _:
             owner.keys.DeactivateKey(kpb.DeactivateKeyRequest(key="k"))
-    if narrowing == "scheduled":
+    if narrowing in ("scheduled", "cancelled"):
         owner.keys.ScheduleKeyDestruction(kpb.ScheduleKeyDestructionRequest(key="k"))
+    if narrowing == "cancelled":  # what is put back is to be destroyed
+        before = rows_of(superuser, key.id)
+        owner.keys.CancelKeyDestruction(kpb.CancelKeyDestructionRequest(key="k"))
     put_back(superuser, before)
     assert refusal(owner.crypto.Sign, SIGN).reason == "RECORD_INVALID"
     assert refusal(owner.keys.GetKey, kpb.GetKeyRequest(key="k")).reason == "RECORD_INVALID"
@@ -280,3 +283,31 @@ def test_an_epoch_that_is_planted_is_served_by_nobody(attacked: RunningServer, s
             pass
     finally:
         superuser("DELETE FROM cryptography.epochs WHERE cause = 'RECOVERED'")
+
+
+def test_a_database_whose_epochs_were_removed_is_served_by_nobody(attacked: RunningServer, superuser: Superuser) -> None:
+    superuser("CREATE TABLE public.kept_epochs AS SELECT * FROM cryptography.epochs", "DELETE FROM cryptography.epochs")
+    try:
+        with pytest.raises(AssertionError, match="has no epoch, and it was served before"), attacked.deployment.serving():
+            pass
+    finally:
+        superuser("INSERT INTO cryptography.epochs SELECT * FROM public.kept_epochs", "DROP TABLE public.kept_epochs")
+
+
+def test_a_limit_that_the_database_does_not_count_ends_all_the_same(
+    attacked: RunningServer, superuser: Superuser, owner: Caller
+) -> None:
+    key = made(owner, "secp256k1")
+    owner.keys.UpdateKey(kpb.UpdateKeyRequest(key="k", max_usage_count=3))
+    reset = f"UPDATE cryptography.keys SET usage_counter = 0 WHERE id = '{key.id}'"
+    outcomes = []
+    for _ in range(6):
+        try:
+            owner.crypto.Sign(SIGN, timeout=15)
+            outcomes.append("OK")
+        except grpc.RpcError as error:
+            outcomes.append(refusal_of(error).reason)
+        superuser(reset)
+        forget()
+    assert outcomes.count("OK") <= 3
+    assert outcomes[-1] == "RECORD_INVALID"

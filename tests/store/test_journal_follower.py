@@ -280,3 +280,18 @@ async def test_a_journal_that_cannot_be_written_is_told_and_not_given_up(
     journal.path.rmdir()
     await follower.catch_up()
     assert told(journal) == [(Event.KEY_REVOKED, key)]
+
+
+async def test_an_event_that_the_keys_record_does_not_show_is_not_journaled(
+    store: Pool, follower: JournalFollower, admin: psycopg.Connection[Any], alice: User, journal: Journal
+) -> None:
+    key = await make_key(store, alice)
+    await follower.catch_up()
+    for kind in ("key.destroyed", "key.revoked", "key.deactivated"):
+        admin.execute(
+            """INSERT INTO audit.domain_events (aggregate_id, aggregate_type, aggregate_version, event_type, event_data)
+            VALUES (%s, 'key', 1000000, %s, '{}')""",
+            (key.identity.key_id, kind),
+        )
+    await follower.catch_up()
+    assert told(journal) == []

@@ -14,6 +14,7 @@ from psycopg import errors, sql
 
 from kms.app.moving import Destruction
 from kms.app.ports import User
+from kms.app.records import Records
 from kms.domain.algorithms import KeyType
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId
@@ -507,3 +508,36 @@ async def resident(store: Pool, token: FakeHsm, user: User, *, bound_to: str = "
     return await StoredKeys(store, RECORDS).insert(
         user.user_id, replace(new, identity=identity, material=material), call=a_call(user)
     )
+
+
+async def test_a_function_that_says_it_destroyed_keys_is_not_believed(
+    database: Database, store: Pool, lifecycle: StoredLifecycle, alice: User
+) -> None:
+    spared, due = await make_key(store, alice), await make_key(store, alice)
+    await moved(lifecycle, alice, due, Move.DEACTIVATE)
+    await moved(lifecycle, alice, due, Move.SCHEDULE_DESTRUCTION)
+    rows(database, "UPDATE cryptography.keys SET destruction_scheduled_at = now() WHERE id = %s", due.identity.key_id)
+    rows(
+        database,
+        """CREATE OR REPLACE FUNCTION cryptography.destroy_keys(
+            key_ids UUID[], versions BIGINT[], moment TIMESTAMPTZ, new_macs BYTEA[]
+        ) RETURNS SETOF UUID LANGUAGE sql SECURITY DEFINER AS $$ SELECT id FROM cryptography.keys $$""",
+    )
+    assert await lifecycle.destroy_due() == []
+    assert spared.state is State.ACTIVE
+
+
+async def test_a_limit_that_is_raised_never_gets_a_mac(database: Database, store: Pool, alice: User) -> None:
+    made_of: list[bytes] = []
+
+    async def watched(data: bytes) -> bytes:
+        made_of.append(data)
+        return await RECORDS.mac(data)
+
+    lifecycle = StoredLifecycle(store, Records(watched, RECORDS.clock))
+    key = await make_key(store, alice, max_usage_count=5)
+    made_of.clear()
+    with pytest.raises(KmsError) as caught:
+        await lifecycle.move(a_call(alice), key.identity.key_id, Move.UPDATE, Change(max_usage_count=6), version=None)
+    assert caught.value.metadata == {"field": "max_usage_count"}
+    assert not any(b"i6" in data for data in made_of)

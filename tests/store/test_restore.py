@@ -554,3 +554,19 @@ def test_an_epoch_begins_whole_or_not_at_all(admin: psycopg.Connection[Any], tmp
     assert admin.execute(b"SELECT count(*) FROM authentication.user_sessions").fetchone() == (1,)
     assert admin.execute(b"SELECT count(*) FROM cryptography.epochs").fetchone() == (0,)
     assert states(admin) == {"aes": "active"}
+
+
+def test_a_key_whose_change_was_swallowed_comes_back_without_a_mac(admin: psycopg.Connection[Any]) -> None:
+    owner = add_user(admin)
+    kept, swallowed = (add_key(admin, owner, name, max_usage_count=10) for name in ("kept", "swallowed"))
+    admin.execute(b"""
+        CREATE FUNCTION public.swallow() RETURNS TRIGGER LANGUAGE plpgsql AS $$
+        BEGIN
+            RETURN CASE WHEN NEW.key_name = 'swallowed' AND NEW.record_mac IS NOT NULL THEN NULL ELSE NEW END;
+        END $$
+    """)
+    admin.execute(b"CREATE TRIGGER a_swallow BEFORE UPDATE ON cryptography.keys FOR EACH ROW EXECUTE FUNCTION public.swallow()")
+    beginning = begin_epoch(admin, Cause.RECOVERED, [], is_complete=True, mac=mac)
+    assert beginning.invalid == (swallowed,)
+    found = dict(admin.execute(b"SELECT id, record_mac IS NULL FROM cryptography.keys").fetchall())
+    assert found == {kept: False, swallowed: True}
