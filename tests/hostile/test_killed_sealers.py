@@ -87,6 +87,7 @@ def service(
         assert (done.returncode, json.loads(done.stdout)["finding"]) == (0, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS)
 def test_a_sealer_that_is_killed_leaves_one_history_that_goes_on(service: RunningServer, point: str) -> None:
     directory = service.deployment.directory

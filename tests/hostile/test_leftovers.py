@@ -126,6 +126,7 @@ def found(deployment: Deployment) -> tuple[int, dict[KeyId, str]]:
     return done.returncode, {KeyId(UUID(key["id"])): key["finding"] for key in json.loads(done.stdout)["keys"]}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_creates_with_short_deadlines_leave_no_key_that_no_row_names(deployment: Deployment, token: OneSession) -> None:
     deployment.write_config(resident_keys_max=400)
@@ -223,6 +224,7 @@ def killed_at(step: str, deployment: Deployment, token: OneSession) -> Iterator[
     ("step", "has_object", "has_mark", "has_row"),
     [("mark", False, True, False), ("object", True, True, False), ("row", True, True, True), ("confirmed", True, False, True)],
 )
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_service_that_is_killed_between_two_steps_leaves_what_the_next_start_sets_right(
     deployment: Deployment, token: OneSession, step: str, has_object: bool, has_mark: bool, has_row: bool
@@ -278,6 +280,7 @@ def test_a_deleted_row_never_has_a_key_removed_from_the_token(deployment: Deploy
     assert held(token).objects.keys() == {kept, audit}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_row_that_is_not_proven_changes_nothing_in_the_token(deployment: Deployment, token: OneSession) -> None:
     user = deployment.new_user()

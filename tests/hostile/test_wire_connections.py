@@ -18,7 +18,10 @@ FILES = 600
 CHECK, LIST = "grpc.health.v1.Health/Check", kpb.ListKeysRequest()
 
 
-@pytest.mark.parametrize("attack", ["idle", "pinging", "checked once", "waiting for messages"])
+@pytest.mark.parametrize(
+    "attack",
+    ["idle", *(pytest.param(each, marks=pytest.mark.slow) for each in ("pinging", "checked once", "waiting for messages"))],
+)
 async def test_connections_of_one_certificate_without_end_lock_nobody_out(deployment: Deployment, attack: str) -> None:
     deployment.set_server(message_seconds_max=120)
     with deployment.serving(files_max=FILES) as server:
