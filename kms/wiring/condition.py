@@ -119,7 +119,7 @@ class Condition:
         """Ask the database for what it alone knows."""
         if not self.store_answers():
             return
-        self.epoch_fault = await self._fault(lambda pool: epochs.check_epoch(pool, self.records))
+        self.epoch_fault = await self._fault(lambda pool: epochs.check_epoch(pool, self.records, was_served=True))
         self.schema_fault = await self._fault(migrate.check_schema)
         self.default_rows = sum(rows.row_count for rows in await partitions.default_rows(self.pool))
         self.seal_watch.see(await StoredSealedTrail(self.pool).status(), monotonic())

@@ -83,6 +83,8 @@ def test_what_should_be_seen_to_is_told(production: Deployment, monkeypatch: pyt
     free, site = production.directory / "free", production.directory / "site"
     site.mkdir()
     free.write_text("0.5")
+    with_journal = production.config_file.read_text().replace("[server]\n", '[server]\njournal = "journal"\n')
+    production.config_file.write_text(with_journal)
     (site / "sitecustomize.py").write_text(DISK.format(file=str(free)))
     monkeypatch.setenv("PYTHONPATH", str(site), prepend=":")
     with production.serving() as server, psycopg.connect(production.database.admin_dsn, autocommit=True) as admin:

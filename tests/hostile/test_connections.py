@@ -158,6 +158,7 @@ def use_everything(server: RunningServer, caller: Caller, key: kpb.Key) -> list[
     return ended
 
 
+@pytest.mark.slow
 def test_moves_that_are_refused_or_give_up_waiting_fail_no_later_call_of_anybody(deployment: Deployment) -> None:
     with deployment.serving() as server:
         attacker, other = server.caller(), server.caller()

@@ -252,6 +252,7 @@ def test_a_service_that_is_killed_between_two_steps_leaves_what_the_next_start_s
         assert works(caller)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_deleted_row_never_has_a_key_removed_from_the_token(deployment: Deployment, token: OneSession) -> None:
     with deployment.serving() as server:

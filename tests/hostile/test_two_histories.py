@@ -277,6 +277,7 @@ def replaced(file: Path, content: bytes) -> None:
     other.rename(file)
 
 
+@pytest.mark.slow
 def test_a_memory_that_is_lost_is_filled_from_the_database_which_is_told(signed: Signed) -> None:
     remembered = signed.settle()
     began, size = signed.value("SELECT clock_timestamp()"), signed.value(f"SELECT {LAST}")

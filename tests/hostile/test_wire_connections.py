@@ -102,6 +102,7 @@ def reasons(caller: Caller) -> str:
     return ""
 
 
+@pytest.mark.slow
 async def test_a_connection_without_calls_and_one_that_is_old_are_closed_and_a_client_only_connects_again(
     deployment: Deployment,
 ) -> None:
@@ -124,6 +125,7 @@ async def test_a_connection_without_calls_and_one_that_is_old_are_closed_and_a_c
             await asyncio.sleep(1.2)
 
 
+@pytest.mark.slow
 async def test_pings_at_the_pace_that_is_permitted_keep_a_connection_and_faster_ones_end_it(deployment: Deployment) -> None:
     deployment.set_server(ping_seconds_min=0.4)
     with deployment.serving() as server:
