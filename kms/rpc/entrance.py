@@ -130,7 +130,7 @@ class Entrance:
                 with limit.of_all():
                     try:
                         yield body
-                    except Exception:
+                    except Exception:  # raised again: a call that was refused was answered; one that was cancelled is wasted
                         is_wasted = False
                         raise
                     is_wasted = False
