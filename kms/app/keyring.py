@@ -1,6 +1,6 @@
 """Making keys and looking at them."""
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class Keyring:
     hsm: Hsm
     uninterrupted: Uninterrupted
 
-    async def create(self, call: Call, wish: KeyWish, keep: Callable[[KeyId], Awaitable[Repeat]] | None = None) -> KeyRecord:
+    async def create(self, call: Call, wish: KeyWish, keep: Callable[[KeyId], Repeat] | None = None) -> KeyRecord:
         """Make a key in the token and store it, or raise NAME_TAKEN, CUSTODY_UNAVAILABLE, MALFORMED or HSM_UNAVAILABLE.
 
         What *keep* makes of its id is stored with it, for a repeat of the request. OUTCOME_UNKNOWN: a RESIDENT key is stored,
@@ -60,7 +60,7 @@ class Keyring:
         if await self.keys.find(caller, name) is not None:
             raise KmsError(Reason.NAME_TAKEN, "you have a key of that name", field="name")
         identity = KeyIdentity(KeyId(UUID(bytes=await self.hsm.random(16), version=4)), caller, spec, wish.bound_to)
-        repeat = None if keep is None else await keep(identity.key_id)
+        repeat = None if keep is None else keep(identity.key_id)
         material = await self.hsm.generate(identity, custody)
         new = NewKey(identity, name, material, dict(wish.metadata), wish.max_usage_count, wish.activated_at, wish.expires_at)
         if custody is Custody.RESIDENT:

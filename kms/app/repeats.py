@@ -10,7 +10,7 @@ from kms.app.access import Access
 from kms.app.keyring import existing, is_read_anew
 from kms.app.ports import Call, Hsm, Keys, Ledger, Repeat
 from kms.app.uses import LOOK_AGAIN, Draft, Turn, used
-from kms.domain.answers import answer_bytes, answer_invalid, parse_answer, stored_answer
+from kms.domain.answers import RequestSecret, request_bytes
 from kms.domain.errors import KmsError, Reason
 from kms.domain.fields import parse_request_id
 from kms.domain.ids import KeyId
@@ -23,7 +23,7 @@ _ANY_USE: Final = "CryptoService/"  # what is true of the permission to use keys
 _TAKEN: Final = frozenset({Reason.NAME_TAKEN, Reason.REQUEST_ID_REUSED})
 
 T = TypeVar("T")
-Keep = Callable[[KeyId], Awaitable[Repeat]]
+Keep = Callable[[KeyId], Repeat]
 """Makes of a new key's id what is stored for a repeat of the request that made the key."""
 
 
@@ -70,22 +70,22 @@ class Uses:
         """
         if asked is None:
             return await used(self.ledger, draft, turn)
-        body_mac = await self._body_mac(asked)
+        secret = await self._secret(call, asked)
 
         async def answered_or_drafted() -> Draft[T]:
             # Looked at before every attempt: a twin may have been settled first.
-            kept = await self._kept(call, asked, body_mac)
+            kept = await self._kept(call, asked, secret)
             if kept is not None:
                 return await again(kept)
             try:
                 made = await draft()
             except KmsError as error:
                 # It may have been settled meanwhile, and have made the last use of the key.
-                kept = await self._kept(call, asked, body_mac) if error.reason in LOOK_AGAIN else None
+                kept = await self._kept(call, asked, secret) if error.reason in LOOK_AGAIN else None
                 if kept is None:
                     raise
                 return await again(kept)
-            repeat = await self._repeat(call, asked, body_mac, keep(made.result))
+            repeat = _repeat(asked, secret, keep(made.result))
             return Draft(made.result, made.entry and replace(made.entry, repeat=repeat))
 
         return await used(self.ledger, answered_or_drafted, turn)
@@ -97,14 +97,14 @@ class Uses:
         """
         if asked is None:
             return await create(None)
-        body_mac = await self._body_mac(asked)
-        kept = await self._kept(call, asked, body_mac)
+        secret = await self._secret(call, asked)
+        kept = await self._kept(call, asked, secret)
         if kept is None:
             try:
-                return await create(lambda key_id: self._repeat(call, asked, body_mac, key_id.bytes))
+                return await create(lambda key_id: _repeat(asked, secret, key_id.bytes))
             except KmsError as error:
                 # A twin of this request was faster: it has taken the name, or the id.
-                kept = await self._kept(call, asked, body_mac) if error.reason in _TAKEN else None
+                kept = await self._kept(call, asked, secret) if error.reason in _TAKEN else None
                 if kept is None:
                     raise
         key_id = KeyId(UUID(bytes=kept))
@@ -119,22 +119,18 @@ class Uses:
         check_permitted((await self.access.admit(call.user.user_id)).permissions, _ANY_USE)
         check_repeat((await existing(self.keys, call.user.user_id, key_id)).state)
 
-    async def _repeat(self, call: Call, asked: Asked, body_mac: bytes, content: bytes) -> Repeat:
-        """Return *content* as it is stored, proven to be ours: the database's owner cannot plant an answer."""
-        made = await self.hsm.mac(answer_bytes(call.user.user_id, asked.rpc, asked.request_id, body_mac, content))
-        return Repeat(asked.rpc, asked.request_id, body_mac, stored_answer(made, content))
+    async def _secret(self, call: Call, asked: Asked) -> RequestSecret:
+        return RequestSecret(await self.hsm.mac(request_bytes(call.user.user_id, asked.rpc, asked.request_id, asked.body)))
 
-    async def _body_mac(self, asked: Asked) -> bytes:
-        return await self.hsm.mac(asked.rpc.encode() + b"\x00" + asked.body)
-
-    async def _kept(self, call: Call, asked: Asked, body_mac: bytes) -> bytes | None:
+    async def _kept(self, call: Call, asked: Asked, secret: RequestSecret) -> bytes | None:
         found = await self.ledger.earlier(call.user.user_id, asked.rpc, asked.request_id)
         if found is None:
             return None
-        if not hmac.compare_digest(found.body_mac, body_mac):
+        if not hmac.compare_digest(found.body_mac, secret.body_mac):
             raise KmsError(Reason.REQUEST_ID_REUSED, "this request_id was used for another request", field="request_id")
-        mac, content = parse_answer(found.result)
-        expected = await self.hsm.mac(answer_bytes(call.user.user_id, asked.rpc, asked.request_id, body_mac, content))
-        if not hmac.compare_digest(mac, expected):
-            raise answer_invalid()
-        return content
+        return secret.content(found.result)
+
+
+def _repeat(asked: Asked, secret: RequestSecret, content: bytes) -> Repeat:
+    """Return *content* as it is stored, proven to be ours."""
+    return Repeat(asked.rpc, asked.request_id, secret.body_mac, secret.stored(content))

@@ -1,42 +1,55 @@
 """An answer that is stored for a repeat of its request: `version(1) ‖ MAC(32) ‖ content`, in `request_records.result`.
 
-The MAC is HMAC-SHA-256 under the token's MAC key over everything that the answer belongs to: the user, the RPC, the caller's own
-request id, the HMAC of the request, and the content. So the database's owner can plant no answer, and can move none to another
-request.
+Each request under an id of the caller's own has a secret. It is HMAC-SHA-256 under the token's MAC key, over everything that the
+answer belongs to: the user, the RPC, the request id, and the hash of the request. Two MACs are made under that secret: one that
+recognizes the request, and one that proves its answer. So the database's owner can plant no answer, can move none to another
+request, and cannot guess what was asked. The token is called once for a request, not once for each MAC.
 """
 
+import hmac
+from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Final
 
 from kms.domain.envelope import lengths_prefixed
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import UserId
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 _MAC_BYTES: Final = 32
 
 
-def answer_bytes(user_id: UserId, rpc: str, request_id: str, body_mac: bytes, content: bytes) -> bytes:
-    """Return the bytes that the MAC of an answer covers."""
-    parts = (user_id.bytes, rpc.encode(), request_id.encode(), body_mac, content)
-    return lengths_prefixed(b"answer", bytes((FORMAT_VERSION,)), *parts)
+def request_bytes(user_id: UserId, rpc: str, request_id: str, body: bytes) -> bytes:
+    """Return the bytes whose MAC under the token's MAC key is the secret of a request."""
+    parts = (user_id.bytes, rpc.encode(), request_id.encode(), sha256(body).digest())
+    return lengths_prefixed(b"request", bytes((FORMAT_VERSION,)), *parts)
 
 
-def stored_answer(mac: bytes, content: bytes) -> bytes:
-    """Return *content* as it is stored."""
-    return bytes((FORMAT_VERSION,)) + mac + content
+@dataclass(frozen=True, slots=True)
+class RequestSecret:
+    """The secret of one request: 32 bytes that only the token can make."""
 
+    secret: bytes = field(repr=False)
 
-def parse_answer(stored: bytes) -> tuple[bytes, bytes]:
-    """Return the MAC and the content of a stored answer, or raise RECORD_INVALID for what is none."""
-    if len(stored) <= _MAC_BYTES or stored[0] != FORMAT_VERSION:
-        raise answer_invalid()
-    return stored[1 : 1 + _MAC_BYTES], stored[1 + _MAC_BYTES :]
+    @property
+    def body_mac(self) -> bytes:
+        """What recognizes the request when it is repeated: 32 bytes."""
+        return self._mac(b"request")
 
+    def stored(self, content: bytes) -> bytes:
+        """Return *content*, the answer of this request, as it is stored."""
+        return bytes((FORMAT_VERSION,)) + self._mac(b"answer" + content) + content
 
-def answer_invalid() -> KmsError:
-    """Return the error for a stored answer that the service did not make."""
-    return KmsError(
-        Reason.RECORD_INVALID,
-        "the answer stored under this request_id is not as the service left it: use another request_id, and tell the operator",
-        field="request_id",
-    )
+    def content(self, stored: bytes) -> bytes:
+        """Return the answer in *stored*, or raise RECORD_INVALID for one that `stored` did not make for this request."""
+        mac, content = stored[1 : 1 + _MAC_BYTES], stored[1 + _MAC_BYTES :]
+        if not stored.startswith(bytes((FORMAT_VERSION,))) or not hmac.compare_digest(self._mac(b"answer" + content), mac):
+            raise KmsError(
+                Reason.RECORD_INVALID,
+                "the answer stored under this request_id is not as the service left it: use another, and tell the operator",
+                field="request_id",
+            )
+        return content
+
+    def _mac(self, text: bytes) -> bytes:
+        return hmac.digest(self.secret, text, sha256)
