@@ -4,13 +4,14 @@ What counts is the server's processor time for a call, from /proc, with all its 
 machine. Each round drives both trees; the ratios are taken round by round.
 
     git worktree add /tmp/before COMMIT
-    .venv/bin/python benchmarks/before_and_after.py --before /tmp/before
+    .venv/bin/python -m benchmarks.before_and_after --before /tmp/before
 """
 
 import argparse
 import json
 import os
 import platform
+import secrets
 import statistics
 import subprocess
 import sys
@@ -36,15 +37,22 @@ import json, os, sys
 from pathlib import Path
 from kms.dev.embedded_stack import dev_stack
 
-with dev_stack(Path(sys.argv[1]), port=0) as stack, stack.serving() as service:
-    print(json.dumps({"client": str(stack.files.client_configuration), "pid": service.process.pid}), flush=True)
-    sys.stdin.read()
+with dev_stack(Path(sys.argv[1]), port=0) as stack:
+    files = stack.files
+    journal = "[server]\\njournal = " + json.dumps(str(files.configuration.parent / "journal")) + "\\n"
+    files.configuration.write_text(files.configuration.read_text().replace("[server]\\n", journal, 1))
+    with stack.serving() as service:
+        print(json.dumps({"client": str(files.client_configuration), "pid": service.process.pid}), flush=True)
+        sys.stdin.read()
 """
 Call = Callable[[Client], object]
 CALLS: Final[dict[str, Call]] = {
     "Sign secp256r1": lambda client: client.crypto.Sign(crypto_pb2.SignRequest(key="sign", message=b"m"), timeout=30),
     "Sign ed25519": lambda client: client.crypto.Sign(crypto_pb2.SignRequest(key="ed", message=b"m"), timeout=30),
     "Encrypt aes": lambda client: client.crypto.Encrypt(crypto_pb2.EncryptRequest(key="seal", plaintext=bytes(64)), timeout=30),
+    "Encrypt aes, with a request_id": lambda client: client.crypto.Encrypt(
+        crypto_pb2.EncryptRequest(key="seal", plaintext=bytes(64), request_id=secrets.token_hex(16)), timeout=30
+    ),
 }
 KEYS: Final = (
     ("sign", keys_pb2.KEY_TYPE_SECP256R1, keys_pb2.KEY_PURPOSE_SIGNING),
@@ -81,9 +89,9 @@ class Tree:
 
 
 @contextmanager
-def served(tree: Path, directory: Path) -> Iterator[Tree]:
-    """Serve from the source *tree* within the block."""
-    environment = {**os.environ, "PYTHONPATH": str(tree)}
+def served(tree: Path, directory: Path, *, before: str = "") -> Iterator[Tree]:
+    """Serve from the source *tree* within the block. *before* is put before it in PYTHONPATH."""
+    environment = {**os.environ, "PYTHONPATH": f"{before}:{tree}" if before else str(tree)}
     command = [sys.executable, "-c", _SERVE, str(directory)]
     with ExitStack() as stack:
         process = stack.enter_context(
@@ -101,12 +109,22 @@ def served(tree: Path, directory: Path) -> Iterator[Tree]:
         yield Tree(clients, told["pid"])
 
 
+def median_between(values: list[float]) -> tuple[float, float, float]:
+    """Return the median of *values*, and the two of them between which that of their source lies with 95 %.
+
+    These are order statistics, by the normal approximation of the binomial distribution.
+    """
+    values, beside = sorted(values), round(0.98 * len(values) ** 0.5)
+    low, high = (values[max(0, min(len(values) - 1, len(values) // 2 + step))] for step in (-beside, beside))
+    return statistics.median(values), low, high
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="Compare what calls cost in two source trees.")
     parser.add_argument("--before", type=Path, required=True, help="the source tree to compare with")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each call, tree and round")
+    parser.add_argument("--rounds", type=int, default=41)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each call, tree and round")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kms-bench-", dir="/tmp") as name, ExitStack() as stack:
         Path(name).chmod(0o711)
@@ -124,11 +142,11 @@ def main() -> None:
                 measured[label].append((one, other) if number % 2 else (other, one))
     print(f"{platform.platform()}, Python {platform.python_version()}, {_CLIENTS} clients, {options.rounds} rounds, {commit()}")
     for label, pairs in measured.items():
-        ratios = [late[0] / early[0] for early, late in pairs]
+        middle, low, high = median_between([late[0] / early[0] for early, late in pairs])
         early, late = (statistics.median(pair[index][0] for pair in pairs) for index in (0, 1))
         print(
             f"{label}: {early:.0f} -> {late:.0f} µs of server processor time a call, after : before = "
-            f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}); "
+            f"{middle:.3f} (95 %: {low:.3f} to {high:.3f}); "
             f"{statistics.median(p[0][1] for p in pairs):.0f} -> {statistics.median(p[1][1] for p in pairs):.0f} calls a second"
         )
 
