@@ -40,7 +40,7 @@ class Load:
     seconds_max: float
 
 
-SHORT = Load(processes=2, clients=8, kills_max=5, seconds_max=600)
+SHORT = Load(processes=2, clients=8, kills_max=3, seconds_max=600)
 LONG = Load(processes=4, clients=16, kills_max=40, seconds_max=1800)
 
 

@@ -34,7 +34,9 @@ async def new_attacker(server: RunningServer, stack: AsyncExitStack) -> RawConne
     return await client.connect()
 
 
-@pytest.mark.parametrize("is_known", [True, False], ids=["of a user", "of nobody"])
+@pytest.mark.parametrize(
+    "is_known", [pytest.param(True, id="of a user", marks=pytest.mark.slow), pytest.param(False, id="of nobody")]
+)
 async def test_a_thousand_calls_of_one_certificate_whose_messages_never_come_leave_all_others_served(
     deployment: Deployment, *, is_known: bool
 ) -> None:
@@ -130,7 +132,14 @@ async def test_bytes_that_do_not_parse_are_malformed_to_health_and_reflection_to
     assert reason_of(caught.value) == "MALFORMED"
 
 
-@pytest.mark.parametrize("attack", ["cancelled", "of no method", "of a bad certificate"])
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "cancelled",
+        pytest.param("of no method", marks=pytest.mark.slow),
+        pytest.param("of a bad certificate", marks=pytest.mark.slow),
+    ],
+)
 async def test_a_client_that_wastes_calls_loses_its_connections_and_others_are_served(
     deployment: Deployment, attack: str
 ) -> None:
