@@ -21,8 +21,7 @@ class StoredRepeats:
     async def earlier(self, user_id: UserId, rpc: str, request_id: str) -> Repeat | None:
         """Return what was kept under this id less than 24 hours ago, or None."""
         rows = await self.pool.fetch(BEFORE_LOGIN, FIND, {"user": user_id, "rpc": rpc, "request_id": request_id})
-        # A function that the database's owner replaced may say NULL: that proves no answer either.
-        return Repeat(rpc, request_id, rows[0]["body_mac"] or b"", rows[0]["result"] or b"") if rows else None
+        return Repeat(rpc, request_id, _bytes(rows[0]["body_mac"]), _bytes(rows[0]["result"])) if rows else None
 
     async def forget(self) -> int:
         """Remove what is no longer given, at most `FORGET_MAX` answers; return how many."""
@@ -30,3 +29,8 @@ class StoredRepeats:
             row = await (await connection.execute(FORGET)).fetchone()
         assert row is not None  # noqa: S101  # a function that returns no set gives a row or raises
         return int(row["removed"])
+
+
+def _bytes(value: object) -> bytes:
+    # A function that the database's owner replaced may return NULL or another type. Empty bytes prove nothing.
+    return value if isinstance(value, bytes) else b""

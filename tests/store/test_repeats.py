@@ -45,6 +45,19 @@ async def test_what_was_kept_is_found_by_its_user_its_rpc_and_its_id(
     assert await ledger.earlier((await make_user(store, "bob")).user_id, "Sign", "order-1") is None
 
 
+@pytest.mark.parametrize("planted", [None, "text", 1])
+async def test_what_is_no_bytes_is_an_answer_that_proves_nothing(alice: User, planted: object) -> None:
+    """A database owner replaced the function that finds answers."""
+
+    class Planted:
+        async def fetch(self, *_: object) -> list[dict[str, object]]:
+            return [{"body_mac": planted, "result": planted}]
+
+    found = await StoredRepeats(Planted()).earlier(alice.user_id, "Sign", "order-1")  # type: ignore[arg-type]
+    assert found is not None
+    assert (found.body_mac, found.result) == (b"", b"")
+
+
 async def test_of_many_at_once_one_is_charged_and_the_others_begin_again(
     database: Database, store: Pool, ledger: StoredLedger, alice: User, key: KeyRecord
 ) -> None:
