@@ -4,6 +4,9 @@ The proofs are the MACs of keys' rows and of stored answers, and what the journa
 more than the proofs cost, even two of the same source: their batches fall out differently. So one service is driven, in slices of
 a second, and a slice without the proofs is beside each with them. The service has no such switch: it is built in from here.
 
+The token call that recognizes a request stays, since it is older than the proofs; of an answer only the making of its MAC is
+switched. Not measured: checking a stored answer, and the first proof of a key's row, which every worker makes once a version.
+
     .venv/bin/python -m benchmarks.cost_of_proofs
 """
 

@@ -211,7 +211,7 @@ class Stranger:
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
-    """Under what a result is kept for a repeat: the caller's own id, and an HMAC of the request's body."""
+    """Under what a result is kept for a repeat: the caller's own id, and a MAC that recognizes the request."""
 
     rpc: str
     request_id: str

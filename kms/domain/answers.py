@@ -2,8 +2,8 @@
 
 Each request under an id of the caller's own has a secret. It is HMAC-SHA-256 under the token's MAC key, over everything that the
 answer belongs to: the user, the RPC, the request id, and the hash of the request. Two MACs are made under that secret: one that
-recognizes the request, and one that proves its answer. So the database's owner can plant no answer, can move none to another
-request, and cannot guess what was asked. The token is called once for a request, not once for each MAC.
+recognizes the request, and one that proves its answer. So the database's owner can plant no answer and can move none to another
+request, and `body_mac` tells nothing of what was asked. One call of the token serves both MACs.
 """
 
 import hmac
