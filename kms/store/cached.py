@@ -90,16 +90,16 @@ class CachedKeys:
 
     async def _sought(self, caller: UserId, ref: KeyRef) -> UsableKey | None:
         self.misses.pay(caller, ref)
-        mark = self.counts.mark()
-        try:
-            key = await self.stored.find_usable(caller, ref)
-        except KmsError:
-            self.misses.give_back(caller, ref)
-            raise
+        with self.counts.reading() as meanwhile:
+            try:
+                key = await self.stored.find_usable(caller, ref)
+            except KmsError:
+                self.misses.give_back(caller, ref)
+                raise
         if key is not None:
             self.misses.give_back(caller, ref)
             self.misses.see(key.record)
-            self.counts.check(key.record, mark)
+            self.counts.check(key.record, meanwhile)
         return key
 
 

@@ -1,6 +1,8 @@
 """Rows that a superuser edits on a live service: each edit is refused, or changes nothing that matters."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
@@ -19,6 +21,15 @@ from tests.fixtures.server import Caller, RunningServer
 from tests.hostile.conftest import Superuser
 
 SIGN: Final = cpb.SignRequest(key="k", message=b"m")
+_SAYS_OK: Final = """
+    CREATE OR REPLACE FUNCTION cryptography.settle(writer UUID, number BIGINT, entries JSON) RETURNS TEXT[]
+    LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+    AS $$ BEGIN RETURN ARRAY(SELECT 'OK' FROM json_array_elements(entries)); END $$
+"""
+_SLOW_READS: Final = """
+    CREATE POLICY slow ON cryptography.keys AS RESTRICTIVE FOR SELECT
+    USING ((SELECT true FROM pg_sleep(0.15) WHERE id IS NOT NULL))
+"""
 _CHECKS: Final = """
     SELECT format('ALTER TABLE cryptography.keys DROP CONSTRAINT %I', conname) AS drop FROM pg_constraint
     WHERE conrelid = 'cryptography.keys'::regclass AND contype = 'c'
@@ -312,3 +323,35 @@ def test_a_limit_that_the_database_does_not_count_ends_all_the_same(
         forget()
     assert outcomes.count("OK") <= 3
     assert outcomes[-1] == "RECORD_INVALID"
+
+
+@pytest.mark.timeout(300)
+def test_a_limit_ends_many_clients_at_once_where_the_database_says_that_it_charged(
+    attacked: RunningServer, superuser: Superuser, owner: Caller
+) -> None:
+    """A replaced `settle` says OK and keeps nothing. Eight clients sign without a pause, and each slow read overlaps charges."""
+    made(owner, "ed25519")
+    owner.keys.UpdateKey(kpb.UpdateKeyRequest(key="k", max_usage_count=3))
+    [kept] = superuser("SELECT pg_get_functiondef('cryptography.settle'::regproc) AS definition")
+    ended = threading.Event()
+
+    def sign_on(caller: Caller) -> str:
+        """Sign until the key is refused, and return why; or until the others have gone on for long enough."""
+        while not ended.is_set():
+            try:
+                caller.crypto.Sign(SIGN, timeout=15)
+            except grpc.RpcError as error:
+                return refusal_of(error).reason
+        return "OK"
+
+    superuser(_SAYS_OK, _SLOW_READS)
+    try:
+        callers = [attacked.caller(owner.user_id) for _ in range(8)]
+        with ThreadPoolExecutor(len(callers)) as pool:
+            working = [pool.submit(sign_on, caller) for caller in callers]
+            # Within a second on a fast machine. Who is never refused would sign on for good.
+            wait(working, timeout=60)
+            ended.set()
+        assert {each.result() for each in working} == {"RECORD_INVALID"}
+    finally:
+        superuser(kept["definition"], "DROP POLICY slow ON cryptography.keys")
