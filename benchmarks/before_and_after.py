@@ -9,6 +9,7 @@ machine. Each round drives both trees; the ratios are taken round by round.
 
 import argparse
 import json
+import math
 import os
 import platform
 import secrets
@@ -31,6 +32,7 @@ from kms.v1 import crypto_pb2, keys_pb2
 
 _HERE: Final = Path(__file__).parents[1]
 _CLIENTS: Final = 8
+_ROUNDS_MIN: Final = 10
 # Run by the interpreter in each tree: it serves until its standard input ends.
 _SERVE: Final = """
 import json, os, sys
@@ -110,13 +112,16 @@ def served(tree: Path, directory: Path, *, before: str = "") -> Iterator[Tree]:
 
 
 def median_between(values: list[float]) -> tuple[float, float, float]:
-    """Return the median of *values*, and the two of them between which that of their source lies with 95 %.
+    """Return the median of *values*, and the ends of a confidence interval of 95 % for the true median.
 
-    These are order statistics, by the normal approximation of the binomial distribution.
+    The ends are order statistics, by the normal approximation of the binomial distribution. Raises ValueError for under ten values:
+    then no interval has 95 %.
     """
-    values, beside = sorted(values), round(0.98 * len(values) ** 0.5)
-    low, high = (values[max(0, min(len(values) - 1, len(values) // 2 + step))] for step in (-beside, beside))
-    return statistics.median(values), low, high
+    if len(values) < _ROUNDS_MIN:
+        raise ValueError(f"expected at least {_ROUNDS_MIN} rounds")
+    values = sorted(values)
+    outside = math.floor(len(values) / 2 - 0.98 * math.sqrt(len(values)) - 0.5)
+    return statistics.median(values), values[outside], values[-1 - outside]
 
 
 def main() -> None:
