@@ -114,8 +114,8 @@ def served(tree: Path, directory: Path, *, before: str = "") -> Iterator[Tree]:
 def median_between(values: list[float]) -> tuple[float, float, float]:
     """Return the median of *values*, and the ends of a confidence interval of 95 % for the true median.
 
-    The ends are order statistics, by the normal approximation of the binomial distribution. Raises ValueError for under ten values:
-    then no interval has 95 %.
+    The ends are order statistics, by the normal approximation of the binomial distribution. Raises ValueError for fewer than ten
+    values, which are too few for it.
     """
     if len(values) < _ROUNDS_MIN:
         raise ValueError(f"expected at least {_ROUNDS_MIN} rounds")
