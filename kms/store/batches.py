@@ -96,21 +96,28 @@ class BatchConnection:
         self.number = 0
 
     async def settle(self, texts: Sequence[str], *, seconds: float) -> list[str]:
-        """Settle uses as `encoded` gives them; return a verdict for each. Raises `psycopg.Error`."""
+        """Settle uses as `encoded` gives them; return a verdict for each, "" for one that is no text. Raises `psycopg.Error`."""
         numbered = ",".join(f'{{"n":{n},{text[1:]}' for n, text in enumerate(texts, start=1))
         parameters = {"writer": self.writer_id, "number": self.number + 1, "entries": f"[{numbered}]"}
         self.number += 1
         try:
-            return list(await self.connection.ask(SETTLE, parameters, seconds=seconds))
+            return _verdicts(await self.connection.ask(SETTLE, parameters, seconds=seconds), len(texts))
         except psycopg.Error:
             if not self.connection.is_lost:
                 self.number -= 1  # the server says that it has not happened, so the number is free
             raise
 
-    async def settled(self, writer_id: UUID, number: int, *, seconds: float) -> list[str] | None:
-        """Return the verdicts of another connection's batch, or None: it has not happened, and never will."""
+    async def settled(self, writer_id: UUID, number: int, size: int, *, seconds: float) -> list[str] | None:
+        """Return the verdicts of another connection's batch of *size* uses. None: it has not happened, and never will."""
         verdicts = await self.connection.ask(SETTLED, {"writer": writer_id, "number": number}, seconds=seconds)
-        return None if verdicts is None else list(verdicts)
+        return None if verdicts is None else _verdicts(verdicts, size)
+
+
+def _verdicts(answer: object, size: int) -> list[str]:
+    """Return *size* verdicts. A function that the database's owner replaced may return anything at all."""
+    if not isinstance(answer, list) or len(answer) != size:
+        return [""] * size
+    return [verdict if isinstance(verdict, str) else "" for verdict in answer]
 
 
 def _has_ended(descriptor: int) -> bool:

@@ -12,7 +12,8 @@ from kms.domain.errors import KmsError, Reason, malformed
 from kms.domain.key_row import record_invalid
 
 # A server that turned into a standby refuses to write: the pool's other connections lead to it as well, until it is replaced.
-_UNAVAILABLE: Final = (psycopg.OperationalError, psycopg_pool.PoolClosed, pg.ReadOnlySqlTransaction)
+# FeatureNotSupported: a column or function changed its type after its statement was prepared. The connection is closed.
+_UNAVAILABLE: Final = (psycopg.OperationalError, psycopg_pool.PoolClosed, pg.ReadOnlySqlTransaction, pg.FeatureNotSupported)
 _UNCONFIRMED: Final = "restored_key_unconfirmed"
 _NAME_TAKEN: Final = {
     "keys_user_id_key_name_key": "you have a key of that name",

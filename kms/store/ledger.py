@@ -22,6 +22,7 @@ from kms.app.keyring import key_not_found
 from kms.app.ports import Call, Entry, Repeat, Stranger
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId, UserId
+from kms.domain.key_row import record_invalid
 from kms.domain.lifecycle import State, check_use
 from kms.domain.permissions import check_use_permitted
 from kms.store.batches import BatchConnection, connect, encoded
@@ -32,6 +33,9 @@ from kms.store.repeats import StoredRepeats
 
 BATCH_MAX: Final = 256
 _RETRY_SECONDS: Final = 0.1
+# The number of a batch is not the next one: after a day without a batch the database forgets the last. Or the statement was
+# prepared before a function changed its type.
+_OF_THE_CONNECTION: Final = (pg.SerializationFailure, pg.FeatureNotSupported)
 _LOG = structlog.get_logger("kms.store.ledger")
 Settled = Callable[[int, float], None]
 
@@ -137,9 +141,8 @@ class _Writer:
             if connection.connection.is_lost:
                 await self._after_loss(connection, batch)
                 return None
-            if isinstance(error, pg.SerializationFailure) and connection.number:
-                # Perhaps its number is not the next one: of a writer that was idle for a day the last is forgotten. Nothing has
-                # happened, and another connection counts from the beginning: what fails there too has another cause.
+            if isinstance(error, _OF_THE_CONNECTION) and connection.number:
+                # Nothing has happened, and a new connection may do. What fails there too has another cause.
                 for waiting in batch:
                     waiting.is_sent = False
                 await self.drop_connection()
@@ -174,7 +177,7 @@ class _Writer:
         while any(not waiting.outcome.done() for waiting in batch):
             try:
                 fresh = await self.connected()
-                verdicts = await fresh.settled(writer_id, number, seconds=self.answer_seconds)
+                verdicts = await fresh.settled(writer_id, number, len(batch), seconds=self.answer_seconds)
             except (KmsError, psycopg.Error):
                 await self.drop_connection()
                 await asyncio.sleep(_RETRY_SECONDS)
@@ -315,6 +318,11 @@ def _refusal(verdict: str, entry: Entry) -> KmsError | None:
             return KmsError(Reason.STALE, "the same request was answered meanwhile", repeated="true")
         case "REQUEST_ID_REUSED":
             return KmsError(Reason.REQUEST_ID_REUSED, "this request_id was used for another request", field="request_id")
+    return _state_refusal(verdict, entry)
+
+
+def _state_refusal(verdict: str, entry: Entry) -> KmsError:
+    """Return the error of a verdict that names a missing permission or the key's state."""
     try:
         if verdict == "PERMISSION_DENIED":
             check_use_permitted(frozenset(), entry.use)
@@ -322,4 +330,7 @@ def _refusal(verdict: str, entry: Entry) -> KmsError | None:
             check_use(State(verdict.removeprefix("KEY_").lower()), entry.use)
     except KmsError as refusal:
         return refusal
-    raise ValueError(f"a verdict that is unknown here: {verdict}")
+    except ValueError:
+        pass
+    # The verdict is not a word of ours, or names a state that refuses nothing: somebody replaced the function.
+    return record_invalid(entry.key_id)

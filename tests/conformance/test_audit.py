@@ -416,7 +416,7 @@ def test_a_tail_ends_when_its_caller_may_no_longer_have_it(server: RunningServer
     with pytest.raises(grpc.RpcError) as caught:
         list(stream)
     assert refusal_of(caught.value).reason == ("PERMISSION_DENIED" if how == "role" else "CREDENTIALS_INVALID")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
 
 
 def test_streams_of_one_user_are_limited_and_those_that_were_left_make_room(server: RunningServer, auditor: Caller) -> None:

@@ -50,7 +50,7 @@ def outcome(call: Callable[..., object], request: object) -> str:
     try:
         call(request, timeout=DEADLINE_SECONDS)
     except grpc.RpcError as error:
-        assert time.monotonic() - began < DEADLINE_SECONDS + 0.5
+        assert time.monotonic() - began < DEADLINE_SECONDS + 5
         return refusal_of(error).reason or refusal_of(error).code.name
     return "OK"
 

@@ -227,7 +227,7 @@ def test_a_process_stopped_in_a_move_holds_up_no_revocation(pair: Pair, used: Us
     with pair.stopped_at(stop):
         began = time.monotonic()
         revoke(pair, used)
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 8
     assert reason(call) == "OK"
     history = pair.execute(
         "SELECT event_type FROM audit.domain_events WHERE aggregate_id = %s ORDER BY aggregate_version", used.id

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from kms.v1 import crypto_pb2 as cpb
 from kms.v1 import keys_pb2 as kpb
-from tests.conformance.refusals import refusal, refusal_of
+from tests.conformance.refusals import item_reason, refusal, refusal_of
 from tests.conformance.requests import create, made
 from tests.conformance.test_outages import soon
 from tests.fixtures.server import Caller, RunningServer
@@ -26,6 +26,21 @@ _SAYS_OK: Final = """
     LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
     AS $$ BEGIN RETURN ARRAY(SELECT 'OK' FROM json_array_elements(entries)); END $$
 """
+_VERDICTS: Final = {
+    "NULL": ("TEXT[]", "NULL"),
+    "none": ("TEXT[]", "'{}'"),
+    "one too many": ("TEXT[]", "array_append(ARRAY(SELECT 'OK' FROM json_array_elements(entries)), 'OK')"),
+    "NULLs": ("TEXT[]", "ARRAY(SELECT NULL::text FROM json_array_elements(entries))"),
+    "an unknown word": ("TEXT[]", "ARRAY(SELECT 'FINE' FROM json_array_elements(entries))"),
+    "no word": ("TEXT[]", "ARRAY(SELECT '' FROM json_array_elements(entries))"),
+    "a state that refuses nothing": ("TEXT[]", "ARRAY(SELECT 'KEY_ACTIVE' FROM json_array_elements(entries))"),
+    "no state": ("TEXT[]", "ARRAY(SELECT 'KEY_' FROM json_array_elements(entries))"),
+    "nested": ("TEXT[]", "ARRAY(SELECT ARRAY['OK', 'OK'] FROM json_array_elements(entries))"),
+    "a text": ("TEXT", "'OK'"),
+    "a number": ("BIGINT", "1"),
+    "an object": ("JSON", """'{"OK": "OK"}'"""),
+    "numbers": ("BIGINT[]", "ARRAY(SELECT 1 FROM json_array_elements(entries))"),
+}
 _SLOW_READS: Final = """
     CREATE POLICY slow ON cryptography.keys AS RESTRICTIVE FOR SELECT
     USING ((SELECT true FROM pg_sleep(0.15) WHERE id IS NOT NULL))
@@ -355,3 +370,43 @@ def test_a_limit_ends_many_clients_at_once_where_the_database_says_that_it_charg
         assert {each.result() for each in working} == {"RECORD_INVALID"}
     finally:
         superuser(kept["definition"], "DROP POLICY slow ON cryptography.keys")
+
+
+@pytest.mark.parametrize("verdicts", _VERDICTS)
+def test_what_is_no_verdict_of_ours_gives_no_result(
+    attacked: RunningServer, superuser: Superuser, owner: Caller, verdicts: str
+) -> None:
+    made(owner, "ed25519")
+    owner.crypto.Sign(SIGN)
+    kind, expression = _VERDICTS[verdicts]
+    [kept] = superuser("SELECT pg_get_functiondef('cryptography.settle'::regproc) AS definition")
+    drop = "DROP FUNCTION cryptography.settle"
+    superuser(
+        drop,
+        f"CREATE FUNCTION cryptography.settle(writer UUID, number BIGINT, entries JSON) RETURNS {kind} "
+        f"LANGUAGE plpgsql AS $$ BEGIN RETURN {expression}; END $$",
+        "GRANT EXECUTE ON FUNCTION cryptography.settle TO kms_service",
+    )
+    try:
+        assert refusal(owner.crypto.Sign, SIGN).reason == "RECORD_INVALID"
+        batch = owner.crypto.BatchSign(cpb.BatchSignRequest(items=[SIGN, SIGN]))
+        assert [reason_of(item) for item in batch.items] == ["RECORD_INVALID"] * 2
+    finally:
+        superuser(drop, kept["definition"], "GRANT EXECUTE ON FUNCTION cryptography.settle TO kms_service")
+    owner.crypto.Sign(SIGN)
+    assert not [line for line in attacked.log() if line["event"].startswith("bug")]
+
+
+def test_one_bad_verdict_is_of_its_item_alone(superuser: Superuser, owner: Caller) -> None:
+    made(owner, "ed25519")
+    [kept] = superuser("SELECT pg_get_functiondef('cryptography.settle'::regproc) AS definition")
+    superuser(_SAYS_OK.replace("'OK'", "CASE WHEN value->'details'->>'input_bytes' = '1' THEN 'FINE' ELSE 'OK' END"))
+    try:
+        batch = owner.crypto.BatchSign(cpb.BatchSignRequest(items=[SIGN, cpb.SignRequest(key="k", message=b"other")]))
+        assert [reason_of(item) for item in batch.items] == ["RECORD_INVALID", "OK"]
+    finally:
+        superuser(kept["definition"])
+
+
+def reason_of(item: cpb.BatchSignResponse.Item) -> str:
+    return item_reason(item.error) if item.WhichOneof("outcome") == "error" else "OK"

@@ -131,7 +131,7 @@ async def alice(store: Pool) -> User:
     return await make_user(store, "alice")
 
 
-async def until(holds: Callable[[], bool], seconds: float = 10.0) -> float:
+async def until(holds: Callable[[], bool], seconds: float = 60.0) -> float:
     """Wait until *holds*, and return for how many seconds."""
     began = monotonic()
     while not holds():

@@ -168,7 +168,7 @@ async def test_while_nobody_answers_noting_waits_for_nothing(alice: User) -> Non
         for _ in range(20_000):
             refusals.note(a_call(alice), "sign", None, Reason.ENVELOPE_INVALID)
         await asyncio.sleep(0.3)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 15
 
 
 async def test_a_flood_of_refusals_does_not_stop_charges(database: Database, store: Pool, alice: User) -> None:
