@@ -1,8 +1,7 @@
 """Making keys and looking at them."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -10,15 +9,13 @@ from uuid import UUID
 
 from kms.app.ports import Call, Hsm, Keys, NewKey, Repeat, Uninterrupted
 from kms.domain.algorithms import KeySpec
-from kms.domain.errors import KmsError, Reason, malformed
+from kms.domain.errors import KmsError, Reason, about_key, malformed
 from kms.domain.fields import check_metadata
 from kms.domain.ids import KeyId, KeyName, KeyRef, UserId
 from kms.domain.keys import Custody, KeyIdentity, KeyRecord, UsableKey
 from kms.domain.lifecycle import State, Use, check_use, is_open_to, use_among
 
 _UNDECIDED: Final = frozenset({Reason.STORE_UNAVAILABLE, Reason.OUTCOME_UNKNOWN})
-_READ_ANEW: ContextVar[bool] = ContextVar("read_anew", default=False)
-_FOUND: ContextVar[KeyId | None] = ContextVar("found", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,55 +87,37 @@ class Keyring:
         return record
 
 
-async def existing(keys: Keys, caller: UserId, ref: KeyRef, *, recent: bool = False) -> KeyRecord:
+async def require_key(keys: Keys, caller: UserId, ref: KeyRef, *, recent: bool = False) -> KeyRecord:
     """Return the caller's key, or raise KEY_NOT_FOUND."""
     record = await keys.find(caller, ref, recent=recent)
     if record is None:
         raise key_not_found()
-    _FOUND.set(record.identity.key_id)
     return record
 
 
-async def usable(keys: Keys, caller: UserId, ref: KeyRef, *uses: Use) -> UsableKey:
-    """Return the caller's key, or raise KEY_NOT_FOUND or the reason why its state forbids each of *uses*."""
-    key = await keys.find_usable(caller, ref, recent=not is_read_anew())
+async def require_usable_key(keys: Keys, caller: UserId, ref: KeyRef, *uses: Use, fresh: bool) -> UsableKey:
+    """Return the caller's key if its state permits one of *uses*.
+
+    A key may be as it was a second ago, unless it is to be *fresh*. No key is refused for a state that it had a moment ago.
+    Raises KEY_NOT_FOUND, the reason of the state that forbids each of *uses*, USAGE_LIMIT_REACHED, WRONG_PURPOSE.
+    """
+    key = await keys.find_usable(caller, ref, recent=not fresh)
     if key is not None and not any(is_open_to(key.record.state, use) for use in uses):
         key = await keys.find_usable(caller, ref)
     if key is None:
-        # A destroyed key has no envelope left, but its owner is told what became of it.
-        check_use((await existing(keys, caller, ref)).state, uses[0])
+        # A destroyed key has no envelope left, but its owner learns what became of it.
+        record = await require_key(keys, caller, ref)
+        with about_key(record.identity.key_id):
+            check_use(record.state, uses[0])
         raise key_not_found()
     use = use_among(key.record.state, *uses)
-    _FOUND.set(key.record.identity.key_id)
-    _check_limit(key.record, use)
-    check_use(key.record.state, use)
-    if key.record.identity.bound_to:
-        raise KmsError(Reason.WRONG_PURPOSE, "this key belongs to the service itself", bound_to=key.record.identity.bound_to)
+    with about_key(key.record.identity.key_id):
+        _check_limit(key.record, use)
+        check_use(key.record.state, use)
+        bound_to = key.record.identity.bound_to
+        if bound_to:
+            raise KmsError(Reason.WRONG_PURPOSE, "this key belongs to the service itself", bound_to=bound_to)
     return key
-
-
-@contextmanager
-def read_anew() -> Iterator[None]:
-    """Have drafts take no key and no caller, within the block, as it was a moment ago."""
-    before = _READ_ANEW.set(True)
-    try:
-        yield
-    finally:
-        _READ_ANEW.reset(before)
-
-
-def is_read_anew() -> bool:
-    """Whether this is within `read_anew`."""
-    return _READ_ANEW.get()
-
-
-def refused_key(reason: str) -> KeyId | None:
-    """Return the caller's key that this call found last, for the line of the trail that says it was refused for *reason*.
-
-    None where it found none, and with KEY_NOT_FOUND and RATE_LIMITED: then it is another that is not, or no longer, the
-    caller's, or was not looked for.
-    """
-    return None if reason in (Reason.KEY_NOT_FOUND, Reason.RATE_LIMITED) else _FOUND.get()
 
 
 def _check_limit(key: KeyRecord, use: Use) -> None:

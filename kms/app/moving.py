@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
 
-from kms.app.keyring import existing
+from kms.app.keyring import require_key
 from kms.app.ports import Call, Hsm, Keys, Lifecycle
+from kms.domain.errors import about_key
 from kms.domain.fields import check_metadata, parse_number, parse_text
 from kms.domain.ids import KeyId, KeyRef
 from kms.domain.keys import KeyRecord
@@ -25,9 +26,10 @@ class Moving:
     async def move(self, call: Call, ref: KeyRef, move: Move, change: Change, *, version: int | None) -> KeyRecord:
         """Make the move and return the key as it is then; see `Lifecycle.move` for what is raised."""
         _check(move, change)
-        key = await existing(self.keys, call.user.user_id, ref)
-        check_move(key.state, move)
-        return await self.lifecycle.move(call, key.identity.key_id, move, change, version=version)
+        key = await require_key(self.keys, call.user.user_id, ref)
+        with about_key(key.identity.key_id):
+            check_move(key.state, move)
+            return await self.lifecycle.move(call, key.identity.key_id, move, change, version=version)
 
 
 @dataclass(frozen=True, slots=True)

@@ -193,11 +193,15 @@ class Keys(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Who calls, and how the call is found again in log and trail. `peer` is the address without its port."""
+    """Who calls what, and how the call is found again in log and trail. `peer` is the address without its port.
+
+    `rpc` is `Service/Method`, and empty for what the service does for itself.
+    """
 
     user: User
     request_id: str
     peer: str
+    rpc: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,12 +215,16 @@ class Stranger:
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
-    """Under what a result is kept for a repeat: the caller's own id, and a MAC that recognizes the request."""
+    """An answer that is stored for a repeat, under the caller's own id and a MAC that recognizes the request.
+
+    `answer_id` is in `result` too. It is empty for an answer that was read and not opened yet.
+    """
 
     rpc: str
     request_id: str
     body_mac: bytes
     result: bytes
+    answer_id: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

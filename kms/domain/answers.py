@@ -1,4 +1,6 @@
-"""An answer that is stored for a repeat of its request: `version(1) ‖ MAC(32) ‖ content`, in `request_records.result`.
+"""An answer that is stored for a repeat of its request: `version(1) ‖ MAC(32) ‖ answer id(16) ‖ content`.
+
+It stands in `request_records.result`. Its id tells it from every other answer: see `keys/ledger/counts.py`.
 
 Each request under an id of the caller's own has a secret. It is HMAC-SHA-256 under the token's MAC key, over everything that the
 answer belongs to: the user, the RPC, the request id, and the hash of the request. Two MACs are made under that secret: one that
@@ -15,7 +17,8 @@ from kms.domain.envelope import lengths_prefixed
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import UserId
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
+ANSWER_ID_BYTES: Final = 16
 _MAC_BYTES: Final = 32
 
 
@@ -36,20 +39,23 @@ class RequestSecret:
         """What recognizes the request when it is repeated: 32 bytes."""
         return self._mac(b"request")
 
-    def stored(self, content: bytes) -> bytes:
-        """Return *content*, the answer of this request, as it is stored."""
-        return bytes((FORMAT_VERSION,)) + self._mac(b"answer" + content) + content
+    def stored(self, answer_id: bytes, content: bytes) -> bytes:
+        """Return *content*, the answer of this request, as it is stored. *answer_id* has 16 bytes."""
+        return bytes((FORMAT_VERSION,)) + self._mac(b"answer" + answer_id + content) + answer_id + content
 
-    def content(self, stored: bytes) -> bytes:
-        """Return the answer in *stored*, or raise RECORD_INVALID for one that `stored` did not make for this request."""
-        mac, content = stored[1 : 1 + _MAC_BYTES], stored[1 + _MAC_BYTES :]
-        if not stored.startswith(bytes((FORMAT_VERSION,))) or not hmac.compare_digest(self._mac(b"answer" + content), mac):
+    def opened(self, stored: bytes) -> tuple[bytes, bytes]:
+        """Return the answer id and the content of *stored*.
+
+        Raises RECORD_INVALID for an answer that `stored` did not make for this request.
+        """
+        mac, rest = stored[1 : 1 + _MAC_BYTES], stored[1 + _MAC_BYTES :]
+        if not stored.startswith(bytes((FORMAT_VERSION,))) or not hmac.compare_digest(self._mac(b"answer" + rest), mac):
             raise KmsError(
                 Reason.RECORD_INVALID,
                 "the answer stored under this request_id is not as the service left it: use another, and tell the operator",
                 field="request_id",
             )
-        return content
+        return rest[:ANSWER_ID_BYTES], rest[ANSWER_ID_BYTES:]
 
     def _mac(self, text: bytes) -> bytes:
         return hmac.digest(self.secret, text, sha256)

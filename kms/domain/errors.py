@@ -4,8 +4,11 @@ A `KmsError` is told to the caller as it is: its message is written for the call
 no SQL and no label of the token. Its reason is stable: clients, logs and metrics match on it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from typing import Final
+from uuid import UUID
 
 INTERNAL: Final = "INTERNAL"
 """What stands for the reason where a call ends with a bug."""
@@ -49,7 +52,8 @@ class Reason(StrEnum):
 class KmsError(Exception):
     """A request was refused or could not be served, for a stated reason.
 
-    `metadata` names the field, state or mechanism at fault; like the message it is shown to the caller.
+    `metadata` names the field, state or mechanism at fault; like the message it is shown to the caller. `key_id` is the caller's
+    key that the refusal is about, for the trail. None: no key was found.
     """
 
     def __init__(self, reason: Reason, message: str, **metadata: str) -> None:
@@ -57,13 +61,37 @@ class KmsError(Exception):
         self.reason = reason
         self.message = message
         self.metadata = metadata
+        self.key_id: UUID | None = None
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _restored, (self.reason, self.message, self.metadata)
+        return _restored, (self.reason, self.message, self.metadata, self.key_id)
 
 
-def _restored(reason: Reason, message: str, metadata: dict[str, str]) -> KmsError:
-    return KmsError(reason, message, **metadata)
+def _restored(reason: Reason, message: str, metadata: dict[str, str], key_id: UUID | None) -> KmsError:
+    error = KmsError(reason, message, **metadata)
+    error.key_id = key_id
+    return error
+
+
+# Refusals that say nothing of the key which was found: another key is meant, or none was looked for.
+_OF_NO_KEY: Final = frozenset({Reason.KEY_NOT_FOUND, Reason.RATE_LIMITED})
+
+
+@contextmanager
+def about_key(key_id: UUID) -> Iterator[None]:
+    """Give each error of the block the caller's key *key_id*, unless it names a key already. A bug gets it too."""
+    try:
+        yield
+    except Exception as error:
+        is_of_no_key = isinstance(error, KmsError) and error.reason in _OF_NO_KEY
+        if key_of(error) is None and not is_of_no_key:
+            error.key_id = key_id  # type: ignore[attr-defined]  # an exception takes any attribute
+        raise
+
+
+def key_of(error: Exception) -> UUID | None:
+    """Return the caller's key that *error* is about, if it is known."""
+    return getattr(error, "key_id", None)
 
 
 def malformed(field: str, expected: str) -> KmsError:

@@ -4,22 +4,21 @@ from dataclasses import asdict, dataclass
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from kms.app.ports import Call
 from kms.app.status import Administration
 from kms.rpc import enums
-from kms.rpc.edge import Context, current
 from kms.v1 import admin_pb2 as pb
-from kms.v1 import admin_pb2_grpc
 
 
 @dataclass(frozen=True, slots=True)
-class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
+class AdminServicer:
     """Calls `Administration`, encodes."""
 
     administration: Administration
 
-    async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
+    async def GetStatus(self, request: pb.GetStatusRequest, call: Call) -> pb.GetStatusResponse:
         """Return how the service is."""
-        status = await self.administration.status(current())
+        status = await self.administration.status(call)
         server_time = Timestamp()
         server_time.FromDatetime(status.server_time)
         return pb.GetStatusResponse(
@@ -33,7 +32,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             detail=None if status.detail is None else pb.StatusDetail(**asdict(status.detail)),
         )
 
-    async def GetHsmCapabilities(self, request: pb.GetHsmCapabilitiesRequest, context: Context) -> pb.GetHsmCapabilitiesResponse:
+    async def GetHsmCapabilities(self, request: pb.GetHsmCapabilitiesRequest, call: Call) -> pb.GetHsmCapabilitiesResponse:
         """Return what the HSM can do."""
         found = self.administration.capabilities()
         keys = [

@@ -6,13 +6,12 @@ from itertools import pairwise
 from typing import Final, TypeVar
 
 from kms.app.limits import check_batch
-from kms.app.uses import Draft, Turn
 from kms.domain.errors import KmsError, Reason
-from kms.rpc.status import status_of
+from kms.keys.crypto.charged import Item
+from kms.keys.ledger.settling import PendingResult, Slot
 
+Message = TypeVar("Message")
 Request = TypeVar("Request")
-Response = TypeVar("Response")
-Item = TypeVar("Item")
 T = TypeVar("T")
 
 # Enough to keep every lane busy, few enough that one batch does not take all database connections.
@@ -20,17 +19,17 @@ _AT_ONCE: Final = 8
 _IN_DOUBT: Final = "items may have been charged; repeat the call with the same request_id in each item"
 
 
-class _Place:
-    """The turn of one item: it settles when the item before it has gone to the ledger, or never will."""
+class _BatchSlot:
+    """The slot of one item. It settles when the item before it has gone to the ledger, or never will."""
 
     def __init__(self, room: asyncio.Semaphore, before: asyncio.Event, here: asyncio.Event) -> None:
         self._room = room
         self._before = before
         self._here = here
 
-    async def draft(self, make: Callable[[], Awaitable[Draft[T]]]) -> Draft[T]:
+    async def compute(self, compute: Callable[[], Awaitable[PendingResult[T]]]) -> PendingResult[T]:
         async with self._room:
-            return await make()
+            return await compute()
 
     async def settle(self) -> None:
         try:
@@ -41,46 +40,45 @@ class _Place:
             self._here.set()
 
 
-def check_items(items: Sequence[Request], size_bytes: Callable[[Request], int]) -> None:
+def check_items(items: Sequence[Message], size_bytes: Callable[[Message], int]) -> None:
     """Raise MALFORMED unless a batch has 1 to 256 items of together at most 1 MiB."""
     check_batch(len(items), sum(size_bytes(item) for item in items))
 
 
-async def answer_each(
-    items: Sequence[Request],
-    answer: Callable[[Request, Turn], Awaitable[Response]],
-    make: Callable[..., Item],
-    note: Callable[[Reason], None],
+async def run_batch(
+    items: Sequence[Item[Request] | KmsError],
+    use: Callable[[Item[Request], Slot], Awaitable[T]],
+    note: Callable[[KmsError], None],
+    /,
     *,
     is_charged: bool,
-) -> list[Item]:
-    """Answer each of *items*, a few at a time; *note* is told of each that is refused. A bug in one fails the whole call.
-
-    Where what is answered *is_charged*, a call whose time is up ends with OUTCOME_UNKNOWN unless certainly nothing was charged.
-    """
+) -> list[T | KmsError]:
+    """Return the result or the refusal of each item, a few at a time. See `RunBatch`. A bug in one item fails the whole call."""
     room = asyncio.Semaphore(_AT_ONCE)
     gates = [asyncio.Event() for _ in range(len(items) + 1)]
     gates[0].set()
     is_in_doubt = False
 
-    async def one(item: Request, place: _Place) -> Item:
+    async def one(item: Item[Request] | KmsError, slot: _BatchSlot) -> T | KmsError:
         nonlocal is_in_doubt
         try:
-            result = await answer(item, place)
+            if isinstance(item, KmsError):
+                raise item
+            result = await use(item, slot)
             is_in_doubt = is_in_doubt or is_charged
-            return make(result=result)
-        except KmsError as error:
-            is_in_doubt = is_in_doubt or (is_charged and error.reason is Reason.OUTCOME_UNKNOWN)
-            note(error.reason)
-            return make(error=status_of(error))
+        except KmsError as refusal:
+            is_in_doubt = is_in_doubt or (is_charged and refusal.reason is Reason.OUTCOME_UNKNOWN)
+            note(refusal)
+            return refusal
         finally:
-            await place.settle()
+            await slot.settle()
+        return result
 
-    tasks: list[asyncio.Task[Item]] = []
+    tasks: list[asyncio.Task[T | KmsError]] = []
     try:
         async with asyncio.TaskGroup() as group:
-            places = [_Place(room, before, here) for before, here in pairwise(gates)]
-            tasks += [group.create_task(one(item, place)) for item, place in zip(items, places, strict=True)]
+            slots = [_BatchSlot(room, before, here) for before, here in pairwise(gates)]
+            tasks += [group.create_task(one(item, slot)) for item, slot in zip(items, slots, strict=True)]
     except asyncio.CancelledError:
         if is_in_doubt:
             raise KmsError(Reason.OUTCOME_UNKNOWN, _IN_DOUBT) from None

@@ -5,18 +5,19 @@ import hashlib
 import json
 from collections.abc import Iterator
 from datetime import datetime
+from typing import Any
 
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from kms.app.encryption import DATA_KEY_BYTES_DEFAULT, ToDecrypt, ToEncrypt
-from kms.app.repeats import Asked
-from kms.app.signing import Signed, ToSign
 from kms.domain.errors import KmsError, malformed
 from kms.domain.fields import open_token, parse_moment, parse_number, parse_optional_number, token_of
 from kms.domain.ids import parse_key_name, parse_key_ref
 from kms.domain.keys import KeyFilter, KeyRecord
 from kms.domain.lifecycle import Change, Use
+from kms.keys.crypto.encryption import DATA_KEY_BYTES_DEFAULT, Decrypted, Encrypted, ToDecrypt, ToEncrypt, ToGenerate
+from kms.keys.crypto.signing import Signature, ToSign, ToVerify, Verification
+from kms.keys.ledger.repeats import RepeatableRequest
 from kms.rpc import enums
 from kms.v1 import crypto_pb2, keys_pb2
 
@@ -115,31 +116,54 @@ def _fingerprint(which: KeyFilter) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def to_sign(request: crypto_pb2.SignRequest | crypto_pb2.VerifyRequest) -> ToSign:
-    """Return what a Sign or Verify request is about."""
+def to_sign(request: crypto_pb2.SignRequest) -> ToSign:
+    """Return what a Sign request is about."""
+    return ToSign(**_signing_fields(request))
+
+
+def to_verify(request: crypto_pb2.VerifyRequest) -> ToVerify:
+    """Return what a Verify request is about."""
+    return ToVerify(**_signing_fields(request), signature=request.signature, require_low_s=request.require_low_s)
+
+
+def _signing_fields(request: crypto_pb2.SignRequest | crypto_pb2.VerifyRequest) -> dict[str, Any]:
     source = request.WhichOneof("input")
     if source is None:
         raise malformed("input", "expected a message or a digest")
-    return ToSign(
-        key=parse_key_ref(request.key),
-        data=request.digest if source == "digest" else request.message,
-        is_digest=source == "digest",
-        scheme=enums.optional(enums.SCHEMES, request.scheme, "scheme"),
-        hash=enums.optional(enums.HASHES, request.hash, "hash"),
-        form=enums.optional(enums.FORMS, request.format, "format"),
-    )
+    return {
+        "key": parse_key_ref(request.key),
+        "data": request.digest if source == "digest" else request.message,
+        "is_digest": source == "digest",
+        "scheme": enums.optional(enums.SCHEMES, request.scheme, "scheme"),
+        "hash": enums.optional(enums.HASHES, request.hash, "hash"),
+        "form": enums.optional(enums.FORMS, request.format, "format"),
+    }
 
 
-def signed(result: Signed) -> crypto_pb2.SignResponse:
+def wire_signature(signature: Signature) -> crypto_pb2.SignResponse:
     """Return a signature as a client sees it."""
+    hash_ = signature.algorithm.hash
     return crypto_pb2.SignResponse(
-        signature=result.signature,
-        key_id=str(result.key_id),
-        scheme=enums.number_of(enums.SCHEMES, result.algorithm.scheme),
-        hash=enums.number_of(enums.HASHES, result.algorithm.hash)
-        if result.algorithm.hash
-        else crypto_pb2.HASH_ALGORITHM_UNSPECIFIED,
+        signature=signature.signature,
+        key_id=str(signature.key_id),
+        scheme=enums.number_of(enums.SCHEMES, signature.algorithm.scheme),
+        hash=enums.number_of(enums.HASHES, hash_) if hash_ else crypto_pb2.HASH_ALGORITHM_UNSPECIFIED,
     )
+
+
+def wire_verification(verification: Verification) -> crypto_pb2.VerifyResponse:
+    """Return a verification as a client sees it."""
+    return crypto_pb2.VerifyResponse(valid=verification.is_valid, key_id=str(verification.key_id))
+
+
+def wire_encrypted(encrypted: Encrypted) -> crypto_pb2.EncryptResponse:
+    """Return a ciphertext as a client sees it."""
+    return crypto_pb2.EncryptResponse(ciphertext=encrypted.ciphertext, key_id=str(encrypted.key_id))
+
+
+def wire_decrypted(decrypted: Decrypted) -> crypto_pb2.DecryptResponse:
+    """Return a plaintext as a client sees it."""
+    return crypto_pb2.DecryptResponse(plaintext=decrypted.plaintext, key_id=str(decrypted.key_id))
 
 
 def to_encrypt(request: crypto_pb2.EncryptRequest) -> ToEncrypt:
@@ -170,20 +194,20 @@ def _uses(request: crypto_pb2.DecryptRequest) -> Iterator[Use]:
         yield Use.PROCESS_REVOKED
 
 
-def data_key_size(request: crypto_pb2.GenerateDataKeyRequest) -> int:
-    """Return the size asked for in bytes, 32 unless given."""
-    return request.size_bytes or DATA_KEY_BYTES_DEFAULT
+def to_generate(request: crypto_pb2.GenerateDataKeyRequest) -> ToGenerate:
+    """Return what a GenerateDataKey request is about: 32 bytes unless it gives a size."""
+    size_bytes = request.size_bytes or DATA_KEY_BYTES_DEFAULT
+    return ToGenerate(parse_key_ref(request.key), size_bytes, request.aad, request.without_plaintext)
 
 
-def asked(
+def repeatable(
     request: crypto_pb2.SignRequest | crypto_pb2.EncryptRequest | crypto_pb2.GenerateDataKeyRequest | keys_pb2.CreateKeyRequest,
-) -> Asked | None:
-    """Return under what id of the caller's a request can be repeated, None without one."""
+) -> RepeatableRequest | None:
+    """Return the idempotency id of a request with what it stands for. None: the request has no id."""
     if not request.request_id:
         return None
-    return Asked(
-        request.DESCRIPTOR.name.removesuffix("Request"), request.request_id, request.SerializeToString(deterministic=True)
-    )
+    rpc = request.DESCRIPTOR.name.removesuffix("Request")
+    return RepeatableRequest(rpc, request.request_id, request.SerializeToString(deterministic=True))
 
 
 def moment(request: Message, field: str) -> datetime | None:

@@ -10,9 +10,8 @@ handled here and nowhere else. A stream of answers passes the same, and as long 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, cast
 
 import grpc
 import structlog
@@ -20,10 +19,9 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, status_pb2
 
 from kms.app.access import Access
-from kms.app.keyring import refused_key
-from kms.app.ports import Call, Ledger, Stranger
-from kms.domain.errors import INTERNAL, KmsError, Reason
-from kms.domain.ids import UserId
+from kms.app.ports import Call, Ledger, Stranger, User
+from kms.domain.errors import INTERNAL, KmsError, Reason, key_of
+from kms.domain.ids import KeyId
 from kms.domain.permissions import check_permitted
 from kms.rpc.bystanders import Bystanders
 from kms.rpc.connections import Connections
@@ -52,19 +50,24 @@ STREAMS_PER_USER_MAX: Final = 4
 # Their charge looks at the caller again, or nothing is recorded of them: who he was a moment ago will do.
 _RECENT_WILL_DO: Final = ("CryptoService/", "KeyService/GetPublicKey")
 _UNIMPLEMENTED: Final = status_pb2.Status(code=code_pb2.UNIMPLEMENTED, message="there is no method of this name here")
-_CALL: ContextVar[Call] = ContextVar("call")
 _LOG = structlog.get_logger("kms.rpc")
 T = TypeVar("T")
 
 
-def current() -> Call:
-    """Return the call being handled: who makes it, its id, and where from."""
-    return _CALL.get()
+@dataclass(slots=True)
+class _Progress:
+    """What is known of a call while it is handled. `call` is there once its user is."""
 
+    method: str
+    context: Context
+    request_id: str
+    began: float = field(default_factory=time.monotonic)
+    call: Call | None = None
 
-def caller() -> UserId:
-    """Return who makes the call being handled."""
-    return _CALL.get().user.user_id
+    def know(self, user: User, address: str) -> Call:
+        """Note who calls, and return the call."""
+        self.call = Call(user, self.request_id, address, self.method)
+        return self.call
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,7 @@ class _Method:
 
     name: str
     decode: Callable[[bytes], Message]
-    call: Callable[[Message, Context], Any]
+    call: Callable[[Message, Call], Any]
 
 
 class Edge(Interceptor):
@@ -127,13 +130,15 @@ class Edge(Interceptor):
             seconds = seconds_left(context, self._call_seconds_max)
             with self._telemetry.spans.call(method.name, context.invocation_metadata() or ()):
                 return await self._guarded(
-                    method, context, self._calls, seconds, lambda body: method.call(decoded(method.decode, body), context)
+                    method, context, self._calls, seconds, lambda body, call: method.call(decoded(method.decode, body), call)
                 )
 
         async def stream(_: object, context: Context) -> None:
             self._entrance.check_open(context)
             seconds = seconds_left(context, STREAM_SECONDS_MAX)
-            await self._guarded(method, context, self._streams, seconds, lambda body: self._stream(method, body, context))
+            await self._guarded(
+                method, context, self._streams, seconds, lambda body, call: self._stream(method, body, call, context)
+            )
 
         # Handlers of streams of requests begin with the headers. `MessageReader` reads the one message.
         if handler.unary_unary is not None:
@@ -150,60 +155,68 @@ class Edge(Interceptor):
         return await abort(context, _UNIMPLEMENTED)
 
     async def _guarded(
-        self, method: _Method, context: Context, limit: InFlightLimit, seconds: float, act: Callable[[bytes], Awaitable[T]]
+        self,
+        method: _Method,
+        context: Context,
+        limit: InFlightLimit,
+        seconds: float,
+        act: Callable[[bytes, Call], Awaitable[T]],
     ) -> T:
         """Return what *act* returns for a caller who may make the call, or end the call with an error."""
-        request_id = request_id_of(context)
-        context.set_trailing_metadata(((REQUEST_ID, request_id),))
-        structlog.contextvars.bind_contextvars(request_id=request_id)  # grpc handles each call in a context of its own
-        began = time.monotonic()
-        refusal: status_pb2.Status
+        progress = _Progress(method.name, context, request_id_of(context))
+        context.set_trailing_metadata(((REQUEST_ID, progress.request_id),))
+        # grpc handles each call in a context of its own.
+        structlog.contextvars.bind_contextvars(request_id=progress.request_id)
         try:
             async with asyncio.timeout(seconds):
-                response = await self._admitted(method, context, limit, request_id, act)
+                response = await self._admitted(progress, limit, act)
         except ShutOutError:
             return await abort(context, SHUT_OUT)
         except TimeoutError:
-            reason, refusal = _refused(KmsError(Reason.DEADLINE_EXCEEDED, "the call took longer than it may"))
-        except KmsError as error:
-            reason, refusal = _refused(error)
+            error: Exception = KmsError(Reason.DEADLINE_EXCEEDED, "the call took longer than it may")
         except asyncio.CancelledError:
-            self._end(method.name, request_id, began, CANCELLED)
+            self._end(progress, CANCELLED)
             raise
-        except Exception:  # noqa: BLE001 - the boundary: a bug is logged here and told as "internal error"
+        except KmsError as refusal:
+            error = refusal
+        except Exception as bug:  # noqa: BLE001 - the boundary: a bug is logged here and told as "internal error"
             _LOG.exception("bug", method=method.name)
-            reason, refusal = INTERNAL, internal_status(request_id)
+            error = bug
         else:
-            self._end(method.name, request_id, began, "OK")
+            self._end(progress, "OK")
             return response
-        self._end(method.name, request_id, began, reason)
-        self._note(method.name, context, request_id, reason)
-        return await abort(context, refusal)
+        return await self._refused(progress, error)
 
-    async def _admitted(
-        self, method: _Method, context: Context, limit: InFlightLimit, request_id: str, act: Callable[[bytes], Awaitable[T]]
-    ) -> T:
+    async def _refused(self, progress: _Progress, error: Exception) -> NoReturn:
+        """End the call with *error*: a `KmsError`, or a bug."""
+        reason, status = INTERNAL, internal_status(progress.request_id)
+        if isinstance(error, KmsError):
+            reason, status = error.reason, status_of(error)
+        key = key_of(error)
+        key_id = None if key is None else KeyId(key)
+        self._end(progress, reason)
+        who = progress.call or self._stranger(progress.context, progress.request_id)
+        self._ledger.note_refusal(who, progress.method.rpartition("/")[2], key_id, reason)
+        await abort(progress.context, status)
+
+    async def _admitted(self, progress: _Progress, limit: InFlightLimit, act: Callable[[bytes, Call], Awaitable[T]]) -> T:
         """Return what *act* returns for the message of the call. Raises what keeps its caller from making it, now or at all."""
-        peer, user_id = self._entrance.caller(context)
+        peer, user_id = self._entrance.caller(progress.context)
         if (known := limit.over_limit_user(user_id)) is not None:
-            _CALL.set(Call(known, request_id, peer.address))  # the refusal of a user we know is theirs in the trail
-        async with self._entrance.message(context, peer, user_id, limit) as body:
-            user = await self._access.admit(user_id, recent=method.name.startswith(_RECENT_WILL_DO))
+            progress.know(known, peer.address)  # the trail names a user whom we know, also in a refusal
+        async with self._entrance.message(progress.context, peer, user_id, limit) as body:
+            user = await self._access.admit(user_id, recent=progress.method.startswith(_RECENT_WILL_DO))
             limit.know(user)
-            _CALL.set(Call(user, request_id, peer.address))
-            check_permitted(user.permissions, method.name)
-            return await act(body)
+            call = progress.know(user, peer.address)
+            check_permitted(user.permissions, progress.method)
+            return await act(body, call)
 
-    async def _stream(self, method: _Method, body: bytes, context: Context) -> None:
+    async def _stream(self, method: _Method, body: bytes, call: Call, context: Context) -> None:
         async def check() -> None:
             user = await self._access.admit(self._identify(context.auth_context()))
             check_permitted(user.permissions, method.name)
 
-        await sent(method.call(decoded(method.decode, body), context), context, check=check, draining=self._draining)
-
-    def _note(self, method: str, context: Context, request_id: str, reason: str) -> None:
-        who = _CALL.get(None) or self._stranger(context, request_id)
-        self._ledger.note_refusal(who, method.rpartition("/")[2], refused_key(reason), reason)
+        await sent(method.call(decoded(method.decode, body), call), context, check=check, draining=self._draining)
 
     def _note_bystander(self, method: str, context: Context, error: KmsError) -> None:
         self._ledger.note_refusal(self._stranger(context, request_id_of(context)), method.rpartition("/")[2], None, error.reason)
@@ -211,17 +224,13 @@ class Edge(Interceptor):
     def _stranger(self, context: Context, request_id: str) -> Stranger:
         return Stranger(request_id, peer_of_call(context.peer()).address, self._identify.claimed(context.auth_context()))
 
-    def _end(self, method: str, request_id: str, began: float, outcome: str) -> None:
-        call, seconds = _CALL.get(None), time.monotonic() - began
-        self._telemetry.ended(method, outcome, CODE_NAMES[outcome], request_id, seconds)
+    def _end(self, progress: _Progress, outcome: str) -> None:
+        seconds = time.monotonic() - progress.began
+        self._telemetry.ended(progress.method, outcome, CODE_NAMES[outcome], progress.request_id, seconds)
         _LOG.info(
             "call",
-            method=method,
+            method=progress.method,
             outcome=outcome,
-            user=str(call.user.user_id) if call else None,
+            user=str(progress.call.user.user_id) if progress.call else None,
             milliseconds=round(seconds * 1000, 2),
         )
-
-
-def _refused(error: KmsError) -> tuple[str, status_pb2.Status]:
-    return error.reason, status_of(error)

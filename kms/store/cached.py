@@ -23,13 +23,13 @@ from kms.app.ports import (
     User,
     Users,
 )
-from kms.app.uses import LOOK_AGAIN
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId, KeyRef, UserId
 from kms.domain.keys import KeyFilter, KeyRecord, UsableKey
 from kms.domain.lifecycle import Change, Move
+from kms.keys.ledger.counts import Counts
+from kms.keys.ledger.settling import RETRYABLE_REFUSALS
 from kms.store.cache import Cache, CacheStatus
-from kms.store.counts import Counts
 from kms.store.misses import Misses
 
 _KEY_BYTES: Final = 2048  # of objects, beside the texts in them
@@ -133,17 +133,21 @@ class ForgettingLedger:
 
     async def settle(self, entry: Entry) -> None:
         """Charge and record a use: see `Ledger.settle`."""
-        is_counted = entry.is_charged and self.keys.counts.is_counted(entry.key_id)
+        counts, answer_id = self.keys.counts, None if entry.repeat is None else entry.repeat.answer_id
+        bounds = counts.of(entry.key_id) if entry.is_charged else None
+        limit = None if bounds is None else bounds.limit
+        if bounds is not None and answer_id is not None:
+            counts.offered(bounds, answer_id)
         try:
             await self.ledger.settle(entry)
-            if is_counted:
-                self.keys.counts.charged(entry.key_id)
         except KmsError as error:
-            if error.reason in LOOK_AGAIN:  # else it would be read anew of a database in trouble
+            if error.reason in RETRYABLE_REFUSALS:  # else it would be read anew of a database in trouble
                 self.keys.drop(entry.key_id)
             if error.reason is Reason.CREDENTIALS_INVALID:
                 self.users.drop(entry.call.user.user_id)
             raise
+        if bounds is not None:
+            counts.settled(bounds, limit, answer_id)
 
     async def earlier(self, user_id: UserId, rpc: str, request_id: str) -> Repeat | None:
         """Return what was kept under this id less than 24 hours ago, or None."""

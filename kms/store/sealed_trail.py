@@ -12,6 +12,7 @@ from kms.app.records import Records
 from kms.app.trail_ports import KeptNote, StoredCheckpoint
 from kms.domain.errors import KmsError, Reason
 from kms.domain.history import HistoryError
+from kms.domain.key_row import record_invalid
 from kms.domain.merkle import Frontier
 from kms.domain.trail_lines import Leaf, RowPlace, Unplaced
 from kms.store.pool import AS_AUDITOR, AS_JOB, Pool
@@ -113,8 +114,11 @@ class StoredSealedTrail:
         return int((await self.pool.fetch(AS_AUDITOR, NEXT_ORDER))[0]["next_order"])
 
     async def epoch(self) -> int:
-        """Return the number of the epoch. Raises RECORD_INVALID for one that somebody planted, where *records* can tell."""
-        epoch = (await self.pool.fetch(AS_JOB, EPOCH))[0]
+        """Return the number of the epoch. Raises RECORD_INVALID for one that is gone or planted, where *records* can tell."""
+        rows = await self.pool.fetch(AS_JOB, EPOCH)
+        if not rows:
+            raise record_invalid()
+        epoch = rows[0]
         if self.records is not None:
             await self.records.prove_epoch(epoch)
         return int(epoch["number"])

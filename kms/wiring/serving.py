@@ -16,23 +16,27 @@ import uvloop
 
 from kms.app.access import Access
 from kms.app.auditing import Auditing
-from kms.app.encryption import Encryption
 from kms.app.keyring import Keyring
 from kms.app.moving import Destruction, Moving
 from kms.app.ports import Keys, Ledger, Lifecycle, Users
 from kms.app.records import Records
-from kms.app.repeats import Uses
 from kms.app.residents import Reconciliation
-from kms.app.signing import Signing
 from kms.app.status import Administration
 from kms.config import Config, ServerConfig, needed
 from kms.domain.errors import KmsError, Reason
 from kms.hsm.token_hsm import HsmStatus, TokenHsm, open_hsm
 from kms.hsm.uninterrupted import uninterrupted
+from kms.keys.crypto.charged import ChargedUses
+from kms.keys.crypto.encryption import Encryption
+from kms.keys.crypto.signing import Signing
+from kms.keys.ledger.counts import Counts
+from kms.keys.ledger.repeats import Repeats
+from kms.keys.ledger.settling import Settling
 from kms.pki.client_identity import ClientIdentity, host_clock
 from kms.pki.public_keys import PublicKeyOperations
 from kms.rpc.admin import AdminServicer
 from kms.rpc.audit import AuditServicer
+from kms.rpc.batches import run_batch
 from kms.rpc.connections import Connections
 from kms.rpc.crypto import CryptoServicer
 from kms.rpc.edge import Edge
@@ -198,6 +202,7 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         server = _server(
             Auditing(StoredTrail(pool), verifying(config, pool, records)),
             known_keys,
+            keys.counts,
             users,
             hsm,
             ForgettingLedger(settled, keys, users),
@@ -237,6 +242,7 @@ async def _upkeep(
 def _server(
     auditing: Auditing,
     keys: Keys,
+    counts: Counts,
     users: Users,
     hsm: TokenHsm,
     ledger: Ledger,
@@ -251,12 +257,14 @@ def _server(
 ) -> Server:
     access, public_keys = Access(users), PublicKeyOperations()
     hsm = telemetry.observed(hsm, "hsm", *HSM_OPERATIONS)
-    uses = Uses(keys, hsm, ledger, access)
+    settling = Settling(ledger, access)
+    repeats = Repeats(keys, hsm, settling, counts)
+    signing, encryption = Signing(keys, hsm, public_keys), Encryption(keys, hsm, public_keys)
     edge = Edge(identity, access, ledger, telemetry, connections, call_limits(config))
     return Server(
         edge,
-        KeyServicer(Keyring(keys, hsm, uninterrupted), Moving(keys, lifecycle), uses),
-        CryptoServicer(Signing(keys, hsm, public_keys), Encryption(keys, hsm, public_keys), uses),
+        KeyServicer(Keyring(keys, hsm, uninterrupted), Moving(keys, lifecycle), repeats),
+        CryptoServicer(ChargedUses(signing, encryption, settling, repeats, run_batch)),
         AuditServicer(auditing),
         AdminServicer(Administration(reports)),
         transport=transport_limits(config),

@@ -6,14 +6,17 @@ from typing import NoReturn
 
 import pytest
 
-from kms.app.uses import Draft, Turn
 from kms.domain.errors import KmsError, Reason, malformed
-from kms.rpc.batches import answer_each
+from kms.keys.crypto.charged import Item
+from kms.keys.ledger.settling import PendingResult, Slot
+from kms.rpc.batches import run_batch
 
 
-async def given_up(answer: Callable[[str, Turn], Awaitable[str]], items: str, *, is_charged: bool = True) -> BaseException | None:
+async def given_up(
+    use: Callable[[Item[str], Slot], Awaitable[str]], items: str, *, is_charged: bool = True
+) -> BaseException | None:
     """Return what a batch that is cancelled after a moment ends with, within a second."""
-    work = answer_each(items, answer, lambda **item: item, lambda reason: None, is_charged=is_charged)
+    work = run_batch([Item(item) for item in items], use, lambda refusal: None, is_charged=is_charged)
     task = asyncio.create_task(work)
     await asyncio.sleep(0.05)
     task.cancel()
@@ -27,10 +30,11 @@ async def never() -> NoReturn:
     raise AssertionError
 
 
-async def answer(item: str, turn: Turn) -> str:
-    """Do what *item* says: slow in its draft, bad at once, done at once, or in doubt once it is given up."""
+async def use(batch_item: Item[str], slot: Slot) -> str:
+    """Do what the item says: slow in its computation, bad at once, done at once, or in doubt once it is given up."""
+    item = batch_item.request
     if item == "s":
-        await turn.draft(never)
+        await slot.compute(never)
     if item == "b":
         raise malformed("key", "expected one")
     if item == "?":
@@ -38,17 +42,17 @@ async def answer(item: str, turn: Turn) -> str:
             await never()
         except asyncio.CancelledError:
             raise KmsError(Reason.OUTCOME_UNKNOWN, "who knows") from None
-    await turn.draft(drafted)
+    await slot.compute(computed)
     return item
 
 
-async def drafted() -> Draft[None]:
-    return Draft(None, None)
+async def computed() -> PendingResult[None]:
+    return PendingResult(None, None)
 
 
 @pytest.mark.parametrize("items", ["sb", "sbs", "bsbs", "sb" * 20, "bbss"])
 async def test_a_batch_that_is_given_up_ends_though_refused_items_wait_for_their_turn(items: str) -> None:
-    assert isinstance(await given_up(answer, items), asyncio.CancelledError)
+    assert isinstance(await given_up(use, items), asyncio.CancelledError)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +62,7 @@ async def test_a_batch_that_is_given_up_ends_though_refused_items_wait_for_their
 async def test_a_batch_that_is_given_up_is_in_doubt_where_items_may_be_charged(
     items: str, is_charged: bool, is_in_doubt: bool
 ) -> None:
-    found = await given_up(answer, items, is_charged=is_charged)
+    found = await given_up(use, items, is_charged=is_charged)
     if is_in_doubt:
         assert isinstance(found, KmsError)
         assert found.reason is Reason.OUTCOME_UNKNOWN

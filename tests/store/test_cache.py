@@ -12,13 +12,13 @@ import psycopg
 import pytest
 
 from kms.app.access import Access
-from kms.app.keyring import usable
-from kms.app.ports import Entry, User
-from kms.app.uses import Alone, Draft, used
+from kms.app.keyring import require_usable_key
+from kms.app.ports import Call, Entry, User
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyName
 from kms.domain.keys import KeyRecord
 from kms.domain.lifecycle import Change, Move, State, Use
+from kms.keys.ledger.settling import SINGLE, PendingResult, Settling
 from kms.store import cache as caches
 from kms.store.cache import Cache, boot_clock
 from kms.store.cached import CachedKeys, CachedUsers, ForgettingLedger, ForgettingLifecycle
@@ -85,12 +85,13 @@ class Worker:
     async def sign(self, user: User, ref: Any) -> None:  # noqa: ANN401
         """Use a key as a Sign does, with everything but the signature."""
 
-        async def draft() -> Draft[None]:
-            admitted = await Access(self.users).admit(user.user_id, recent=True)
-            key = await usable(self.keys, user.user_id, ref, Use.PROTECT)
-            return Draft(None, sign(admitted, key.record))
+        async def compute(call: Call, fresh: bool) -> PendingResult[None]:
+            key = await require_usable_key(self.keys, user.user_id, ref, Use.PROTECT, fresh=fresh)
+            return PendingResult(None, sign(call.user, key.record))
 
-        await used(self.ledger, draft, Alone())
+        access = Access(self.users)
+        call = Call(await access.admit(user.user_id, recent=True), "r", "")
+        await Settling(self.ledger, access).settle_use(call, compute, SINGLE)
 
 
 @asynccontextmanager
@@ -551,11 +552,11 @@ async def test_a_refusal_that_stays_is_given_after_four_drafts(deaf: Worker, ali
     key = await make_key(deaf.pool, alice)
     drafts = 0
 
-    async def draft() -> Draft[None]:
+    async def compute(call: Call, fresh: bool) -> PendingResult[None]:
         nonlocal drafts
         drafts += 1
         entry: Entry = sign(alice, replace(key, version=7))
-        return Draft(None, entry)
+        return PendingResult(None, entry)
 
-    assert await refusal_of(used(deaf.ledger, draft, Alone())) is Reason.STALE
+    assert await refusal_of(Settling(deaf.ledger, Access(deaf.users)).settle_use(a_call(alice), compute, SINGLE)) is Reason.STALE
     assert drafts == 4

@@ -12,6 +12,7 @@ from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import UserId
 
 USER = UserId(UUID(int=1))
+ID = bytes(range(16))
 ANOTHER = UserId(UUID(int=2))
 
 
@@ -38,36 +39,38 @@ FOREIGN = [
 
 
 def test_an_answer_comes_back_for_its_own_request() -> None:
-    assert secret_of().content(secret_of().stored(b"signature")) == b"signature"
-    assert secret_of().content(secret_of().stored(b"")) == b""
+    assert secret_of().opened(secret_of().stored(ID, b"signature")) == (ID, b"signature")
+    assert secret_of().opened(secret_of().stored(ID, b"")) == (ID, b"")
 
 
 @pytest.mark.parametrize("foreign", FOREIGN, ids=lambda foreign: foreign.differs)
 def test_an_answer_of_another_request_is_refused(foreign: Foreign) -> None:
     with pytest.raises(KmsError) as raised:
-        secret_of().content(foreign.secret.stored(b"signature"))
+        secret_of().opened(foreign.secret.stored(ID, b"signature"))
     assert raised.value.reason is Reason.RECORD_INVALID
     assert foreign.secret.body_mac != secret_of().body_mac
 
 
-@pytest.mark.parametrize("place", range(1 + 32 + 9))
+@pytest.mark.parametrize("place", range(1 + 32 + 16 + 9))
 def test_a_changed_byte_of_a_stored_answer_is_refused(place: int) -> None:
-    stored = bytearray(secret_of().stored(b"signature"))
+    stored = bytearray(secret_of().stored(ID, b"signature"))
     stored[place] ^= 1
     with pytest.raises(KmsError) as raised:
-        secret_of().content(bytes(stored))
+        secret_of().opened(bytes(stored))
     assert raised.value.reason is Reason.RECORD_INVALID
 
 
-@pytest.mark.parametrize("stored", [b"", b"\x02", bytes(33), secret_of().stored(b"")[:-1]], ids=("empty", "short", "zero", "cut"))
+@pytest.mark.parametrize(
+    "stored", [b"", b"\x03", bytes(33), secret_of().stored(ID, b"")[:-1]], ids=("empty", "short", "zero", "cut")
+)
 def test_what_is_no_stored_answer_is_refused(stored: bytes) -> None:
     with pytest.raises(KmsError):
-        secret_of().content(stored)
+        secret_of().opened(stored)
 
 
 def test_the_mac_of_a_request_proves_no_answer() -> None:
     """`body_mac` is in the database: it must not serve as the MAC of an answer."""
     with pytest.raises(KmsError):
-        secret_of().content(b"\x02" + secret_of().body_mac + b"")
+        secret_of().opened(b"\x03" + secret_of().body_mac + b"")
     with pytest.raises(KmsError):
-        secret_of().content(b"\x02" + secret_of().body_mac + b"request")
+        secret_of().opened(b"\x03" + secret_of().body_mac + b"request")

@@ -11,7 +11,7 @@ from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId, KeyName, UserId
 from kms.domain.keys import Custody, KeyIdentity, KeyRecord
 from kms.domain.lifecycle import State
-from kms.store.counts import Counts, Meanwhile
+from kms.keys.ledger.counts import Counts, Meanwhile
 
 
 def key(count: int) -> KeyRecord:
@@ -22,8 +22,9 @@ def key(count: int) -> KeyRecord:
 
 def used(counts: Counts, record: KeyRecord, times: int) -> None:
     for _ in range(times):
-        assert counts.is_counted(record.identity.key_id)
-        counts.charged(record.identity.key_id)
+        bounds = counts.of(record.identity.key_id)
+        assert bounds is not None
+        counts.settled(bounds, None, None)
 
 
 def test_a_count_that_keeps_up_with_the_uses_is_taken() -> None:
@@ -79,8 +80,114 @@ def test_uses_of_another_key_meanwhile_excuse_nothing() -> None:
 
 
 def test_a_use_before_the_first_read_is_not_counted() -> None:
+    assert Counts().of(key(5).identity.key_id) is None
+
+
+def refused(counts: Counts, record: KeyRecord, answer_id: bytes) -> Reason | None:
+    """Return why a stored answer is not handed out again."""
+    try:
+        counts.repeated(record, answer_id, Meanwhile())
+    except KmsError as refusal:
+        return refusal.reason
+    return None
+
+
+def offered(counts: Counts, record: KeyRecord) -> bytes:
+    """Return the id of an answer that was sent to the ledger."""
+    bounds = counts.of(record.identity.key_id)
+    assert bounds is not None
+    answer_id = counts.new_answer_id()
+    counts.offered(bounds, answer_id)
+    return answer_id
+
+
+def test_an_answer_that_was_settled_is_handed_out_again_and_again() -> None:
     counts, record = Counts(), key(5)
-    assert not counts.is_counted(record.identity.key_id)
-    counts.charged(record.identity.key_id)
     counts.check(record, Meanwhile())
+    answer_id, bounds = offered(counts, record), counts.of(record.identity.key_id)
+    assert bounds is not None
+    counts.settled(bounds, None, answer_id)
+    after = replace(record, usage_counter=6)
+    assert [refused(counts, after, answer_id) for _ in range(3)] == [None] * 3
+    assert refused(counts, record, answer_id) is Reason.RECORD_INVALID
+
+
+def test_an_answer_that_was_not_settled_counts_once_when_it_is_found() -> None:
+    counts, record = Counts(), key(5)
     counts.check(record, Meanwhile())
+    answer_id = offered(counts, record)
+    assert refused(counts, record, answer_id) is Reason.RECORD_INVALID
+    after = replace(record, usage_counter=6)
+    assert [refused(counts, after, answer_id) for _ in range(3)] == [None] * 3
+
+
+def test_an_answer_that_is_found_while_it_is_settled_counts_once() -> None:
+    counts, record = Counts(), key(5)
+    counts.check(record, Meanwhile())
+    answer_id, bounds = offered(counts, record), counts.of(record.identity.key_id)
+    assert bounds is not None
+    after = replace(record, usage_counter=6)
+    assert refused(counts, after, answer_id) is None
+    counts.settled(bounds, None, answer_id)
+    counts.check(after, Meanwhile())
+
+
+def test_each_answer_of_another_process_is_a_use_that_the_count_must_cover() -> None:
+    counts, other, record = Counts(), Counts(), key(2)
+    first, second, third = (other.new_answer_id() for _ in range(3))
+    assert [refused(counts, record, each) for each in (first, second, first, second)] == [None] * 4
+    assert refused(counts, record, third) is Reason.RECORD_INVALID
+
+
+def test_what_was_handed_out_before_the_first_count_is_covered_too() -> None:
+    counts, other, record = Counts(), Counts(), key(1)
+    assert refused(counts, record, other.new_answer_id()) is None
+    used(counts, record, 1)
+    with pytest.raises(KmsError):
+        counts.check(record, Meanwhile())
+    counts.check(replace(record, usage_counter=2), Meanwhile())
+
+
+def test_an_answer_that_is_too_old_to_be_known_is_not_handed_out() -> None:
+    counts, record = Counts(answers_max=2), key(5)
+    counts.check(record, Meanwhile())
+    oldest, *others = (offered(counts, record) for _ in range(3))
+    after = replace(record, usage_counter=8)
+    assert refused(counts, after, oldest) is Reason.OUTCOME_UNKNOWN
+    assert [refused(counts, after, each) for each in others] == [None, None]
+
+
+def test_a_key_that_was_forgotten_is_counted_from_its_next_read() -> None:
+    counts, record = Counts(keys_max=1), key(5)
+    counts.check(record, Meanwhile())
+    answer_id = offered(counts, record)
+    counts.check(key(0), Meanwhile())
+    # The count that is read now has the use already.
+    after = replace(record, usage_counter=6)
+    counts.check(after, Meanwhile())
+    assert refused(counts, after, answer_id) is None
+
+
+def test_a_use_beyond_the_limit_that_the_key_had_when_it_began_is_refused() -> None:
+    counts, record = Counts(), replace(key(5), max_usage_count=7)
+    counts.check(record, Meanwhile())
+    bounds = counts.of(record.identity.key_id)
+    assert bounds is not None
+    assert bounds.limit == 7
+    for _ in range(2):
+        counts.settled(bounds, bounds.limit, None)
+    with pytest.raises(KmsError) as caught:
+        counts.settled(bounds, bounds.limit, None)
+    assert caught.value.reason is Reason.RECORD_INVALID
+
+
+def test_a_use_that_began_before_the_limit_was_lowered_is_measured_by_the_limit_of_then() -> None:
+    counts, record = Counts(), replace(key(5), max_usage_count=9)
+    counts.check(record, Meanwhile())
+    bounds = counts.of(record.identity.key_id)
+    assert bounds is not None
+    before = bounds.limit
+    counts.check(replace(record, max_usage_count=6), Meanwhile())
+    assert bounds.limit == 6
+    for _ in range(2):
+        counts.settled(bounds, before, None)

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from hashlib import sha256
 
-from kms.app.keyring import existing, usable
+from kms.app.keyring import require_key, require_usable_key
 from kms.app.limits import MESSAGE_BYTES_MAX, SIGNATURE_BYTES_MAX
 from kms.app.ports import Call, Entry, Hsm, Keys, PublicKeys
-from kms.app.uses import Draft
 from kms.domain import ecdsa
 from kms.domain.algorithms import (
     DIGEST_BYTES,
@@ -19,11 +18,12 @@ from kms.domain.algorithms import (
     signature_algorithm,
 )
 from kms.domain.algorithms import Hash as HashName
-from kms.domain.errors import KmsError, Reason, malformed
+from kms.domain.errors import KmsError, Reason, about_key, malformed
 from kms.domain.fields import check_size
-from kms.domain.ids import KeyId, KeyRef, UserId
-from kms.domain.keys import KeyIdentity
+from kms.domain.ids import KeyId, KeyRef
+from kms.domain.keys import KeyIdentity, KeyRecord
 from kms.domain.lifecycle import Use
+from kms.keys.ledger.settling import PendingResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,24 @@ class ToSign:
 
 
 @dataclass(frozen=True, slots=True)
-class Signed:
-    """A signature and what made it."""
+class ToVerify(ToSign):
+    """A signature of a message or a digest, to be verified. `require_low_s` refuses the other s of ECDSA."""
+
+    signature: bytes = b""
+    require_low_s: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """Whether a signature is valid, and the key that it was held against."""
+
+    is_valid: bool
+    key_id: KeyId
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """A signature, the key that made it, and the algorithm."""
 
     signature: bytes
     key_id: KeyId
@@ -60,55 +76,59 @@ class Signing:
     hsm: Hsm
     public_keys: PublicKeys
 
-    async def sign(self, call: Call, what: ToSign) -> Draft[Signed]:
+    async def sign(self, call: Call, request: ToSign, *, fresh: bool) -> PendingResult[Signature]:
         """Sign with a key of the caller, to be charged. ECDSA signatures are always low-S."""
-        check_size(what.field, what.data, bytes_max=MESSAGE_BYTES_MAX)
-        key = await usable(self.keys, call.user.user_id, what.key, Use.PROTECT)
+        check_size(request.field, request.data, bytes_max=MESSAGE_BYTES_MAX)
+        key = await require_usable_key(self.keys, call.user.user_id, request.key, Use.PROTECT, fresh=fresh)
         identity = key.record.identity
-        algorithm, form = _fitting(identity, what)
-        data = self._to_be_signed(what, algorithm)
-        signature = await self.hsm.sign(key.held, algorithm, data)
-        if form is not None:
-            signature = self._in_form(identity.spec.key_type, key.record.public_key, data, signature, form)
+        with about_key(identity.key_id):
+            algorithm, form = _fitting(identity, request)
+            data = self._to_be_signed(request, algorithm)
+            signature = await self.hsm.sign(key.held, algorithm, data)
+            if form is not None:
+                signature = self._in_form(identity.spec.key_type, key.record.public_key, data, signature, form)
         details = {
             "scheme": algorithm.scheme,
             "hash": algorithm.hash or "",
-            "input": what.field,
-            "input_bytes": len(what.data),
-            "input_sha256": sha256(what.data).hexdigest(),
+            "input": request.field,
+            "input_bytes": len(request.data),
+            "input_sha256": sha256(request.data).hexdigest(),
         }
         entry = Entry(call, "sign", identity.key_id, key.record.version, Use.PROTECT, is_charged=True, details=details)
-        return Draft(Signed(signature, identity.key_id, algorithm), entry)
+        return PendingResult(Signature(signature, identity.key_id, algorithm), entry)
 
-    async def verify(self, caller: UserId, what: ToSign, signature: bytes, *, require_low_s: bool) -> tuple[bool, KeyId]:
-        """Say whether *signature* is of *what* by a key of the caller, in whatever state the key is."""
-        check_size(what.field, what.data, bytes_max=MESSAGE_BYTES_MAX)
-        check_size("signature", signature, bytes_min=1, bytes_max=SIGNATURE_BYTES_MAX)
-        record = await existing(self.keys, caller, what.key, recent=True)
-        key_type = record.identity.spec.key_type
-        algorithm, form = _fitting(record.identity, what)
-        data = self._to_be_signed(what, algorithm)
+    async def verify(self, call: Call, request: ToVerify) -> Verification:
+        """Say whether a signature is by a key of the caller, in whatever state the key is."""
+        check_size(request.field, request.data, bytes_max=MESSAGE_BYTES_MAX)
+        check_size("signature", request.signature, bytes_min=1, bytes_max=SIGNATURE_BYTES_MAX)
+        record = await require_key(self.keys, call.user.user_id, request.key, recent=True)
+        with about_key(record.identity.key_id):
+            return Verification(self._is_valid(record, request), record.identity.key_id)
+
+    def _is_valid(self, record: KeyRecord, request: ToVerify) -> bool:
+        algorithm, form = _fitting(record.identity, request)
+        data = self._to_be_signed(request, algorithm)
         if form is None:
-            return self.public_keys.is_valid(record.public_key, algorithm, data, signature), record.identity.key_id
-        parsed = _parse(key_type, signature, form)
-        valid = (parsed.is_low_s or not require_low_s) and self.public_keys.is_valid(
+            return self.public_keys.is_valid(record.public_key, algorithm, data, request.signature)
+        parsed = _parse(record.identity.spec.key_type, request.signature, form)
+        valid = (parsed.is_low_s or not request.require_low_s) and self.public_keys.is_valid(
             record.public_key, algorithm, data, parsed.der()
         )
         if valid and form is SignatureForm.RECOVERABLE:
-            valid = self.public_keys.recovery_id(record.public_key, data, parsed.raw()) == signature[-1]
-        return valid, record.identity.key_id
+            valid = self.public_keys.recovery_id(record.public_key, data, parsed.raw()) == request.signature[-1]
+        return valid
 
-    def _to_be_signed(self, what: ToSign, algorithm: SignatureAlgorithm) -> bytes:
+    def _to_be_signed(self, request: ToSign, algorithm: SignatureAlgorithm) -> bytes:
         if algorithm.hash is None:
-            if what.is_digest:
+            if request.is_digest:
                 raise malformed("digest", "expected a message: Ed25519 signs the message itself")
-            return what.data
-        if not what.is_digest:
-            return self.public_keys.digest(algorithm.hash, what.data)
-        if len(what.data) != DIGEST_BYTES[algorithm.hash]:
+            return request.data
+        if not request.is_digest:
+            return self.public_keys.digest(algorithm.hash, request.data)
+        if len(request.data) != DIGEST_BYTES[algorithm.hash]:
             expected = f"digest: expected {DIGEST_BYTES[algorithm.hash]} bytes for {algorithm.hash}"
             raise KmsError(Reason.DIGEST_LENGTH, expected, field="digest")
-        return what.data
+        return request.data
 
     def _in_form(self, key_type: KeyType, public_key: str, digest: bytes, raw: bytes, form: SignatureForm) -> bytes:
         signature = ecdsa.from_raw(key_type, raw).low_s()
@@ -120,19 +140,19 @@ class Signing:
         return signature.raw() + bytes((self.public_keys.recovery_id(public_key, digest, signature.raw()),))
 
 
-def _fitting(identity: KeyIdentity, what: ToSign) -> tuple[SignatureAlgorithm, SignatureForm | None]:
+def _fitting(identity: KeyIdentity, request: ToSign) -> tuple[SignatureAlgorithm, SignatureForm | None]:
     """Return algorithm and form (None for signatures that have but one), or say what does not fit the key."""
     key_type = identity.spec.key_type
     if identity.spec.purpose is not Purpose.SIGNING:
         raise KmsError(Reason.WRONG_PURPOSE, "this key does not sign", purpose=identity.spec.purpose)
-    algorithm = signature_algorithm(key_type, what.scheme, what.hash)
+    algorithm = signature_algorithm(key_type, request.scheme, request.hash)
     if key_type not in EC_TYPES:
-        if what.form is not None:
+        if request.form is not None:
             raise malformed("format", f"expected none: a signature by {algorithm.scheme} has one form")
         return algorithm, None
-    if what.form is SignatureForm.RECOVERABLE and key_type is not KeyType.SECP256K1:
+    if request.form is SignatureForm.RECOVERABLE and key_type is not KeyType.SECP256K1:
         raise malformed("format", "expected DER or RAW: only secp256k1 signatures are recoverable")
-    return algorithm, what.form or SignatureForm.DER
+    return algorithm, request.form or SignatureForm.DER
 
 
 def _parse(key_type: KeyType, signature: bytes, form: SignatureForm) -> ecdsa.EcdsaSignature:

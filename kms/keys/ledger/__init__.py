@@ -1,0 +1,1 @@
+"""What a use costs and how its request can be repeated: values and rules, without SQL."""
