@@ -1,6 +1,5 @@
 """The gRPC server: TLS with client certificates, our services behind the edge, health and reflection."""
 
-import asyncio
 import ssl
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -33,7 +32,6 @@ DOES_WITHOUT: Final = {
 }
 LIVENESS: Final = "liveness"
 READINESS: Final = "readiness"
-_HEALTH_SECONDS: Final = 0.25
 _LOG = structlog.get_logger("kms.rpc.server")
 
 
@@ -49,8 +47,9 @@ class TlsFiles:
 class Server:
     """A server that listens from `start` until `stop`.
 
-    Health follows *faults*, which names the parts that are at fault: `""` and `readiness` want none, each service does without
-    what `DOES_WITHOUT` says, `liveness` is SERVING as long as anybody answers. A bug in *faults* is a fault of each but that.
+    `report` has health follow *faults*, which names the parts that are at fault: `""` and `readiness` want none, each service
+    does without what `DOES_WITHOUT` says, `liveness` is SERVING as long as anybody answers. A bug in *faults* is a fault of
+    each but that.
 
     One that *shares_port* listens where other processes do; that no stranger is among them is for the caller to see to.
     """
@@ -81,7 +80,6 @@ class Server:
         self._edge = edge
         self._faults = faults
         self._is_stopping = False
-        self._watch: asyncio.Task[None] | None = None
 
     async def start(self, address: str, tls: TlsFiles) -> int:
         """Listen on *address* (`host:port`, port 0 for a free one) and return the port. Raises OSError."""
@@ -89,9 +87,8 @@ class Server:
             port = self._server.add_secure_port(address, _credentials(tls))
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: {error}") from None
-        self._report()
+        self.report()
         await self._server.start()
-        self._watch = asyncio.create_task(self._keep_reporting())
         return port
 
     async def stop(self, grace_seconds: float) -> None:
@@ -100,18 +97,12 @@ class Server:
         Called again, also meanwhile, the shorter time holds.
         """
         self._is_stopping = True
-        if self._watch is not None:
-            self._watch.cancel()
-        self._report()
+        self.report()
         self._edge.end_streams()
         await self._server.stop(grace_seconds)
 
-    async def _keep_reporting(self) -> None:
-        while True:
-            await asyncio.sleep(_HEALTH_SECONDS)
-            self._report()
-
-    def _report(self) -> None:
+    def report(self) -> None:
+        """Report to those who ask for health what is at fault now. To be called several times a second; never raises."""
         try:
             faults = frozenset(self._faults())
         except Exception:  # noqa: BLE001  # a bug in one look must end neither the later ones nor the stopping

@@ -1,13 +1,11 @@
 """Upkeep of the partitions of the trail: made ahead, DEFAULT kept empty, old ones put away in files."""
 
-import asyncio
 import contextlib
 import hashlib
 import itertools
 import json
 import re
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -18,7 +16,7 @@ import structlog
 from psycopg import errors as pg
 from psycopg import sql
 
-from kms.domain.errors import KmsError, malformed
+from kms.domain.errors import malformed
 from kms.store.backup import check_login_sees_all, connected
 from kms.store.backup_file import new_private_file
 from kms.store.backup_tools import find_tool, run
@@ -44,7 +42,6 @@ DETACH: Final = (
 )
 AHEAD_DAYS: Final = 2 * 366
 _AHEAD_DAYS_MAX: Final = 3600  # ten years, as PostgreSQL compares intervals
-_INTERVAL_SECONDS: Final = 6 * 3600.0
 _ENDING: Final = re.compile(r"_(\d{4})(?:_(\d{2}))?")
 _LOG = structlog.get_logger("kms")
 
@@ -107,25 +104,16 @@ async def drain(pool: Pool) -> int:
     return int(row["moved"])
 
 
-@asynccontextmanager
-async def kept_up(pool: Pool) -> AsyncIterator[None]:
-    """Make partitions ahead at once and every six hours within the block, and warn of rows in a DEFAULT one.
+async def look_after(pool: Pool) -> None:
+    """Make the partitions that are missing, and log the rows in DEFAULT partitions. Raises STORE_UNAVAILABLE.
 
-    What fails is logged and tried again: the DEFAULT partitions take the rows meanwhile.
+    A failure loses no row: meanwhile the DEFAULT partitions take the rows.
     """
-
-    async def keep_up() -> None:
-        while True:
-            await _look_after(pool)
-            await asyncio.sleep(_INTERVAL_SECONDS)
-
-    task = asyncio.create_task(keep_up())
-    try:
-        yield
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+    made = await ensure(pool)
+    if made:
+        _LOG.info("partitions made", names=made)
+    for found in await default_rows(pool):
+        _LOG.warning("rows in a default partition", **asdict(found), run="kms partitions drain")
 
 
 def archive(dsn: str, before: date, directory: Path) -> list[Archived]:
@@ -150,19 +138,6 @@ def archive(dsn: str, before: date, directory: Path) -> list[Archived]:
                     _detach(connection, parent, name)
                 done.append(_put_away(connection, version, name, span, directory))
         return done
-
-
-async def _look_after(pool: Pool) -> None:
-    try:
-        made = await ensure(pool)
-        if made:
-            _LOG.info("partitions made", names=made)
-        for found in await default_rows(pool):
-            _LOG.warning("rows in a default partition", **asdict(found), run="kms partitions drain")
-    except (KmsError, psycopg.Error) as error:
-        _LOG.warning("partitions not looked after", error=str(error))
-    except Exception:  # noqa: BLE001  # a bug in one look must not end all later ones
-        _LOG.exception("bug in the upkeep of partitions")
 
 
 def _detach(connection: psycopg.Connection[Any], parent: str, name: str) -> None:

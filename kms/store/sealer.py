@@ -4,8 +4,7 @@ A follower remembers the checkpoints of the others on its own machine, so that i
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Final, Protocol
@@ -13,16 +12,14 @@ from typing import Any, Final, Protocol
 import psycopg
 import structlog
 
-from kms.domain.errors import KmsError
 from kms.domain.history import HistoryError
 from kms.store.batches import DirectConnection, connect
-from kms.store.pool import connection_settings
+from kms.store.errors import unavailable
 
 TAKE_LOCK: Final = "SELECT pg_try_advisory_lock(hashtext('audit.sealer')) AS is_held"
 _ANSWER_SECONDS: Final = 5.0
 _RETRY_SECONDS: Final = 1.0
 _FOLLOW_SECONDS: Final = 3.0
-_AFTER_FAILURE_SECONDS: Final = 5.0
 _LOG = structlog.get_logger("kms.store.sealer")
 
 
@@ -49,58 +46,43 @@ class HistoryWatch:
     refusal: str = ""
 
 
-@asynccontextmanager
-async def sealed(
-    dsn: str,
-    sealing: Callable[[], Awaitable[Seals]],
-    following: Callable[[], Awaitable[Follows | None]],
-    *,
-    interval_seconds: float,
-    watch: HistoryWatch | None = None,
-) -> AsyncIterator[None]:
-    """Seal the trail every *interval_seconds* within the block, whenever this process holds the lock; else follow who does.
-
-    *sealing* is called when the lock was taken, and may fail. *following* returns None where there is nothing to follow yet.
-    Whatever fails is logged and tried again: nothing else waits for it.
-    """
-    sealer = _Sealer(connection_settings(dsn), sealing, following, interval_seconds, watch or HistoryWatch())
-    task = asyncio.create_task(sealer.run(), name="sealer")
-    try:
-        yield
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+def _ignore() -> None:
+    """Do nothing."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Sealer:
-    """The task."""
+class Sealer:
+    """Signs the trail every `interval_seconds` while this process holds the lock, and follows the holder otherwise.
+
+    `sealing` is called when the lock was taken, and may fail. `following` returns None where there is nothing to follow yet.
+    `progressed` is called after each signing and each look at what the holder made.
+    """
 
     settings: Mapping[str, Any]
     sealing: Callable[[], Awaitable[Seals]]
     following: Callable[[], Awaitable[Follows | None]]
     interval_seconds: float
     watch: HistoryWatch
+    progressed: Callable[[], None] = _ignore
 
-    async def run(self) -> None:
-        """Seal or follow without end."""
-        while True:
+    async def serve_term(self) -> None:
+        """Follow until the lock is free, then sign until the connection with the lock is lost.
+
+        Raises HistoryError, also STORE_UNAVAILABLE and what `sealing`, `following` and their results raise.
+        """
+        try:
+            connection = await connect(self.settings, seconds=_ANSWER_SECONDS)
             try:
-                connection = await connect(self.settings, seconds=_ANSWER_SECONDS)
-                try:
-                    await self._await_lock(connection)
-                    await self._seal_while_held(connection)
-                finally:
-                    await connection.close()
-            except HistoryError as refusal:
-                self.watch.refusal = refusal.message
-                _LOG.error("another history is not signed", expected=refusal.expected, found=refusal.found)
-            except (KmsError, psycopg.Error) as error:
-                _LOG.warning("the trail is not sealed", error=str(error))
-            except Exception:  # noqa: BLE001  # a bug here must not end sealing, and is seen in the log
-                _LOG.exception("bug in the sealer")
-            await asyncio.sleep(_AFTER_FAILURE_SECONDS)
+                await self._await_lock(connection)
+                await self._seal_while_held(connection)
+            finally:
+                await connection.close()
+        except HistoryError as refusal:
+            self.watch.refusal = refusal.message
+            _LOG.error("another history is not signed", expected=refusal.expected, found=refusal.found)
+            raise
+        except psycopg.Error as error:
+            raise unavailable(f"the trail is not sealed: {type(error).__name__}") from error
 
     async def _await_lock(self, connection: DirectConnection) -> None:
         followed_at = monotonic()
@@ -109,6 +91,7 @@ class _Sealer:
                 if (follower := await self.following()) is not None:
                     await follower.follow()
                     self.watch.refusal = ""
+                self.progressed()
                 followed_at = monotonic()
             await asyncio.sleep(_RETRY_SECONDS)
 
@@ -118,6 +101,7 @@ class _Sealer:
         while not connection.is_lost:
             found = await sealing.seal()
             self.watch.refusal = ""
+            self.progressed()
             if size < 0:
                 _LOG.info("sealing the trail", rows=found)
             size = found

@@ -1,22 +1,16 @@
-"""Whether the database answers: asked once a second, for readiness. No decision about a call depends on it."""
+"""Whether the database answers, for readiness. No decision about a call depends on it."""
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
-
-import structlog
 
 from kms.domain.errors import KmsError
 from kms.store.pool import BEFORE_LOGIN, Pool
 
 ASK: Final = "SELECT 1 AS alive"
 CLOCK: Final = "SELECT clock_timestamp() AS now"
-_INTERVAL_SECONDS: Final = 1.0
 _ANSWER_SECONDS: Final = 3.0
-_LOG = structlog.get_logger("kms.store.watch")
 
 
 async def database_time(pool: Pool) -> datetime:
@@ -25,29 +19,26 @@ async def database_time(pool: Pool) -> datetime:
     return moment
 
 
-@asynccontextmanager
-async def watched(pool: Pool) -> AsyncIterator[Callable[[], bool]]:
-    """Yield a function that tells whether the database answered when last asked."""
-    answered = True
+@dataclass(slots=True, eq=False)
+class DatabaseProbe:
+    """Remembers whether the database answered when the probe last asked. `answered` changes with each question."""
 
-    async def watch() -> None:
-        nonlocal answered
-        while True:
-            await asyncio.sleep(_INTERVAL_SECONDS)
-            try:
-                async with asyncio.timeout(_ANSWER_SECONDS):
-                    await pool.fetch(BEFORE_LOGIN, ASK)
-                answered = True
-            except (KmsError, TimeoutError):
-                answered = False
-            except Exception:  # noqa: BLE001 - a bug in one look must not end all later ones
-                _LOG.exception("bug in the watch")
-                answered = False
+    pool: Pool
+    answered: bool = True
 
-    task = asyncio.create_task(watch())
-    try:
-        yield lambda: answered
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+    def answers(self) -> bool:
+        """Return whether the database answered the last question. Before the first one it counts as answering."""
+        return self.answered
+
+    async def ask(self) -> None:
+        """Ask the database. No answer is a result and not an error; a bug is raised and counts as no answer."""
+        try:
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                await self.pool.fetch(BEFORE_LOGIN, ASK)
+        except (KmsError, TimeoutError):
+            self.answered = False
+        except Exception:
+            self.answered = False
+            raise
+        else:
+            self.answered = True

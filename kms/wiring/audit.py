@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -29,9 +28,9 @@ from kms.store.history_events import StoredHistoryEvents
 from kms.store.key_histories import key_histories
 from kms.store.key_table import StoredKeyTable
 from kms.store.keys import StoredKeys
-from kms.store.pool import Pool
+from kms.store.pool import Pool, connection_settings
 from kms.store.sealed_trail import StoredSealedTrail
-from kms.store.sealer import HistoryWatch, sealed
+from kms.store.sealer import HistoryWatch, Sealer
 from kms.store.users import StoredUsers
 from kms.wiring.parts import token_records, with_pool
 
@@ -67,18 +66,16 @@ def verify_file(file: Path, key: str, checkpoints: Path | None) -> TrailReport:
         return verify_lines(reader, partial(finished_lines, file), outside, histories)
 
 
-@asynccontextmanager
-async def signing_trail(
-    config: Config, dsn: str, pool: Pool, records: Records, hsm: Hsm, watch: HistoryWatch
-) -> AsyncIterator[None]:
-    """Sign the trail within the block, or follow who does. Without a file of checkpoints nobody signs.
+def trail_sealer(
+    config: Config, dsn: str, pool: Pool, records: Records, hsm: Hsm, watch: HistoryWatch, progressed: Callable[[], None]
+) -> Sealer | None:
+    """Return what signs the trail, or follows who does. None: without a file of checkpoints nobody signs.
 
     Raises STORE_UNAVAILABLE for a file that cannot be written.
     """
     settings = config.audit or AuditConfig()
     if settings.checkpoints is None:
-        yield
-        return
+        return None
     file = CheckpointFile(settings.checkpoints)
     file.check()
     keys, seen = StoredKeys(pool, records), SeenCheckpoint()
@@ -102,8 +99,8 @@ async def signing_trail(
     async def make_if_there_is_a_key() -> Sealing | None:
         return await make() if await found.is_made() else None
 
-    async with sealed(dsn, make_and_tell, make_if_there_is_a_key, interval_seconds=settings.seal_seconds, watch=watch):
-        yield
+    connection = connection_settings(dsn)
+    return Sealer(connection, make_and_tell, make_if_there_is_a_key, settings.seal_seconds, watch, progressed)
 
 
 def seal_seconds(config: Config) -> float:

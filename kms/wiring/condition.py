@@ -11,6 +11,7 @@ from kms import __version__
 from kms.app.records import Records
 from kms.domain.errors import KmsError
 from kms.hsm.token_hsm import TokenHsm
+from kms.jobs.job import JobStatus
 from kms.store import epoch as epochs
 from kms.store import migrate, partitions
 from kms.store.cache import CacheStatus
@@ -21,7 +22,6 @@ from kms.store.sealed_trail import SealStatus, StoredSealedTrail
 from kms.store.sealer import HistoryWatch
 from kms.store.watch import database_time
 
-CHECK_SECONDS = 5.0
 _SEAL_LATE_SECONDS = 30.0
 
 
@@ -66,6 +66,7 @@ class Condition:
     seal_watch: SealWatch
     history: HistoryWatch
     advice: Sequence[str] = ()
+    jobs: Callable[[], Sequence[JobStatus]] = lambda: ()
     epoch_fault: str = ""
     schema_fault: str = ""
     is_stopping: bool = False
@@ -99,6 +100,7 @@ class Condition:
             told.append("rows of the trail are not sealed: the log of the worker that seals says why")
         if self.keys_unconfirmed:
             told.append(f"{self.keys_unconfirmed} restored keys wait for a confirmation: see `kms epoch show`")
+        told += [status.warning for status in self.jobs() if status.warning]
         return told
 
     def is_ready(self) -> bool:
@@ -152,6 +154,7 @@ class ConditionCollector(Collector):
         yield from _sealing(condition.seal_watch.status)
         refused = bool(condition.history.refusal)
         yield gauge("trail_history_refused", "Whether the trail is not signed because it is another history.", refused)
+        yield from _jobs(condition.jobs())
         if condition.disk.free_share is not None:
             yield gauge("disk_free_ratio", "What is free of the database's disk, 0 to 1.", condition.disk.free_share)
         build = GaugeMetricFamily("kms_build_info", "The version that runs.", labels=("version",))
@@ -169,6 +172,19 @@ def _sealing(status: SealStatus | None) -> Iterator[Metric]:
         yield gauge("trail_rows_waiting", "Rows of the trail without a checkpoint, to 10,000 a table.", status.waiting)
         if status.seconds_since is not None:
             yield gauge("trail_checkpoint_age_seconds", "How long ago the last checkpoint was made.", status.seconds_since)
+
+
+def _jobs(statuses: Sequence[JobStatus]) -> Iterator[Metric]:
+    # Not `job`: Prometheus gives that label to each target.
+    ages = GaugeMetricFamily(
+        "kms_job_success_age_seconds", "How long ago a job last succeeded, or began without a success.", labels=("name",)
+    )
+    failures = CounterMetricFamily("kms_job_failures", "Rounds of a job that failed.", labels=("name",))
+    for status in statuses:
+        ages.add_metric((status.job.name,), status.success_age)
+        failures.add_metric((status.job.name,), status.failures)
+    yield ages
+    yield failures
 
 
 def _counter(name: str, text: str, value: float) -> Metric:

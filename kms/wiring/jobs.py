@@ -1,49 +1,102 @@
-"""Work that the service repeats for itself, which no call waits for."""
+"""Every job of `kms serve`, in one list: work that the service repeats by itself and no call waits for.
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+Not jobs, and why:
+
+- `store/changes.py` reads a stream (LISTEN): it waits for the database to speak, not for a time.
+- `store/ledger.py` and `store/refusals.py` consume queues: calls wait for the first, and both empty their queue at the end.
+- `hsm/watch.py` is a thread, because it must notice an event loop that is stuck.
+- `rpc/streams.py` looks at the caller of one stream and ends with it.
+- `wiring/supervisor.py` starts processes, in a process without a database.
+"""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import structlog
 
 from kms.app.moving import Destruction
+from kms.app.ports import Lifecycle
 from kms.app.residents import Reconciliation
-from kms.domain.errors import KmsError
 from kms.domain.ids import KeyId
 from kms.domain.residents import ADVICE, Finding
+from kms.hsm.token_hsm import TokenHsm
+from kms.jobs.job import Job
+from kms.pki.client_identity import host_clock
+from kms.rpc.connections import Connections
+from kms.rpc.server import Server
+from kms.store import partitions
+from kms.store.disk import Disk
+from kms.store.journal import Journal
+from kms.store.journal_follower import JournalFollower
+from kms.store.keys import StoredKeys
+from kms.store.pool import Pool
 from kms.store.repeats import FORGET_MAX, StoredRepeats
+from kms.store.resident_rows import StoredResidentRows
+from kms.store.sealer import Sealer
+from kms.store.watch import DatabaseProbe
+from kms.wiring.condition import Condition
+from kms.wiring.limits import closing_connections
+from kms.wiring.seen import Pulse
 
-UPKEEP_SECONDS: Final = 60.0
-JOURNAL_SECONDS: Final = 10.0
-RECONCILIATION_SECONDS: Final = 300.0
+CHECKPOINTS: Final = "checkpoints"
+_MINUTE: Final = 60.0
+_HOUR: Final = 3600.0
 _LOG = structlog.get_logger("kms")
 
 
-@asynccontextmanager
-async def repeating(name: str, seconds: float, work: Callable[[], Awaitable[object]]) -> AsyncIterator[None]:
-    """Do *work* at once and again *seconds* after each end of it, within the block.
+@dataclass(frozen=True, slots=True)
+class JobParts:
+    """What the jobs of a worker work with. `is_first`: of the workers of one service this is the first."""
 
-    What fails is logged under *name* and done again when its time comes.
-    """
+    pool: Pool
+    keys: StoredKeys
+    hsm: TokenHsm
+    lifecycle: Lifecycle
+    journal: Journal | None
+    disk: Disk
+    probe: DatabaseProbe
+    condition: Condition
+    sealer: Sealer | None
+    is_first: bool
 
-    async def repeat() -> None:
-        while True:
-            try:
-                await work()
-            except KmsError as error:
-                _LOG.warning("put off", job=name, reason=error.reason, message=error.message)
-            except Exception:  # noqa: BLE001 - a bug in one round must not end all later ones
-                _LOG.exception("bug", job=name)
-            await asyncio.sleep(seconds)
 
-    task = asyncio.create_task(repeat(), name=name)
-    try:
-        yield
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+def upkeep_jobs(parts: JobParts) -> list[Job]:
+    """Return the jobs that need no server. They begin before it listens."""
+    pool, hsm = parts.pool, parts.hsm
+    destruction = Destruction(parts.lifecycle, hsm)
+    jobs = [
+        Job("partitions", 6 * _HOUR, partial(partitions.look_after, pool), warns_after_seconds=13 * _HOUR),
+        Job("destruction", _MINUTE, partial(destroy_due, destruction), warns_after_seconds=10 * _MINUTE),
+        Job("repeats", _MINUTE, partial(forget_answers, StoredRepeats(pool)), warns_after_seconds=_HOUR),
+        Job("condition", 5.0, parts.condition.check, warns_after_seconds=_MINUTE),
+        Job("disk", 5.0, parts.disk.watch),
+        Job("database", 1.0, parts.probe.ask),
+    ]
+    if parts.is_first:
+        reconciliation = Reconciliation(hsm, StoredResidentRows(pool, parts.keys), hsm.opens, host_clock)
+        jobs.append(Job("residents", 5 * _MINUTE, reconciling(reconciliation), warns_after_seconds=_HOUR))
+    if parts.journal is not None:
+        follower = JournalFollower(pool, parts.journal, parts.keys.records)
+        jobs.append(Job("journal", 10.0, follower.catch_up, warns_after_seconds=5 * _MINUTE))
+    if parts.sealer is not None:
+        # A round is a term: it lasts for as long as nothing fails. `SealWatch` warns of rows without a checkpoint.
+        jobs.append(Job(CHECKPOINTS, 5.0, parts.sealer.serve_term))
+    return jobs
+
+
+def serving_jobs(server: Server, connections: Connections, port: int, pulse: Pulse) -> list[Job]:
+    """Return the jobs of a server that listens on *port*."""
+
+    async def report() -> None:
+        server.report()
+
+    return [
+        Job("health", 0.25, report),
+        Job("connections", 0.2, closing_connections(connections, port), warns_after_seconds=_MINUTE),
+        Job("pulse", 1.0, pulse.beat),
+    ]
 
 
 async def destroy_due(destruction: Destruction) -> None:

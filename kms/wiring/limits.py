@@ -1,9 +1,8 @@
-"""The limits of clients: from the configuration to the edge, and the loop that closes connections over a limit."""
+"""The limits of clients: from the configuration to the edge, and the look that closes connections over a limit."""
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import structlog
@@ -14,9 +13,7 @@ from kms.rpc.limits import CallLimits
 from kms.rpc.sockets import AcceptedSockets
 from kms.rpc.transport import TransportLimits
 from kms.wiring.descriptors import connections_that_fit
-from kms.wiring.jobs import repeating
 
-_LOOK_SECONDS: Final = 0.2
 _PAUSE_PER_LOOK: Final = 20  # a look at many connections takes long: at most a twentieth of the time goes into looking
 _LOG = structlog.get_logger("kms")
 
@@ -44,9 +41,8 @@ def transport_limits(config: ServerConfig) -> TransportLimits:
     )
 
 
-@asynccontextmanager
-async def closing_connections(connections: Connections, port: int) -> AsyncIterator[None]:
-    """Within the block, look several times a second at the connections to *port*, and close those over a limit."""
+def closing_connections(connections: Connections, port: int) -> Callable[[], Awaitable[None]]:
+    """Return the look at the connections to *port* that closes those over a limit. A look ends with a pause by its length."""
     sockets = AcceptedSockets(port)
     connections.close = sockets.close
 
@@ -60,8 +56,7 @@ async def closing_connections(connections: Connections, port: int) -> AsyncItera
             _LOG.warning("connections closed", count=len(closing), open=len(present))
         await asyncio.sleep((time.monotonic() - began) * _PAUSE_PER_LOOK)
 
-    async with repeating("connections", _LOOK_SECONDS, look):
-        yield
+    return look
 
 
 def _connections_max(config: ServerConfig) -> int:

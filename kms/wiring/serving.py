@@ -17,15 +17,16 @@ import uvloop
 from kms.app.access import Access
 from kms.app.auditing import Auditing
 from kms.app.keyring import Keyring
-from kms.app.moving import Destruction, Moving
+from kms.app.moving import Moving
 from kms.app.ports import Keys, Ledger, Lifecycle, Users
 from kms.app.records import Records
-from kms.app.residents import Reconciliation
 from kms.app.status import Administration
 from kms.config import Config, ServerConfig, needed
 from kms.domain.errors import KmsError, Reason
 from kms.hsm.token_hsm import HsmStatus, TokenHsm, open_hsm
 from kms.hsm.uninterrupted import uninterrupted
+from kms.jobs.postgres import AdvisoryLocks
+from kms.jobs.runner import JobRunner
 from kms.keys.crypto.charged import ChargedUses
 from kms.keys.crypto.encryption import Encryption
 from kms.keys.crypto.signing import Signing
@@ -43,44 +44,32 @@ from kms.rpc.edge import Edge
 from kms.rpc.keys import KeyServicer
 from kms.rpc.server import Server, TlsFiles, check_pair
 from kms.store import epoch as epochs
-from kms.store import partitions
 from kms.store.cached import CachedKeys, CachedUsers, ForgettingLedger, ForgettingLifecycle
 from kms.store.changes import heard
 from kms.store.disk import Disk
 from kms.store.journal import Journal
-from kms.store.journal_follower import JournalFollower
 from kms.store.journal_knowledge import JournalKnowledge, KnownKeys
 from kms.store.journaled import JournaledLifecycle
 from kms.store.keys import StoredKeys
 from kms.store.ledger import open_ledger
 from kms.store.lifecycle import StoredLifecycle
-from kms.store.pool import Pool
-from kms.store.repeats import StoredRepeats
-from kms.store.resident_rows import StoredResidentRows
+from kms.store.pool import Pool, connection_settings
 from kms.store.sealer import HistoryWatch
 from kms.store.trail import StoredTrail
 from kms.store.users import StoredUsers
-from kms.store.watch import watched
+from kms.store.watch import DatabaseProbe
 from kms.store.wrapping import StoredWrappingKeys
 from kms.telemetry import Telemetry
-from kms.wiring.audit import seal_seconds, signing_trail, verifying
-from kms.wiring.condition import CHECK_SECONDS, Condition, SealWatch
+from kms.wiring.audit import seal_seconds, trail_sealer, verifying
+from kms.wiring.condition import Condition, SealWatch
 from kms.wiring.control import Report
 from kms.wiring.descriptors import raise_descriptor_limit
-from kms.wiring.jobs import (
-    JOURNAL_SECONDS,
-    RECONCILIATION_SECONDS,
-    UPKEEP_SECONDS,
-    destroy_due,
-    forget_answers,
-    reconciling,
-    repeating,
-)
-from kms.wiring.limits import call_limits, closing_connections, connection_limits, transport_limits
+from kms.wiring.jobs import CHECKPOINTS, JobParts, serving_jobs, upkeep_jobs
+from kms.wiring.limits import call_limits, connection_limits, transport_limits
 from kms.wiring.log import configure_log
 from kms.wiring.parts import database_dsn, hsm_settings, ready_pool
 from kms.wiring.reports import ProcessReports
-from kms.wiring.seen import seen
+from kms.wiring.seen import Pulse, seen
 from kms.wiring.supervised import Stopping, Supervised
 from kms.wiring.token import check_token
 from kms.wiring.tracing import tracing
@@ -161,7 +150,6 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
     async with AsyncExitStack() as stack:
         dsn = database_dsn(config)
         pool = await stack.enter_async_context(ready_pool(config, dsn))
-        await stack.enter_async_context(partitions.kept_up(pool))
         hsm = await open_hsm(hsm_settings(config))
         stack.push_async_callback(hsm.close)
         await check_token(config, hsm, StoredWrappingKeys(pool))
@@ -169,7 +157,6 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         epoch = await epochs.check_epoch(pool, records, was_served=_was_served(config))
         telemetry = Telemetry(stack.enter_context(tracing(config.tracing, config.deployment_id)))
         disk = Disk(needed(config.database).disk_path)
-        await stack.enter_async_context(repeating("disk", CHECK_SECONDS, disk.watch))
         stored_keys = StoredKeys(pool, records)
         keys = CachedKeys(telemetry.observed(stored_keys, "store", "insert", "find", "find_usable", "page", of="keys."))
         users = CachedUsers(telemetry.observed(StoredUsers(pool), "store", "find", of="users."))
@@ -184,19 +171,21 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         known_keys = keys if knowledge is None else KnownKeys(keys, knowledge)
         moves = telemetry.observed(_lifecycle(pool, records, journal, knowledge), "store", "move", of="lifecycle.")
         lifecycle = ForgettingLifecycle(moves, keys)
-        is_first = supervised is None or supervised.number == 1
-        await stack.enter_async_context(_upkeep(pool, stored_keys, hsm, lifecycle, journal, is_first=is_first))
-        history = HistoryWatch()
-        await stack.enter_async_context(signing_trail(config, dsn, pool, records, hsm, history))
-        store_answers = await stack.enter_async_context(watched(pool))
+        runner = JobRunner(AdvisoryLocks(connection_settings(dsn)))
+        history, probe, pulse = HistoryWatch(), DatabaseProbe(pool), Pulse()
+        sealer = trail_sealer(config, dsn, pool, records, hsm, history, partial(runner.note_success, CHECKPOINTS))
         caches = {"keys": keys.status, "users": users.status}
         advice = _advice(config)
         for sentence in advice:
             _LOG.warning("configuration", advice=sentence)
         watch = SealWatch(seal_seconds(config))
-        condition = Condition(hsm, ledger, pool, records, disk, store_answers, caches, watch, history, advice)
-        await stack.enter_async_context(repeating("condition", CHECK_SECONDS, condition.check))
-        await stack.enter_async_context(seen(seen_on, telemetry, condition))
+        condition = Condition(
+            hsm, ledger, pool, records, disk, probe.answers, caches, watch, history, advice, jobs=runner.statuses
+        )
+        is_first = supervised is None or supervised.number == 1
+        parts = JobParts(pool, stored_keys, hsm, lifecycle, journal, disk, probe, condition, sealer, is_first)
+        await stack.enter_async_context(runner.running(*upkeep_jobs(parts)))
+        await stack.enter_async_context(seen(seen_on, telemetry, condition, pulse))
         connections = Connections(connection_limits(server_config))
         settled = telemetry.observed(ledger, "store", "settle", "earlier", of="ledger.")
         server = _server(
@@ -216,27 +205,8 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         )
         port = await server.start(server_config.listen, tls)
         stack.push_async_callback(server.stop, 0)
-        await stack.enter_async_context(closing_connections(connections, port))
+        await stack.enter_async_context(runner.running(*serving_jobs(server, connections, port, pulse)))
         yield Service(port, hsm, server, condition)
-
-
-@asynccontextmanager
-async def _upkeep(
-    pool: Pool, keys: StoredKeys, hsm: TokenHsm, lifecycle: Lifecycle, journal: Journal | None, *, is_first: bool
-) -> AsyncIterator[None]:
-    """Do within the block what is repeated. The first of several workers reconciles the token with the rows."""
-    async with AsyncExitStack() as stack:
-        destroying = partial(destroy_due, Destruction(lifecycle, hsm))
-        await stack.enter_async_context(repeating("destruction", UPKEEP_SECONDS, destroying))
-        if is_first:
-            reconciliation = Reconciliation(hsm, StoredResidentRows(pool, keys), hsm.opens, host_clock)
-            await stack.enter_async_context(repeating("residents", RECONCILIATION_SECONDS, reconciling(reconciliation)))
-        if journal is not None:
-            await stack.enter_async_context(
-                repeating("journal", JOURNAL_SECONDS, JournalFollower(pool, journal, keys.records).catch_up)
-            )
-        await stack.enter_async_context(repeating("repeats", UPKEEP_SECONDS, partial(forget_answers, StoredRepeats(pool))))
-        yield
 
 
 def _server(

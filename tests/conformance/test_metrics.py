@@ -1,8 +1,10 @@
 """Seen from outside: what Prometheus reads agrees with the calls that were made."""
 
 import json
+import re
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import grpc
 import pytest
@@ -10,12 +12,13 @@ import pytest
 from kms.v1 import crypto_pb2 as cpb
 from tests.conformance.refusals import refusal
 from tests.conformance.requests import create, made
+from tests.conformance.test_outages import soon
 from tests.fixtures.server import Caller, Deployment, RunningServer
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
-def value(samples: Samples, name: str, **labels: str) -> float:
+def value(samples: Samples, name: str, /, **labels: str) -> float:
     return samples.get((name, frozenset(labels.items())), 0.0)
 
 
@@ -92,6 +95,29 @@ def test_what_is_there_now_is_told(caller: Caller, server: RunningServer) -> Non
     assert value(samples, "kms_hsm_handles") >= 1
     assert value(samples, "kms_ledger_waiting") == 0
     assert value(samples, "process_resident_memory_bytes") > 1e6
+
+
+def test_each_job_says_when_it_last_succeeded_and_how_often_it_failed(caller: Caller, server: RunningServer) -> None:
+    made(caller, "ed25519")
+    samples = server.metrics()
+    names = {dict(labels)["name"] for name, labels in samples if name == "kms_job_failures_total"}
+    upkeep = {"partitions", "destruction", "repeats", "condition", "disk", "database", "residents", "checkpoints"}
+    assert names == {*upkeep, "health", "connections", "pulse"}
+    assert {dict(labels)["name"] for name, labels in samples if name == "kms_job_success_age_seconds"} == names
+    assert sum(number for (name, _), number in samples.items() if name == "kms_job_failures_total") == 0
+    assert value(samples, "kms_job_success_age_seconds", name="database") < 30
+
+
+def test_the_documented_metrics_are_those_that_are_exposed(caller: Caller, server: RunningServer) -> None:
+    made(caller, "ed25519")
+    caller.crypto.Sign(cpb.SignRequest(key="k", message=b"m"))
+    soon(lambda: "kms_trail_checkpoint_age_seconds" in server.seen("/metrics")[1])  # not before there is a checkpoint
+    told = re.findall(r"^# TYPE (kms_\w+) (\w+)", server.seen("/metrics")[1], re.MULTILINE)
+    exposed = {name for name, _ in told if not name.endswith("_created")}
+    operations = (Path(__file__).parents[2] / "docs/operations.md").read_text()
+    table = operations.partition("| metric | labels | meaning |")[2].partition("\n\n")[0]
+    # One is there with a disk that is watched, one with several workers.
+    assert set(re.findall(r"`(kms_\w+)`", table)) - {"kms_disk_free_ratio", "kms_workers"} == exposed
 
 
 def test_no_name_message_or_user_is_in_the_metrics(caller: Caller, server: RunningServer) -> None:

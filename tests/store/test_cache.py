@@ -28,7 +28,7 @@ from kms.store.ledger import open_ledger
 from kms.store.lifecycle import StoredLifecycle
 from kms.store.pool import Pool, open_pool
 from kms.store.users import StoredUsers
-from kms.store.watch import watched
+from kms.store.watch import DatabaseProbe
 from tests.fixtures.postgres import Database
 from tests.store.records import RECORDS
 from tests.store.uses import a_call, counter, make_key, make_user, rows, sign
@@ -532,20 +532,29 @@ async def test_a_listener_goes_on_behind_a_bug(database: Database) -> None:
         await until(lambda: len(told) == 2)
 
 
-async def test_a_watch_goes_on_behind_a_bug() -> None:
+async def test_a_probe_remembers_the_last_answer_and_a_bug_is_none() -> None:
     class Answers:
-        """A database that answers, the first time with what nobody expects."""
+        """A database that raises `error` while there is one."""
 
-        asked = 0
+        error: Exception | None = None
 
         async def fetch(self, *_: object) -> None:
-            self.asked += 1
-            if self.asked == 1:
-                raise LookupError
+            if self.error is not None:
+                raise self.error
 
-    async with watched(cast(Pool, Answers())) as answered:
-        await until(lambda: not answered())
-        await until(answered)
+    answers = Answers()
+    probe = DatabaseProbe(cast(Pool, answers))
+    assert probe.answers()
+    answers.error = KmsError(Reason.STORE_UNAVAILABLE, "away")
+    await probe.ask()
+    assert not probe.answers()
+    answers.error = None
+    await probe.ask()
+    assert probe.answers()
+    answers.error = LookupError()
+    with pytest.raises(LookupError):
+        await probe.ask()
+    assert not probe.answers()
 
 
 async def test_a_refusal_that_stays_is_given_after_four_drafts(deaf: Worker, alice: User) -> None:

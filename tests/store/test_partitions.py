@@ -1,6 +1,5 @@
 """Upkeep of the trail's partitions: writers are not held up, DEFAULT is drained, old ones are put away whole."""
 
-import asyncio
 import hashlib
 import json
 import stat
@@ -18,7 +17,6 @@ from uuid import uuid4
 import psycopg
 import pytest
 import structlog
-from structlog.testing import LogCapture
 
 from kms.domain.errors import KmsError, Reason
 from kms.store import partitions
@@ -211,33 +209,9 @@ async def test_the_service_makes_partitions_and_warns_of_rows_in_default(
     month = datetime.now(UTC) + timedelta(days=700)
     name = f"audit.security_events_{month:%Y_%m}"
     admin.execute(f"DROP TABLE {name}".encode())
-    async with partitions.kept_up(store):
-        for _ in range(100):
-            row = admin.execute("SELECT to_regclass(%s) IS NOT NULL", (name,)).fetchone()
-            if row == (True,) and any("rows in a default partition" in line for line in seen):
-                break
-            await asyncio.sleep(0.05)
-        else:
-            pytest.fail("neither made nor warned of")
-    assert any("audit.security_events_default" in line for line in seen)
-
-
-async def test_a_bug_in_the_upkeep_ends_neither_it_nor_the_service(store: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    log, looks = LogCapture(), 0
-
-    async def ensure(_: Pool) -> list[str]:
-        nonlocal looks
-        looks += 1
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr(partitions, "_LOG", structlog.wrap_logger(None, processors=[log]))
-    monkeypatch.setattr(partitions, "ensure", ensure)
-    monkeypatch.setattr(partitions, "_INTERVAL_SECONDS", 0.01)
-    async with partitions.kept_up(store):
-        async with asyncio.timeout(5):
-            while looks < 3:  # noqa: ASYNC110  # no event here
-                await asyncio.sleep(0.01)
-    assert {line["event"] for line in log.entries} == {"bug in the upkeep of partitions"}
+    await partitions.look_after(store)
+    assert admin.execute("SELECT to_regclass(%s) IS NOT NULL", (name,)).fetchone() == (True,)
+    assert [line for line in seen if "rows in a default partition" in line and "audit.security_events_default" in line]
 
 
 def test_an_old_partition_is_put_away_whole(database: Database, admin: psycopg.Connection[Any], tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ ROWS: Final = b"""
         SELECT id, 'key', 1, 'created', '{}' FROM cryptography.keys;
     INSERT INTO blockchain.transactions (network_id, tx_hash, user_id)
         SELECT n.id, u.id::text, u.id FROM blockchain.networks AS n CROSS JOIN authentication.users AS u;
+    INSERT INTO cryptography.key_rotations (user_id, old_key_id, rotation_reason, migration_status)
+        SELECT user_id, id, 'age', 'failed' FROM cryptography.keys;
     INSERT INTO cryptography.request_records (user_id, rpc, request_id, body_mac, result, event_id, created_at)
         SELECT id, 'Sign', gen_random_uuid()::text, 'm', 'r', gen_random_uuid(), now() - n * interval '1 hour'
         FROM authentication.users CROSS JOIN generate_series(1, 20) AS n;

@@ -20,14 +20,16 @@ from kms.domain.errors import KmsError, Reason
 from kms.domain.history import HistoryError
 from kms.domain.trail_check import Difference, EpochStart, Rollback, judged
 from kms.hsm.token_hsm import TokenHsm
+from kms.jobs.job import Job
+from kms.jobs.runner import JobRunner
 from kms.store.backup import backup
 from kms.store.checkpoint_file import CheckpointFile, finished_lines
 from kms.store.epoch import check_epoch
 from kms.store.partitions import archive
-from kms.store.pool import Pool, open_pool
+from kms.store.pool import Pool, connection_settings, open_pool
 from kms.store.restore import restore
 from kms.store.sealed_trail import SealStatus, StoredSealedTrail
-from kms.store.sealer import sealed
+from kms.store.sealer import HistoryWatch, Sealer
 from kms.wiring.condition import SealWatch
 from tests.conformance.test_outages import soon
 from tests.fixtures.postgres import Database
@@ -181,7 +183,7 @@ async def test_another_worker_takes_over_when_the_one_that_seals_is_gone(
     made = await sealing_of(store, hsm, memory)
     began: list[str] = []
 
-    def worker(name: str) -> Any:  # noqa: ANN401  # what `sealed` returns
+    def worker(name: str) -> Any:  # noqa: ANN401  # what `running` returns
         async def sealing() -> app_sealing.Sealing:
             began.append(name)
             return made
@@ -189,7 +191,8 @@ async def test_another_worker_takes_over_when_the_one_that_seals_is_gone(
         async def following() -> app_sealing.Sealing:
             return made
 
-        return sealed(database.dsn, sealing, following, interval_seconds=0.05)
+        sealer = Sealer(connection_settings(database.dsn), sealing, following, 0.05, HistoryWatch())
+        return JobRunner().running(Job("checkpoints", 5.0, sealer.serve_term))
 
     async with worker("first"):
         await asyncio.to_thread(soon, lambda: began == ["first"])

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 import psycopg
 from psycopg.pq import ExecStatus
 
+import kms.jobs
 import kms.store
 from kms.domain.lifecycle import Standing, effective_state
 from kms.store.login_settings import OWN_SETTINGS
@@ -22,7 +23,11 @@ _NOW = datetime(2030, 1, 1, tzinfo=UTC)
 
 
 def statements() -> Iterator[tuple[str, str]]:
-    for module in pkgutil.iter_modules(kms.store.__path__, "kms.store."):
+    modules = [
+        *pkgutil.iter_modules(kms.store.__path__, "kms.store."),
+        *pkgutil.iter_modules(kms.jobs.__path__, "kms.jobs."),
+    ]
+    for module in modules:
         for name, value in vars(importlib.import_module(module.name)).items():
             # A fragment, from which statements are put together, begins with an underscore.
             if isinstance(value, str) and name.isupper() and not name.startswith("_") and _STATEMENT.match(value):
@@ -44,9 +49,8 @@ def numbered(statement: str) -> str:
 
 def test_the_search_for_statements_finds_them() -> None:
     found = dict(statements())
-    assert {"kms.store.keys.PAGE", "kms.store.pool.ACT_AS", "kms.store.users.FIND_BY_URI", "kms.store.migrate.RECORD"} <= set(
-        found
-    )
+    known = {"keys.PAGE", "pool.ACT_AS", "users.FIND_BY_URI", "migrate.RECORD"}
+    assert {"kms.jobs.postgres.TAKE_LOCK", *(f"kms.store.{name}" for name in known)} <= set(found)
 
 
 def test_every_statement_prepares(database: Database) -> None:

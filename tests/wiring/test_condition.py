@@ -1,5 +1,6 @@
 """What is said to be at fault."""
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -9,11 +10,17 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from kms.domain.errors import KmsError, Reason
+from kms.jobs.job import Job, JobStatus
 from kms.store.disk import Disk
 from kms.store.pool import open_pool
 from kms.store.sealer import HistoryWatch
 from kms.wiring.condition import Condition, SealWatch
 from tests.fixtures.postgres import Database
+
+
+def status(age: float, why: str) -> JobStatus:
+    job = Job("destruction", 60, asyncio.Event().wait, warns_after_seconds=600)
+    return JobStatus(job, age, age, 0, 1, why)
 
 
 def test_what_lasts_too_long_or_was_changed_under_the_service_is_a_warning() -> None:
@@ -30,10 +37,13 @@ def test_what_lasts_too_long_or_was_changed_under_the_service_is_a_warning() -> 
         watch,
         HistoryWatch("another"),
         ("set this",),
+        lambda: [status(660.0, "HSM_UNAVAILABLE"), status(1.0, "HSM_UNAVAILABLE")],
         schema_fault="run that",
     )
     late = "rows of the trail are not sealed: the log of the worker that seals says why"
-    assert condition.look() == (True, f"ready\nwarning: run that\nwarning: set this\nwarning: another\nwarning: {late}")
+    stopped = "job destruction has not succeeded for 11 minutes: HSM_UNAVAILABLE"
+    warnings = ["run that", "set this", "another", late, stopped]
+    assert condition.look() == (True, "\n".join(["ready", *(f"warning: {warning}" for warning in warnings)]))
 
 
 async def test_a_database_that_ends_between_two_looks_is_no_fault_of_the_epoch(database: Database) -> None:

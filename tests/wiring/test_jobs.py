@@ -1,52 +1,29 @@
-"""The service's own work: repeated, whatever happens in one round of it."""
+"""The jobs of the service, and the work of some."""
 
-import asyncio
-from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any, cast
 
-import pytest
-
-from kms.domain.errors import KmsError, Reason
 from kms.store.ledger import open_ledger
 from kms.store.pool import Pool
 from kms.store.repeats import StoredRepeats
-from kms.wiring.jobs import forget_answers, repeating
+from kms.wiring.jobs import JobParts, forget_answers, upkeep_jobs
 from tests.fixtures.postgres import Database
 from tests.store.uses import a_repeat, make_key, make_user, rows, sign
 
 
-def failing(error: Exception, done: asyncio.Event) -> Callable[[], Awaitable[None]]:
-    """Return work that fails the first time."""
-    failures = [error]
-
-    async def work() -> None:
-        if failures:
-            raise failures.pop()
-        done.set()
-
-    return work
+def named(parts: dict[str, object]) -> list[str]:
+    """Return the names of the jobs of a worker with *parts*; the rest of it is absent."""
+    absent = cast(Any, SimpleNamespace(opens=None, check=None, watch=None, ask=None, records=None, serve_term=None))
+    fields = dict.fromkeys(JobParts.__dataclass_fields__, absent)
+    return [job.name for job in upkeep_jobs(JobParts(**{**fields, **parts}))]
 
 
-@pytest.mark.parametrize("error", [KmsError(Reason.STORE_UNAVAILABLE, "away"), ValueError("bug")])
-async def test_work_that_failed_is_done_again(error: Exception) -> None:
-    done = asyncio.Event()
-    async with repeating("work", 0.01, failing(error, done)):
-        await asyncio.wait_for(done.wait(), 5)
-
-
-async def test_work_ends_with_the_block() -> None:
-    rounds: list[None] = []
-    thrice = asyncio.Event()
-
-    async def work() -> None:
-        rounds.append(None)
-        if len(rounds) == 3:
-            thrice.set()
-
-    async with repeating("work", 0.01, work):
-        await asyncio.wait_for(thrice.wait(), 5)
-    there = len(rounds)
-    await asyncio.sleep(0.05)
-    assert len(rounds) == there
+def test_a_worker_has_the_jobs_that_its_parts_are_for() -> None:
+    every = ["partitions", "destruction", "repeats", "condition", "disk", "database"]
+    assert named({"is_first": False, "journal": None, "sealer": None}) == every
+    assert named({"is_first": True, "journal": None, "sealer": None}) == [*every, "residents"]
+    assert named({"is_first": False, "sealer": None}) == [*every, "journal"]
+    assert named({"is_first": False, "journal": None}) == [*every, "checkpoints"]
 
 
 async def test_answers_that_are_no_longer_given_are_removed_all_of_them(database: Database, store: Pool) -> None:

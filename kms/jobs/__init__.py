@@ -1,0 +1,1 @@
+"""One runner for what the service repeats by itself, and leased work in PostgreSQL."""
