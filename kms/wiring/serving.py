@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,7 +58,8 @@ from kms.store.trail import StoredTrail
 from kms.store.users import StoredUsers
 from kms.store.watch import watched
 from kms.store.wrapping import StoredWrappingKeys
-from kms.telemetry import Telemetry
+from kms.telemetry import Spans, Telemetry
+from kms.wiring import collection
 from kms.wiring.audit import seal_seconds, signing_trail, verifying
 from kms.wiring.condition import CHECK_SECONDS, Condition, SealWatch
 from kms.wiring.control import Report
@@ -79,7 +80,6 @@ from kms.wiring.reports import ProcessReports
 from kms.wiring.seen import seen
 from kms.wiring.supervised import Stopping, Supervised
 from kms.wiring.token import check_token
-from kms.wiring.tracing import tracing
 
 HSM_OPERATIONS: Final = ("generate", "confirm", "abandon", "sign", "encrypt", "decrypt", "decrypt_rsa", "random", "mac")
 _LOG = structlog.get_logger("kms")
@@ -120,6 +120,7 @@ async def _serve(config: Config, supervised: Supervised | None) -> None:
             _log_status(service.hsm.status())
 
         loop.add_signal_handler(signal.SIGUSR1, log_status)
+        collection.serve()
         address, deployment = server_config.listen, config.deployment_id
         _LOG.info("serving", address=address, port=service.port, deployment=deployment, mode=config.mode, pid=os.getpid())
         if supervised is not None:
@@ -163,7 +164,7 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         await check_token(config, hsm, StoredWrappingKeys(pool))
         records = Records(hsm.mac, host_clock)
         epoch = await epochs.check_epoch(pool, records, was_served=_was_served(config))
-        telemetry = Telemetry(stack.enter_context(tracing(config.tracing, config.deployment_id)))
+        telemetry = Telemetry(stack.enter_context(_tracing(config)))
         disk = Disk(needed(config.database).disk_path)
         await stack.enter_async_context(repeating("disk", CHECK_SECONDS, disk.watch))
         stored_keys = StoredKeys(pool, records)
@@ -213,6 +214,15 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         stack.push_async_callback(server.stop, 0)
         await stack.enter_async_context(closing_connections(connections, port))
         yield Service(port, hsm, server, condition)
+
+
+def _tracing(config: Config) -> AbstractContextManager[Spans | None]:
+    if config.tracing is None:
+        return nullcontext()
+    # Only now: OpenTelemetry is a twentieth of what a start loads.
+    from kms.wiring.tracing import tracing
+
+    return tracing(config.tracing, config.deployment_id)
 
 
 @asynccontextmanager
