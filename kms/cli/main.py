@@ -50,18 +50,26 @@ audit.register(events.register(app))
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit. Expected failures are told in one line or, with `--json`, in one object."""
+    """Run the command line and exit. Expected failures are told in one line or, with `--json`, in one object.
+
+    With *arguments* it is a part of a larger process, whose garbage is not its own.
+    """
     # `kms dev` and the demonstration start processes beside grpc's threads; its fork handlers can crash such a child.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    if arguments is not None:
+        _end(list(arguments))
     collection.begin()
-    guard_streams()
-    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        failure = _run(given)
-        if failure is not None:
-            report(failure, as_json="--json" in given)
+        _end(sys.argv[1:])
     finally:
         collection.end()
+
+
+def _end(given: list[str]) -> NoReturn:
+    guard_streams()
+    failure = _run(given)
+    if failure is not None:
+        report(failure, as_json="--json" in given)
     sys.exit(failure.exit_code if failure is not None else ExitCode.OK)
 
 
