@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 Section = TypeVar("Section")
 
@@ -196,17 +195,8 @@ class AuditConfig(_Section):
     seal_seconds: Annotated[float, Field(ge=0.1, le=3600)] = 1.0
 
 
-class Config(BaseSettings):
+class Config(_Section):
     """All settings. A section that is absent is None; a command asks for those it needs with `load`."""
-
-    model_config = SettingsConfigDict(
-        frozen=True,
-        extra="forbid",
-        hide_input_in_errors=True,
-        env_prefix=_PREFIX,
-        env_nested_delimiter="_",
-        env_nested_max_split=1,
-    )
 
     deployment_id: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")] = "neo-kms"
     mode: Literal["production", "development"] = "production"
@@ -227,18 +217,6 @@ class Config(BaseSettings):
             return self
         return self.model_copy(update={"server": self.server.model_copy(update={"workers": workers})})
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Take variables before the file, and nothing else."""
-        return EnvSettingsSource(settings_cls), init_settings
-
 
 def needed(section: Section | None) -> Section:
     """Return the section; `load(needs=…)` has told the user by name if it is missing."""
@@ -256,7 +234,7 @@ def load(path: Path | None, *, needs: tuple[str, ...] = ()) -> Config:
     faults += [f"{name}: no such setting" for name in sorted(_unknown_variables(os.environ))]
     config = None
     try:
-        config = Config(**content)
+        config = Config.model_validate(_overridden(content, os.environ))
     except ValidationError as error:
         faults += [_sentence(fault["loc"], fault["msg"]) for fault in error.errors(include_input=False, include_url=False)]
     # Where a section does not parse, what the file says of the others is looked at all the same.
@@ -292,6 +270,20 @@ def _read(path: Path | None) -> tuple[dict[str, Any], list[str]]:
             elif (name.endswith("_file") or name in {*_NAME_FILES, "journal", "checkpoints"}) and isinstance(values[name], str):
                 values[name] = str(path.absolute().parent / values[name])
     return content, faults
+
+
+def _overridden(content: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return the file's settings with those of the variables over them."""
+    found, sections = dict(content), _sections()
+    for name in Config.model_fields.keys() - sections.keys():
+        if (variable := f"{_PREFIX}{name}".upper()) in environ:
+            found[name] = environ[variable]
+    for section, kind in sections.items():
+        variables = {name: _variable(section, name) for name in kind.model_fields}
+        if given := {name: environ[variable] for name, variable in variables.items() if variable in environ}:
+            own = content.get(section)
+            found[section] = {**own, **given} if isinstance(own, dict) else given
+    return found
 
 
 def _variable(section: str, name: str) -> str:

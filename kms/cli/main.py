@@ -12,6 +12,7 @@ from kms.cli import audit, crypto, database, events, hsm, keys, moves, partition
 from kms.cli.failures import EXIT_CODES_HELP, ExitCode, Failure, failure_of, interrupted, report, usage_failure
 from kms.cli.invocation import Invocation, JsonOption
 from kms.cli.output import guard_streams
+from kms.wiring import collection
 
 _UsageError: Final[type[Exception]] = typer.BadParameter.__mro__[1]
 _HELP: Final = f"""Neo KMS: keys made in an HSM, sealed in PostgreSQL, used over gRPC.
@@ -49,11 +50,23 @@ audit.register(events.register(app))
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit. Expected failures are told in one line or, with `--json`, in one object."""
+    """Run the command line and exit. Expected failures are told in one line or, with `--json`, in one object.
+
+    With *arguments* it is a part of a larger process, whose garbage is not its own.
+    """
     # `kms dev` and the demonstration start processes beside grpc's threads; its fork handlers can crash such a child.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    if arguments is not None:
+        _end(list(arguments))
+    collection.begin()
+    try:
+        _end(sys.argv[1:])
+    finally:
+        collection.end()
+
+
+def _end(given: list[str]) -> NoReturn:
     guard_streams()
-    given = list(sys.argv[1:] if arguments is None else arguments)
     failure = _run(given)
     if failure is not None:
         report(failure, as_json="--json" in given)

@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -59,7 +59,8 @@ from kms.store.trail import StoredTrail
 from kms.store.users import StoredUsers
 from kms.store.watch import DatabaseProbe
 from kms.store.wrapping import StoredWrappingKeys
-from kms.telemetry import Telemetry
+from kms.telemetry import Spans, Telemetry
+from kms.wiring import collection
 from kms.wiring.audit import seal_seconds, trail_sealer, verifying
 from kms.wiring.condition import Condition, SealWatch
 from kms.wiring.control import Report
@@ -72,7 +73,6 @@ from kms.wiring.reports import ProcessReports
 from kms.wiring.seen import Pulse, seen
 from kms.wiring.supervised import Stopping, Supervised
 from kms.wiring.token import check_token
-from kms.wiring.tracing import tracing
 
 HSM_OPERATIONS: Final = ("generate", "confirm", "abandon", "sign", "encrypt", "decrypt", "decrypt_rsa", "random", "mac")
 _LOG = structlog.get_logger("kms")
@@ -113,6 +113,7 @@ async def _serve(config: Config, supervised: Supervised | None) -> None:
             _log_status(service.hsm.status())
 
         loop.add_signal_handler(signal.SIGUSR1, log_status)
+        collection.serve()
         address, deployment = server_config.listen, config.deployment_id
         _LOG.info("serving", address=address, port=service.port, deployment=deployment, mode=config.mode, pid=os.getpid())
         if supervised is not None:
@@ -155,7 +156,7 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         await check_token(config, hsm, StoredWrappingKeys(pool))
         records = Records(hsm.mac, host_clock)
         epoch = await epochs.check_epoch(pool, records, was_served=_was_served(config))
-        telemetry = Telemetry(stack.enter_context(tracing(config.tracing, config.deployment_id)))
+        telemetry = Telemetry(stack.enter_context(_tracing(config)))
         disk = Disk(needed(config.database).disk_path)
         stored_keys = StoredKeys(pool, records)
         keys = CachedKeys(telemetry.observed(stored_keys, "store", "insert", "find", "find_usable", "page", of="keys."))
@@ -209,6 +210,37 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         yield Service(port, hsm, server, condition)
 
 
+<<<<<<< HEAD
+=======
+def _tracing(config: Config) -> AbstractContextManager[Spans | None]:
+    if config.tracing is None:
+        return nullcontext()
+    # Only now: OpenTelemetry is a twentieth of what a start loads.
+    from kms.wiring.tracing import tracing
+
+    return tracing(config.tracing, config.deployment_id)
+
+
+@asynccontextmanager
+async def _upkeep(
+    pool: Pool, keys: StoredKeys, hsm: TokenHsm, lifecycle: Lifecycle, journal: Journal | None, *, is_first: bool
+) -> AsyncIterator[None]:
+    """Do within the block what is repeated. The first of several workers reconciles the token with the rows."""
+    async with AsyncExitStack() as stack:
+        destroying = partial(destroy_due, Destruction(lifecycle, hsm))
+        await stack.enter_async_context(repeating("destruction", UPKEEP_SECONDS, destroying))
+        if is_first:
+            reconciliation = Reconciliation(hsm, StoredResidentRows(pool, keys), hsm.opens, host_clock)
+            await stack.enter_async_context(repeating("residents", RECONCILIATION_SECONDS, reconciling(reconciliation)))
+        if journal is not None:
+            await stack.enter_async_context(
+                repeating("journal", JOURNAL_SECONDS, JournalFollower(pool, journal, keys.records).catch_up)
+            )
+        await stack.enter_async_context(repeating("repeats", UPKEEP_SECONDS, partial(forget_answers, StoredRepeats(pool))))
+        yield
+
+
+>>>>>>> faster
 def _server(
     auditing: Auditing,
     keys: Keys,

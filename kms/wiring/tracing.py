@@ -66,11 +66,8 @@ class _OtlpSpans:
 
 
 @contextmanager
-def tracing(config: TracingConfig | None, deployment: str) -> Iterator[Spans | None]:
-    """Yield what makes spans within the block and sends them to the collector; None where none is configured."""
-    if config is None:
-        yield None
-        return
+def tracing(config: TracingConfig, deployment: str) -> Iterator[Spans]:
+    """Yield what makes spans within the block and sends them to the collector."""
     provider = TracerProvider(
         sampler=ParentBased(TraceIdRatioBased(config.sample_ratio)),
         resource=Resource({"service.name": "neo-kms", "service.version": __version__, "service.namespace": deployment}),

@@ -7,6 +7,7 @@ from typing import Final
 
 from kms.config import ConfigError
 from kms.domain.errors import KmsError, Reason
+from kms.wiring import collection
 from kms.wiring.control import Refusal, Task
 from kms.wiring.supervised import Supervised
 
@@ -17,6 +18,7 @@ def main(descriptor: int) -> int:
     """Do the task that comes through *descriptor* and return the exit code."""
     # Ctrl-C reaches every process of the terminal; the supervisor says what follows from it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    collection.begin()
     connection = Connection(descriptor)
     try:
         task: Task = connection.recv()
@@ -33,6 +35,8 @@ def main(descriptor: int) -> int:
             raise
         supervised.say(Refusal(error, may_pass=_may_pass(error)))
         return 1
+    finally:
+        collection.end()
     return 0
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import grpc
 import psycopg
@@ -106,13 +107,15 @@ def test_no_private_key_is_anywhere_in_the_clear(deployment: Deployment, postgre
     assert dump.returncode == 0, dump.stderr
     places = {
         "dump": dump.stdout,
-        "files of the database": b"".join(_bytes(path) for path in (postgres.directory / "data" / "base").rglob("*")),
+        "files of the database": b"".join(_files(deployment, postgres)),
         "log of the database": postgres.log_file.read_bytes(),
         "log of the server": server.log_file.read_bytes(),
         "answers": b"\n".join(said),
         "outputs of the commands": "".join(done.stdout + done.stderr for done in commands).encode(),
     }
-    assert rows[0]["encrypted_private_key"].encode() in places["dump"]  # it looks where the keys are
+    # It looks where the keys are.
+    assert rows[0]["encrypted_private_key"].encode() in places["dump"]
+    assert UUID(rows[0]["id"]).bytes in places["files of the database"]
     hidden = [*secrets, deployment.token.pin_file.read_bytes(), (postgres.service_password()).encode()]
     found = [
         (place, number)
@@ -135,8 +138,21 @@ def test_the_search_would_find_a_key_in_the_clear() -> None:
         assert any(spelling in b"before " + text + b" after" for spelling in spellings(secret))
 
 
+def _files(deployment: Deployment, postgres: EmbeddedPostgres) -> list[bytes]:
+    """Write what the deployment's database holds to its files, and return these and PostgreSQL's temporary ones.
+
+    The files of other tests' databases are not ours.
+    """
+    with psycopg.connect(deployment.database.admin_dsn, autocommit=True) as connection:
+        connection.execute("CHECKPOINT")
+        row = connection.execute("SELECT oid FROM pg_database WHERE datname = current_database()").fetchone()
+    assert row is not None
+    base = postgres.directory / "data" / "base"
+    return [_bytes(path) for place in (base / str(row[0]), base / "pgsql_tmp") for path in place.rglob("*")]
+
+
 def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes() if path.is_file() else b""
-    except FileNotFoundError:  # another test's database, dropped meanwhile
+    except FileNotFoundError:  # PostgreSQL has removed it meanwhile
         return b""
