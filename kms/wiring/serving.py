@@ -210,8 +210,6 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         yield Service(port, hsm, server, condition)
 
 
-<<<<<<< HEAD
-=======
 def _tracing(config: Config) -> AbstractContextManager[Spans | None]:
     if config.tracing is None:
         return nullcontext()
@@ -221,26 +219,6 @@ def _tracing(config: Config) -> AbstractContextManager[Spans | None]:
     return tracing(config.tracing, config.deployment_id)
 
 
-@asynccontextmanager
-async def _upkeep(
-    pool: Pool, keys: StoredKeys, hsm: TokenHsm, lifecycle: Lifecycle, journal: Journal | None, *, is_first: bool
-) -> AsyncIterator[None]:
-    """Do within the block what is repeated. The first of several workers reconciles the token with the rows."""
-    async with AsyncExitStack() as stack:
-        destroying = partial(destroy_due, Destruction(lifecycle, hsm))
-        await stack.enter_async_context(repeating("destruction", UPKEEP_SECONDS, destroying))
-        if is_first:
-            reconciliation = Reconciliation(hsm, StoredResidentRows(pool, keys), hsm.opens, host_clock)
-            await stack.enter_async_context(repeating("residents", RECONCILIATION_SECONDS, reconciling(reconciliation)))
-        if journal is not None:
-            await stack.enter_async_context(
-                repeating("journal", JOURNAL_SECONDS, JournalFollower(pool, journal, keys.records).catch_up)
-            )
-        await stack.enter_async_context(repeating("repeats", UPKEEP_SECONDS, partial(forget_answers, StoredRepeats(pool))))
-        yield
-
-
->>>>>>> faster
 def _server(
     auditing: Auditing,
     keys: Keys,
