@@ -24,21 +24,25 @@ ALTER TABLE cryptography.key_rotations
     -- The last finished step, empty before the first; and what the next step needs to know of it.
     ADD COLUMN step TEXT NOT NULL DEFAULT '' CONSTRAINT step_length CHECK (char_length(step) <= 50),
     ADD COLUMN step_state JSONB NOT NULL DEFAULT '{}'
-        CONSTRAINT step_state_is_an_object CHECK (jsonb_typeof(step_state) = 'object');
+        CONSTRAINT step_state_is_an_object CHECK (jsonb_typeof(step_state) = 'object'),
+    -- What belongs to the request beside the reason and the user: it holds for a key that is compromised, too; and the service's
+    -- MAC of the request.
+    ADD COLUMN allows_compromised BOOLEAN NOT NULL DEFAULT FALSE,
+    ADD COLUMN request_mac BYTEA CONSTRAINT request_mac_size CHECK (octet_length(request_mac) = 32);
 
 -- Of a million finished rotations the search for due work reads none.
 -- squawk-ignore require-concurrent-index-creation
 CREATE INDEX idx_key_rotations_due ON cryptography.key_rotations (next_attempt_at)
     WHERE migration_status IN ('pending', 'in_progress');
 
-GRANT SELECT (attempts, next_attempt_at, step) ON cryptography.key_rotations TO authenticated_users, admin_users;
+GRANT SELECT (attempts, next_attempt_at, step, allows_compromised) ON cryptography.key_rotations TO authenticated_users, admin_users;
 GRANT SELECT (
     id, user_id, old_key_id, new_key_id, rotation_reason, migration_status, error_message, lease_owner, claim_number, attempts,
-    next_attempt_at, step, step_state
+    next_attempt_at, step, step_state, initiated_by, allows_compromised, request_mac, created_at
 ) ON cryptography.key_rotations TO kms_lifecycle;
 GRANT UPDATE (
-    new_key_id, completed_at, migration_status, error_message, lease_owner, claim_number, attempts, next_attempt_at, step,
-    step_state
+    new_key_id, affected_records_count, completed_at, migration_status, error_message, lease_owner, claim_number, attempts,
+    next_attempt_at, step, step_state
 ) ON cryptography.key_rotations TO kms_lifecycle;
 CREATE POLICY key_rotations_lifecycle_read ON cryptography.key_rotations
     FOR SELECT TO kms_lifecycle
@@ -55,7 +59,7 @@ CREATE FUNCTION cryptography.claim_rotations(
 )
 RETURNS TABLE (
     id UUID, claim_number BIGINT, attempts INTEGER, step TEXT, step_state JSONB, user_id UUID, old_key_id UUID, new_key_id UUID,
-    rotation_reason VARCHAR
+    rotation_reason VARCHAR, initiated_by UUID, allows_compromised BOOLEAN, request_mac BYTEA, created_at TIMESTAMPTZ
 )
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
@@ -86,7 +90,8 @@ BEGIN
         LIMIT claims_max
         FOR NO KEY UPDATE SKIP LOCKED
     ))
-    RETURNING r.id, r.claim_number, r.attempts, r.step, r.step_state, r.user_id, r.old_key_id, r.new_key_id, r.rotation_reason;
+    RETURNING r.id, r.claim_number, r.attempts, r.step, r.step_state, r.user_id, r.old_key_id, r.new_key_id, r.rotation_reason,
+        r.initiated_by, r.allows_compromised, r.request_mac, r.created_at;
 END;
 $$;
 
@@ -122,13 +127,16 @@ BEGIN
 END;
 $$;
 
--- Record that the rotation has been completed, with the key that took over.
-CREATE FUNCTION cryptography.complete_rotation(rotation UUID, worker UUID, claim BIGINT, successor UUID) RETURNS BOOLEAN
+-- Record that the rotation has been completed, with the key that took over, and the number of dependents that it took along.
+CREATE FUNCTION cryptography.complete_rotation(
+    rotation UUID, worker UUID, claim BIGINT, successor UUID, affected BIGINT
+) RETURNS BOOLEAN
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
     UPDATE cryptography.key_rotations AS r
-    SET migration_status = 'completed', completed_at = clock_timestamp(), new_key_id = successor, lease_owner = NULL,
+    SET migration_status = 'completed', completed_at = clock_timestamp(), new_key_id = successor,
+        affected_records_count = affected, lease_owner = NULL,
         error_message = NULL
     WHERE r.id = rotation AND r.lease_owner = worker AND r.claim_number = claim;
     RETURN FOUND;
@@ -167,7 +175,7 @@ REVOKE ALL ON FUNCTION
     cryptography.claim_rotations(UUID, INTEGER, DOUBLE PRECISION, INTEGER),
     cryptography.extend_rotation_lease(UUID, UUID, BIGINT, DOUBLE PRECISION),
     cryptography.finish_rotation_step(UUID, UUID, BIGINT, TEXT, JSONB, DOUBLE PRECISION),
-    cryptography.complete_rotation(UUID, UUID, BIGINT, UUID),
+    cryptography.complete_rotation(UUID, UUID, BIGINT, UUID, BIGINT),
     cryptography.fail_rotation(UUID, UUID, BIGINT, TEXT, DOUBLE PRECISION, INTEGER),
     cryptography.release_rotation(UUID, UUID, BIGINT)
     FROM PUBLIC;
@@ -175,7 +183,7 @@ GRANT EXECUTE ON FUNCTION
     cryptography.claim_rotations(UUID, INTEGER, DOUBLE PRECISION, INTEGER),
     cryptography.extend_rotation_lease(UUID, UUID, BIGINT, DOUBLE PRECISION),
     cryptography.finish_rotation_step(UUID, UUID, BIGINT, TEXT, JSONB, DOUBLE PRECISION),
-    cryptography.complete_rotation(UUID, UUID, BIGINT, UUID),
+    cryptography.complete_rotation(UUID, UUID, BIGINT, UUID, BIGINT),
     cryptography.fail_rotation(UUID, UUID, BIGINT, TEXT, DOUBLE PRECISION, INTEGER),
     cryptography.release_rotation(UUID, UUID, BIGINT)
     TO job_runner;
@@ -184,7 +192,7 @@ GRANT CREATE ON SCHEMA cryptography TO kms_lifecycle;
 ALTER FUNCTION cryptography.claim_rotations(UUID, INTEGER, DOUBLE PRECISION, INTEGER) OWNER TO kms_lifecycle;
 ALTER FUNCTION cryptography.extend_rotation_lease(UUID, UUID, BIGINT, DOUBLE PRECISION) OWNER TO kms_lifecycle;
 ALTER FUNCTION cryptography.finish_rotation_step(UUID, UUID, BIGINT, TEXT, JSONB, DOUBLE PRECISION) OWNER TO kms_lifecycle;
-ALTER FUNCTION cryptography.complete_rotation(UUID, UUID, BIGINT, UUID) OWNER TO kms_lifecycle;
+ALTER FUNCTION cryptography.complete_rotation(UUID, UUID, BIGINT, UUID, BIGINT) OWNER TO kms_lifecycle;
 ALTER FUNCTION cryptography.fail_rotation(UUID, UUID, BIGINT, TEXT, DOUBLE PRECISION, INTEGER) OWNER TO kms_lifecycle;
 ALTER FUNCTION cryptography.release_rotation(UUID, UUID, BIGINT) OWNER TO kms_lifecycle;
 REVOKE CREATE ON SCHEMA cryptography FROM kms_lifecycle;

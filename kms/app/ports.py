@@ -183,6 +183,13 @@ class Keys(Protocol):
         """Return the key with its envelope, or None. A destroyed key has none and is found by `find` only."""
         ...
 
+    async def predecessors(self, caller: UserId, name: KeyName) -> int:
+        """Return how many keys of *caller* had *name* before: they are called `name@1`, `name@2`, ….
+
+        Whoever owns the database may give another number. The keys of these names are proven when they are found.
+        """
+        ...
+
     async def page(self, caller: UserId, which: KeyFilter, *, after: str, limit: int) -> KeyPage:
         """Return at most *limit* keys in the order of their names, beginning behind the name *after*.
 

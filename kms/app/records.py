@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import Final
+from uuid import UUID
 
 from kms.domain.key_row import Row, epoch_bytes, key_bytes, record_invalid
 
@@ -46,22 +47,22 @@ class Records:
 
     async def prove_key(self, row: Row) -> None:
         """Raise RECORD_INVALID unless *row*, with its `record_mac`, is one that `mac_of_key` made. Raises HSM_UNAVAILABLE."""
-        await self._prove(row, key_bytes(row))
+        await self.prove(key_bytes(row), row[MAC_COLUMN], row.get("id"))
 
     async def prove_epoch(self, row: Row) -> None:
         """Raise RECORD_INVALID unless *row* of `cryptography.epochs` has its MAC. Raises HSM_UNAVAILABLE."""
-        await self._prove(row, epoch_bytes(row))
+        await self.prove(epoch_bytes(row), row[MAC_COLUMN], row.get("id"))
 
-    async def _prove(self, row: Row, text: bytes) -> None:
-        stored = row[MAC_COLUMN]
+    async def prove(self, text: bytes, stored: object, key_id: UUID | None) -> None:
+        """Raise RECORD_INVALID, about the key *key_id*, unless *stored* is the MAC of *text*. Raises HSM_UNAVAILABLE."""
         if not isinstance(stored, bytes):
-            raise record_invalid(row.get("id"))
+            raise record_invalid(key_id)
         key = _hash(text, stored)
         if key in self._proven:
             self._proven.move_to_end(key)
             return
         if not hmac.compare_digest(await self.mac(text), stored):
-            raise record_invalid(row.get("id"))
+            raise record_invalid(key_id)
         self._remember(key)
 
     def _remember(self, key: bytes) -> None:

@@ -16,7 +16,7 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from kms.v1 import admin_pb2_grpc, audit_pb2, audit_pb2_grpc, crypto_pb2_grpc, keys_pb2_grpc
+from kms.v1 import admin_pb2_grpc, audit_pb2, audit_pb2_grpc, crypto_pb2_grpc, keys_pb2_grpc, rotation_pb2_grpc
 
 Request = TypeVar("Request", contravariant=True)
 Response = TypeVar("Response", covariant=True)
@@ -37,6 +37,7 @@ class Client:
         self.crypto = crypto_pb2_grpc.CryptoServiceStub(channel)
         self.audit = audit_pb2_grpc.AuditServiceStub(channel)
         self.admin = admin_pb2_grpc.AdminServiceStub(channel)
+        self.rotation = rotation_pb2_grpc.RotationServiceStub(channel)
         self._config = config
 
     def call(self, method: _Method[Request, Response], request: Request) -> Response:

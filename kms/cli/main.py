@@ -8,7 +8,7 @@ from typing import Annotated, Final, NoReturn
 
 import typer
 
-from kms.cli import audit, crypto, database, events, hsm, keys, moves, partitions, records, service, status, users
+from kms.cli import audit, crypto, database, events, hsm, keys, moves, partitions, records, rotations, service, status, users
 from kms.cli.failures import EXIT_CODES_HELP, ExitCode, Failure, failure_of, interrupted, report, usage_failure
 from kms.cli.invocation import Invocation, JsonOption
 from kms.cli.output import guard_streams
@@ -45,7 +45,9 @@ def _global(
 
 for _part in (service, database, partitions, hsm, records, users, crypto, status):
     _part.register(app)
-moves.register(keys.register(app))
+_keys = keys.register(app)
+moves.register(_keys)
+rotations.register(app, _keys)
 audit.register(events.register(app))
 
 

@@ -38,9 +38,12 @@ def key_fields(key: keys_pb2.Key) -> dict[str, Any]:
     }
     if key.HasField("max_usage_count"):
         fields["max_usage_count"] = key.max_usage_count
-    for name in ("activated_at", "expires_at", "destruction_scheduled_at"):
+    for name in ("activated_at", "expires_at", "destruction_scheduled_at", "superseded_at"):
         if key.HasField(name):
             fields[name] = getattr(key, name).ToJsonString()
+    for name in ("predecessor_id", "successor_id"):
+        if getattr(key, name):
+            fields[name] = getattr(key, name)
     if key.check_value:
         fields["check_value"] = key.check_value
     if key.public_key_pem:

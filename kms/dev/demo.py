@@ -28,7 +28,7 @@ from kms.dev.embedded_stack import dev_stack
 from kms.domain.algorithms import Hash, KeyType, Purpose, Scheme, SignatureForm
 from kms.domain.errors import KmsError
 from kms.rpc import enums
-from kms.v1 import crypto_pb2, keys_pb2
+from kms.v1 import crypto_pb2, keys_pb2, rotation_pb2
 
 MESSAGE: Final = b"pay 5 to Bob"
 SECRET: Final = b"the combination of the safe is 12-34-56"
@@ -123,13 +123,14 @@ def run(*, as_json: bool = False) -> int:
 
 
 def demonstrate(client: Client, report: Report) -> None:
-    """Do the main job over gRPC: make keys, sign, encrypt, make a data key. What must hold is checked into *report*."""
+    """Do the main job over gRPC: make keys, sign, encrypt, make a data key, rotate. What must hold is checked into *report*."""
     _make_keys(client, report)
     _sign(client, report)
     _sign_recoverable(client, report)
     _encrypt(client, report)
     _encrypt_elsewhere(client, report)
     _use_data_key(client, report)
+    _rotate(client, report)
 
 
 def look_inside(superuser_dsn: str, client: Client, report: Report) -> None:
@@ -219,6 +220,29 @@ def _use_data_key(client: Client, report: Report) -> None:
     report.check(len(set(drawn)) > 1, "32 random bytes from the token (GenerateRandom)")
 
 
+def _rotate(client: Client, report: Report) -> None:
+    report.heading("Rotation (RotateKey): a successor takes the name, and what the key sealed still opens")
+    for name in ("backups", "releases"):
+        sealed = b""
+        if name == "backups":
+            sealed = client.call(client.crypto.Encrypt, crypto_pb2.EncryptRequest(key=name, plaintext=SECRET)).ciphertext
+        request = rotation_pb2.RotateKeyRequest(key=name, reason="shown in the demonstration")
+        rotation = client.call(client.rotation.RotateKey, request).rotation
+        status = rotation_pb2.RotationStatus.Name(rotation.status).removeprefix("ROTATION_STATUS_").lower()
+        key = client.call(client.keys.GetKey, keys_pb2.GetKeyRequest(key=name)).key
+        is_linked = (key.id, key.predecessor_id) == (rotation.new_key_id, rotation.old_key_id)
+        report.check(status == "completed" and is_linked, f"{name:<9} {status}: it is another key now, with {name}@1 before it")
+        report.line(f"          log: {rotation.old_key_id} -> {rotation.new_key_id}, {rotation.reason}")
+        if sealed:
+            opened = client.call(client.crypto.Decrypt, crypto_pb2.DecryptRequest(ciphertext=sealed)).plaintext
+            report.check(opened == SECRET, f"{name:<9} what {name}@1 sealed opens")
+        else:
+            signed = client.call(client.crypto.Sign, crypto_pb2.SignRequest(key=name, message=MESSAGE))
+            report.check(signed.key_id == key.id, f"{name:<9} the name signs with the successor")
+            old = crypto_pb2.SignRequest(key=f"{name}@1", message=MESSAGE)
+            report.check(_reason(client, old) == "KEY_INACTIVE", f"{name:<9} {name}@1 signs no more: KEY_INACTIVE")
+
+
 def _show_stored(superuser_dsn: str, report: Report) -> None:
     report.heading("What PostgreSQL has of it: an envelope a row, which only this token opens")
     with psycopg.connect(superuser_dsn) as connection:
@@ -226,7 +250,8 @@ def _show_stored(superuser_dsn: str, report: Report) -> None:
     for name, custody, version, envelope in rows:
         shown = f"{envelope[:_ENVELOPE_CHARACTERS]}…{envelope[-_ENVELOPE_CHARACTERS:]}"
         report.line(f"  {name:<9} {custody:<8} version {version}  {shown}  ({len(envelope)} characters)")
-    report.check({row[0] for row in rows} == {name for name, *_ in _KEYS}, f"{len(rows)} rows, one for each key")
+    names = {name for name, *_ in _KEYS} | {"backups@1", "releases@1"}
+    report.check({row[0] for row in rows} == names, f"{len(rows)} rows, one for each key")
     report.check(all(row[3] for row in rows), "every private key is in an envelope")
 
 

@@ -35,6 +35,7 @@ class Reason(StrEnum):
     ENVELOPE_INVALID = "ENVELOPE_INVALID"
     RECORD_INVALID = "RECORD_INVALID"
     KEY_NOT_FOUND = "KEY_NOT_FOUND"
+    ROTATION_NOT_FOUND = "ROTATION_NOT_FOUND"
     PERMISSION_DENIED = "PERMISSION_DENIED"
     CREDENTIALS_INVALID = "CREDENTIALS_INVALID"
     NAME_TAKEN = "NAME_TAKEN"
@@ -74,7 +75,7 @@ def _restored(reason: Reason, message: str, metadata: dict[str, str], key_id: UU
 
 
 # Refusals that say nothing of the key which was found: another key is meant, or none was looked for.
-_OF_NO_KEY: Final = frozenset({Reason.KEY_NOT_FOUND, Reason.RATE_LIMITED})
+_OF_NO_KEY: Final = frozenset({Reason.KEY_NOT_FOUND, Reason.ROTATION_NOT_FOUND, Reason.RATE_LIMITED})
 
 
 @contextmanager

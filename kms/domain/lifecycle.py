@@ -161,3 +161,14 @@ def check_move(state: State, move: Move) -> None:
         raise KmsError(
             _REFUSALS[state], f"a key that is {state.replace('_', ' ')} is not open to {move.replace('_', ' ')}", state=state
         )
+
+
+_ROTATED_FROM: Final = frozenset({State.ACTIVE, State.INACTIVE, State.EXPIRED})
+
+
+def check_rotation(state: State, *, allow_compromised: bool) -> None:
+    """Raise the state's reason unless a key in *state* may get a successor. One that is compromised takes a caller's word."""
+    if state in _ROTATED_FROM or (state is State.COMPROMISED and allow_compromised):
+        return
+    hint = ": say that you want it (allow_compromised)" if state is State.COMPROMISED else ""
+    raise KmsError(_REFUSALS[state], f"a key that is {state.replace('_', ' ')} is not rotated{hint}", state=state)

@@ -16,7 +16,7 @@ from uuid import UUID, uuid4
 
 import structlog
 
-from kms.domain.errors import INTERNAL, KmsError
+from kms.domain.errors import INTERNAL, KmsError, Reason
 from kms.jobs.leases import Claim, LeasedItems, LeaseLostError, LeasePolicy
 
 _MESSAGE_CHARACTERS_MAX: Final = 500
@@ -44,12 +44,16 @@ LeasedWork: TypeAlias = Callable[[Lease], Awaitable[Mapping[str, object]]]
 
 @dataclass(frozen=True, slots=True)
 class LeasedWorker:
-    """Does leased work of one kind, one item at a time. Each worker has an id of its own; `now` and `sleep` are its clock."""
+    """Does leased work of one kind, one item at a time. Each worker has an id of its own; `now` and `sleep` are its clock.
+
+    An item whose work is refused for one of `final_reasons` has failed: no later attempt would change that.
+    """
 
     items: LeasedItems
     work: LeasedWork
     policy: LeasePolicy
     worker: UUID = field(default_factory=uuid4)
+    final_reasons: frozenset[Reason] = frozenset()
     now: Callable[[], float] = monotonic
     sleep: Callable[[float], Awaitable[object]] = asyncio.sleep
 
@@ -87,13 +91,14 @@ class LeasedWorker:
             await asyncio.gather(working, extending, return_exceptions=True)
 
     async def _record(self, lease: Lease, working: "asyncio.Future[Mapping[str, object]]") -> None:
-        claim, item = lease.claim, str(lease.claim.item_id)
+        claim, item, attempts_max = lease.claim, str(lease.claim.item_id), self.policy.attempts_max
         try:
             result = working.result()
         except LeaseLostError:
             raise
         except KmsError as error:
             message = f"{error.reason}: {error.message}"
+            attempts_max = 0 if error.reason in self.final_reasons else attempts_max
             _LOG.warning("attempt failed", item=item, attempts=claim.attempts, reason=error.reason, message=error.message)
         except (Exception, asyncio.CancelledError):  # noqa: BLE001  # a bug in one item must not end the others
             message = INTERNAL
@@ -102,7 +107,7 @@ class LeasedWorker:
             await self.items.complete(self.worker, claim, result)
             return
         retry_seconds = self.policy.backoff_seconds(claim.attempts)
-        await self.items.fail(self.worker, claim, message[:_MESSAGE_CHARACTERS_MAX], retry_seconds, self.policy.attempts_max)
+        await self.items.fail(self.worker, claim, message[:_MESSAGE_CHARACTERS_MAX], retry_seconds, attempts_max)
 
     async def _keep_extending(self, lease: Lease) -> None:
         """Extend the lease until it is lost: another worker has it, or it has run out while the database did not answer."""

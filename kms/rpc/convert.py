@@ -19,7 +19,7 @@ from kms.keys.crypto.encryption import DATA_KEY_BYTES_DEFAULT, Decrypted, Encryp
 from kms.keys.crypto.signing import Signature, ToSign, ToVerify, Verification
 from kms.keys.ledger.repeats import RepeatableRequest
 from kms.rpc import enums
-from kms.v1 import crypto_pb2, keys_pb2
+from kms.v1 import crypto_pb2, keys_pb2, rotation_pb2
 
 PAGE_DEFAULT = 50
 PAGE_MAX = 200
@@ -58,6 +58,7 @@ def wire_key(key: KeyRecord) -> keys_pb2.Key:
         activated_at=stamp(key.activated_at),
         expires_at=stamp(key.expires_at),
         destruction_scheduled_at=stamp(key.destruction_scheduled_at),
+        superseded_at=stamp(key.superseded_at),
     )
 
 
@@ -201,7 +202,11 @@ def to_generate(request: crypto_pb2.GenerateDataKeyRequest) -> ToGenerate:
 
 
 def repeatable(
-    request: crypto_pb2.SignRequest | crypto_pb2.EncryptRequest | crypto_pb2.GenerateDataKeyRequest | keys_pb2.CreateKeyRequest,
+    request: crypto_pb2.SignRequest
+    | crypto_pb2.EncryptRequest
+    | crypto_pb2.GenerateDataKeyRequest
+    | keys_pb2.CreateKeyRequest
+    | rotation_pb2.RotateKeyRequest,
 ) -> RepeatableRequest | None:
     """Return the idempotency id of a request with what it stands for. None: the request has no id."""
     if not request.request_id:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from kms.app.keyring import Keyring, KeyWish, require_key
+from kms.app.lineage import neighbours
 from kms.app.moving import Moving
 from kms.app.ports import Call
 from kms.domain.algorithms import key_spec
@@ -46,8 +47,13 @@ class KeyServicer:
 
     async def GetKey(self, request: keys_pb2.GetKeyRequest, call: Call) -> keys_pb2.GetKeyResponse:
         """Return a key."""
-        key = await require_key(self.keyring.keys, call.user.user_id, parse_key_ref(request.key))
-        return keys_pb2.GetKeyResponse(key=convert.wire_key(key))
+        keys, caller = self.keyring.keys, call.user.user_id
+        key = await require_key(keys, caller, parse_key_ref(request.key))
+        answer = keys_pb2.GetKeyResponse(key=convert.wire_key(key))
+        predecessor, successor = await neighbours(keys, caller, key)
+        answer.key.predecessor_id = "" if predecessor is None else str(predecessor.identity.key_id)
+        answer.key.successor_id = "" if successor is None else str(successor.identity.key_id)
+        return answer
 
     async def ListKeys(self, request: keys_pb2.ListKeysRequest, call: Call) -> keys_pb2.ListKeysResponse:
         """List the caller's keys."""

@@ -19,7 +19,18 @@ from kms.rpc.edge import Edge
 from kms.rpc.health import Health
 from kms.rpc.keys import KeyServicer
 from kms.rpc.transport import TransportLimits, channel_arguments
-from kms.v1 import admin_pb2, admin_pb2_grpc, audit_pb2, audit_pb2_grpc, crypto_pb2, crypto_pb2_grpc, keys_pb2, keys_pb2_grpc
+from kms.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    audit_pb2,
+    audit_pb2_grpc,
+    crypto_pb2,
+    crypto_pb2_grpc,
+    keys_pb2,
+    keys_pb2_grpc,
+    rotation_pb2,
+    rotation_pb2_grpc,
+)
 
 _NO_PART: Final = frozenset[str]()
 _UNTOLD: Final = frozenset({"untold"})  # a part that none does without
@@ -27,6 +38,7 @@ _UNTOLD: Final = frozenset({"untold"})  # a part that none does without
 DOES_WITHOUT: Final = {
     keys_pb2.DESCRIPTOR.services_by_name["KeyService"].full_name: _NO_PART,
     crypto_pb2.DESCRIPTOR.services_by_name["CryptoService"].full_name: _NO_PART,
+    rotation_pb2.DESCRIPTOR.services_by_name["RotationService"].full_name: _NO_PART,
     audit_pb2.DESCRIPTOR.services_by_name["AuditService"].full_name: frozenset({"token"}),
     admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name: frozenset({"token"}),
 }
@@ -61,6 +73,7 @@ class Server:
         crypto: CryptoServicer,
         audit: AuditServicer,
         admin: AdminServicer,
+        rotation: object,
         *,
         transport: TransportLimits,
         faults: Callable[[], Collection[str]],
@@ -74,6 +87,7 @@ class Server:
         crypto_pb2_grpc.add_CryptoServiceServicer_to_server(cast(Any, crypto), self._server)
         audit_pb2_grpc.add_AuditServiceServicer_to_server(cast(Any, audit), self._server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(cast(Any, admin), self._server)
+        rotation_pb2_grpc.add_RotationServiceServicer_to_server(cast(Any, rotation), self._server)
         self._health = Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*DOES_WITHOUT, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)

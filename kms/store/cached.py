@@ -24,7 +24,7 @@ from kms.app.ports import (
     Users,
 )
 from kms.domain.errors import KmsError, Reason
-from kms.domain.ids import KeyId, KeyRef, UserId
+from kms.domain.ids import KeyId, KeyName, KeyRef, UserId
 from kms.domain.keys import KeyFilter, KeyRecord, UsableKey
 from kms.domain.lifecycle import Change, Move
 from kms.keys.ledger.counts import Counts
@@ -75,6 +75,10 @@ class CachedKeys:
     async def find_usable(self, caller: UserId, ref: KeyRef, *, recent: bool = False) -> UsableKey | None:
         """Return the key with its envelope as it is, or where *recent* will do as it was at most a second ago; or None."""
         return await self.cache.find((caller, ref), lambda: self._sought(caller, ref), recent=recent)
+
+    async def predecessors(self, caller: UserId, name: KeyName) -> int:
+        """See `Keys.predecessors`."""
+        return await self.stored.predecessors(caller, name)
 
     async def page(self, caller: UserId, which: KeyFilter, *, after: str, limit: int) -> KeyPage:
         """Return keys in the order of their names: see `Keys.page`."""

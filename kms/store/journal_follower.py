@@ -44,7 +44,7 @@ EVENTS: Final = """
 """
 KEYS: Final = """
     SELECT id, version, compromised_at, revoked_at, destroyed_at, clock_timestamp() AS now, version > 1 AND coalesce(
-            deactivated_at::text, destruction_scheduled_at::text, expires_at::text, max_usage_count::text
+            deactivated_at::text, superseded_at::text, destruction_scheduled_at::text, expires_at::text, max_usage_count::text
         ) IS NOT NULL AS is_narrowed
     FROM cryptography.keys
     WHERE id > %(after)s
@@ -62,7 +62,7 @@ _EVENTS: Final = {
     "key.compromised": Event.KEY_COMPROMISED,
     "key.destroyed": Event.KEY_DESTROYED,
 }
-_NARROWING: Final = frozenset({"key.deactivated", "key.destruction_scheduled", "key.destruction_cancelled"})
+_NARROWING: Final = frozenset({"key.deactivated", "key.superseded", "key.destruction_scheduled", "key.destruction_cancelled"})
 _COLUMNS: Final = {
     "compromised_at": Event.KEY_COMPROMISED,
     "revoked_at": Event.KEY_REVOKED,

@@ -13,7 +13,7 @@ from uuid import UUID
 
 from kms.app.ports import Call, KeyPage, Keys, NewKey, Repeat
 from kms.domain.errors import KmsError, Reason
-from kms.domain.ids import KeyId, KeyRef, UserId
+from kms.domain.ids import KeyId, KeyName, KeyRef, UserId
 from kms.domain.key_row import record_invalid
 from kms.domain.keys import KeyFilter, KeyRecord, UsableKey
 from kms.domain.lifecycle import State
@@ -121,6 +121,10 @@ class KnownKeys:
             if key is not None:
                 self.knowledge.check(key.record)
         return key
+
+    async def predecessors(self, caller: UserId, name: KeyName) -> int:
+        """See `Keys.predecessors`."""
+        return await self.keys.predecessors(caller, name)
 
     async def page(self, caller: UserId, which: KeyFilter, *, after: str, limit: int) -> KeyPage:
         """Return keys in the order of their names: see `Keys.page`."""

@@ -53,6 +53,11 @@ INSERT: Final = f"""
 FOR_CALL: Final = "SELECT set_config('app.request_id', %(request_id)s, true), set_config('app.peer', %(peer)s, true)"
 NOW: Final = "SELECT clock_timestamp() AS now"
 KEEP_ANSWER: Final = "SELECT cryptography.keep_answer(%(rpc)s, %(request_id)s, %(body_mac)s, %(result)s) AS is_kept"
+# '@' is behind every character of a name that it may follow and before 'A', so this is a range of the index.
+PREDECESSORS: Final = """
+    SELECT count(*) AS predecessors FROM cryptography.keys
+    WHERE user_id = %(caller)s AND key_name > %(name)s || '@' AND key_name < %(name)s || 'A'
+"""
 WALKED_MAX: Final = 1_000
 # One call looks at so many keys, or a filter that few fit would take it through all of them: the last of them tells where to
 # go on, whether it fits or not. Names are ASCII and compared byte by byte: DEL is behind every character of a name, so the
@@ -106,7 +111,7 @@ class StoredKeys:
                 assert stored is not None  # noqa: S101  # INSERT … RETURNING gives a row or raises
                 record = await self._proven(stored, caller, key.identity.key_id)
                 if repeat is not None:
-                    await _keep(connection, repeat)
+                    await keep_answer(connection, repeat)
         except pg.CheckViolation as error:
             if error.diag.constraint_name != "key_expiration_logic":
                 raise
@@ -130,6 +135,11 @@ class StoredKeys:
             return None
         material = KeyMaterial(record.custody, record.public_key, rows[0]["encrypted_private_key"], record.hsm_key_id)
         return UsableKey(record, HeldKey(record.identity, material, record.version))
+
+    async def predecessors(self, caller: UserId, name: KeyName) -> int:
+        """See `Keys.predecessors`."""
+        rows = await self.pool.fetch(as_user(caller), PREDECESSORS, {"caller": caller, "name": str(name)})
+        return int(rows[0]["predecessors"])
 
     async def page(self, caller: UserId, which: KeyFilter, *, after: str, limit: int) -> KeyPage:
         """Return those of the next 1,000 keys after the name *after* that fit, at most *limit*, in the order of their names."""
@@ -171,7 +181,8 @@ class StoredKeys:
         return key_record(row, self.records.judged_at(row["now"]))
 
 
-async def _keep(connection: AsyncConnection[DictRow], repeat: Repeat) -> None:
+async def keep_answer(connection: AsyncConnection[DictRow], repeat: Repeat) -> None:
+    """Store an answer for a repeat, in the transaction of what it answers. Raises REQUEST_ID_REUSED."""
     kept = {"rpc": repeat.rpc, "request_id": repeat.request_id, "body_mac": repeat.body_mac, "result": repeat.result}
     row = await (await connection.execute(KEEP_ANSWER, kept)).fetchone()
     if row is None or not row["is_kept"]:

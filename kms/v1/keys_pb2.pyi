@@ -195,6 +195,9 @@ class Key(_message.Message):
     ACTIVATED_AT_FIELD_NUMBER: _builtins.int
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
     DESTRUCTION_SCHEDULED_AT_FIELD_NUMBER: _builtins.int
+    SUPERSEDED_AT_FIELD_NUMBER: _builtins.int
+    PREDECESSOR_ID_FIELD_NUMBER: _builtins.int
+    SUCCESSOR_ID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     name: _builtins.str
     type: Global___KeyType.ValueType
@@ -214,6 +217,10 @@ class Key(_message.Message):
     """Grows with every change of the key except a use."""
     max_usage_count: _builtins.int
     """Uses that are ever charged; absent: no limit (AES: 2^32)."""
+    predecessor_id: _builtins.str
+    """In GetKey: the key whose name this one took; empty: none."""
+    successor_id: _builtins.str
+    """In GetKey: the key that took this one's name; empty: none."""
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -229,6 +236,10 @@ class Key(_message.Message):
     @_builtins.property
     def destruction_scheduled_at(self) -> _timestamp_pb2.Timestamp:
         """When destruction falls due; absent: not scheduled."""
+
+    @_builtins.property
+    def superseded_at(self) -> _timestamp_pb2.Timestamp:
+        """When a successor took the name; absent: the key has none."""
 
     def __init__(
         self,
@@ -251,10 +262,13 @@ class Key(_message.Message):
         activated_at: _timestamp_pb2.Timestamp | None = ...,
         expires_at: _timestamp_pb2.Timestamp | None = ...,
         destruction_scheduled_at: _timestamp_pb2.Timestamp | None = ...,
+        superseded_at: _timestamp_pb2.Timestamp | None = ...,
+        predecessor_id: _builtins.str = ...,
+        successor_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_usage_count", b"_max_usage_count", "activated_at", b"activated_at", "created_at", b"created_at", "destruction_scheduled_at", b"destruction_scheduled_at", "expires_at", b"expires_at", "max_usage_count", b"max_usage_count"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_usage_count", b"_max_usage_count", "activated_at", b"activated_at", "created_at", b"created_at", "destruction_scheduled_at", b"destruction_scheduled_at", "expires_at", b"expires_at", "max_usage_count", b"max_usage_count", "superseded_at", b"superseded_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_usage_count", b"_max_usage_count", "activated_at", b"activated_at", "check_value", b"check_value", "created_at", b"created_at", "custody", b"custody", "destruction_scheduled_at", b"destruction_scheduled_at", "expires_at", b"expires_at", "id", b"id", "max_usage_count", b"max_usage_count", "metadata", b"metadata", "name", b"name", "origin", b"origin", "public_key_pem", b"public_key_pem", "purpose", b"purpose", "size_bits", b"size_bits", "state", b"state", "type", b"type", "usage_count", b"usage_count", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_usage_count", b"_max_usage_count", "activated_at", b"activated_at", "check_value", b"check_value", "created_at", b"created_at", "custody", b"custody", "destruction_scheduled_at", b"destruction_scheduled_at", "expires_at", b"expires_at", "id", b"id", "max_usage_count", b"max_usage_count", "metadata", b"metadata", "name", b"name", "origin", b"origin", "predecessor_id", b"predecessor_id", "public_key_pem", b"public_key_pem", "purpose", b"purpose", "size_bits", b"size_bits", "state", b"state", "successor_id", b"successor_id", "superseded_at", b"superseded_at", "type", b"type", "usage_count", b"usage_count", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_usage_count: _TypeAlias = _typing.Literal["max_usage_count"]  # noqa: Y015
     _WhichOneofArgType__max_usage_count: _TypeAlias = _typing.Literal["_max_usage_count", b"_max_usage_count"]  # noqa: Y015

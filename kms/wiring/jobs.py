@@ -23,7 +23,9 @@ from kms.domain.ids import KeyId
 from kms.domain.residents import ADVICE, Finding
 from kms.hsm.token_hsm import TokenHsm
 from kms.jobs.job import Job
+from kms.jobs.leasing import LeasedWorker
 from kms.pki.client_identity import host_clock
+from kms.rotation.jobs import rotation_job
 from kms.rpc.connections import Connections
 from kms.rpc.server import Server
 from kms.store import partitions
@@ -59,6 +61,7 @@ class JobParts:
     probe: DatabaseProbe
     condition: Condition
     sealer: Sealer | None
+    rotations: LeasedWorker
     is_first: bool
 
 
@@ -72,6 +75,7 @@ def upkeep_jobs(parts: JobParts) -> list[Job]:
         Job("repeats", _MINUTE, partial(forget_answers, StoredRepeats(pool)), warns_after_seconds=_HOUR),
         Job("condition", 5.0, parts.condition.check, warns_after_seconds=_MINUTE),
         Job("disk", 5.0, parts.disk.watch),
+        rotation_job(parts.rotations),
         Job("database", 1.0, parts.probe.ask),
     ]
     if parts.is_first:

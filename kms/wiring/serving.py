@@ -25,6 +25,7 @@ from kms.config import Config, ServerConfig, needed
 from kms.domain.errors import KmsError, Reason
 from kms.hsm.token_hsm import HsmStatus, TokenHsm, open_hsm
 from kms.hsm.uninterrupted import uninterrupted
+from kms.jobs.leasing import LeasedWorker
 from kms.jobs.postgres import AdvisoryLocks
 from kms.jobs.runner import JobRunner
 from kms.keys.crypto.charged import ChargedUses
@@ -35,6 +36,11 @@ from kms.keys.ledger.repeats import Repeats
 from kms.keys.ledger.settling import Settling
 from kms.pki.client_identity import ClientIdentity, host_clock
 from kms.pki.public_keys import PublicKeyOperations
+from kms.rotation.jobs import rotation_worker
+from kms.rotation.ports import Rotations
+from kms.rotation.postgres import StoredRotations
+from kms.rotation.rotating import Rotating, RotatingWorker
+from kms.rotation.rotation_service import RotationServicer
 from kms.rpc.admin import AdminServicer
 from kms.rpc.audit import AuditServicer
 from kms.rpc.batches import run_batch
@@ -75,6 +81,7 @@ from kms.wiring.supervised import Stopping, Supervised
 from kms.wiring.token import check_token
 
 HSM_OPERATIONS: Final = ("generate", "confirm", "abandon", "sign", "encrypt", "decrypt", "decrypt_rsa", "random", "mac")
+_ROTATION_LOOK_SECONDS: Final = 0.05
 _LOG = structlog.get_logger("kms")
 
 
@@ -172,6 +179,8 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         known_keys = keys if knowledge is None else KnownKeys(keys, knowledge)
         moves = telemetry.observed(_lifecycle(pool, records, journal, knowledge), "store", "move", of="lifecycle.")
         lifecycle = ForgettingLifecycle(moves, keys)
+        rotations = StoredRotations(pool, records, knowledge)
+        rotating = rotation_worker(pool, RotatingWorker(rotations, hsm, keys))
         runner = JobRunner(AdvisoryLocks(connection_settings(dsn)))
         history, probe, pulse = HistoryWatch(), DatabaseProbe(pool), Pulse()
         sealer = trail_sealer(config, dsn, pool, records, hsm, history, partial(runner.note_success, CHECKPOINTS))
@@ -184,7 +193,7 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
             hsm, ledger, pool, records, disk, probe.answers, caches, watch, history, advice, jobs=runner.statuses
         )
         is_first = supervised is None or supervised.number == 1
-        parts = JobParts(pool, stored_keys, hsm, lifecycle, journal, disk, probe, condition, sealer, is_first)
+        parts = JobParts(pool, stored_keys, hsm, lifecycle, journal, disk, probe, condition, sealer, rotating, is_first)
         await stack.enter_async_context(runner.running(*upkeep_jobs(parts)))
         await stack.enter_async_context(seen(seen_on, telemetry, condition, pulse))
         connections = Connections(connection_limits(server_config))
@@ -197,6 +206,8 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
             hsm,
             ForgettingLedger(settled, keys, users),
             lifecycle,
+            rotations,
+            rotating,
             identity,
             telemetry,
             connections,
@@ -227,6 +238,8 @@ def _server(
     hsm: TokenHsm,
     ledger: Ledger,
     lifecycle: Lifecycle,
+    rotations: Rotations,
+    rotating: LeasedWorker,
     identity: ClientIdentity,
     telemetry: Telemetry,
     connections: Connections,
@@ -247,6 +260,9 @@ def _server(
         CryptoServicer(ChargedUses(signing, encryption, settling, repeats, run_batch)),
         AuditServicer(auditing),
         AdminServicer(Administration(reports)),
+        RotationServicer(
+            Rotating(keys, hsm, rotations, repeats, rotating.do_due, partial(asyncio.sleep, _ROTATION_LOOK_SECONDS))
+        ),
         transport=transport_limits(config),
         faults=lambda: reports.condition.faults,
         shares_port=shares_port,

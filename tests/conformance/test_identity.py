@@ -140,7 +140,7 @@ def test_health_and_reflection_ask_for_a_good_certificate_too_and_leave_room_for
 
 
 def test_one_user_has_so_many_calls_in_flight_and_another_is_not_touched(deployment: Deployment) -> None:
-    text = deployment.config_file.read_text().replace("call_seconds_max = 20", "call_seconds_max = 20\ncalls_per_user_max = 2")
+    text = deployment.config_file.read_text().replace("call_seconds_max = 20", "call_seconds_max = 60\ncalls_per_user_max = 2")
     deployment.config_file.write_text(text)
     with deployment.serving() as server:
         busy, other = server.caller(), server.caller()

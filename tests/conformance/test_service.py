@@ -81,11 +81,11 @@ def test_a_watcher_that_reads_nothing_keeps_nobody_from_the_truth(deployment: De
 
 def test_reflection_lists_the_services(caller: Caller) -> None:
     found = set(ProtoReflectionDescriptorDatabase(caller.channel).get_services())
-    ours = {f"kms.v1.{name}Service" for name in ("Key", "Crypto", "Audit", "Admin")}
+    ours = {f"kms.v1.{name}Service" for name in ("Key", "Crypto", "Audit", "Admin", "Rotation")}
     assert {*ours, "grpc.health.v1.Health"} <= found
 
 
-@pytest.mark.parametrize("method", ["KeyService/ImportKey", "RotationService/RotateKey", "IdentityService/Login"])
+@pytest.mark.parametrize("method", ["KeyService/ImportKey", "RotationService/RotateKek", "IdentityService/Login"])
 def test_what_has_not_landed_answers_unimplemented(caller: Caller, method: str) -> None:
     raw = caller.channel.unary_unary(f"/kms.v1.{method}", request_serializer=bytes, response_deserializer=bytes)
     with pytest.raises(grpc.RpcError) as caught:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from kms.app.keyring import key_not_found
 from kms.app.ports import Call, Entry, KeyPage, NewKey, Repeat, Stranger, User
 from kms.domain.errors import KmsError
-from kms.domain.ids import KeyId, KeyRef, UserId
+from kms.domain.ids import KeyId, KeyName, KeyRef, UserId
 from kms.domain.keys import KeyFilter, KeyRecord, UsableKey
 
 Answer = KmsError | Callable[[], None] | None
@@ -67,6 +67,9 @@ class FakeKeys:
         self.reads.append(recent)
         key = self.keys.get(ref)
         return key if key is not None and key.record.identity.owner_id == caller else None
+
+    async def predecessors(self, caller: UserId, name: KeyName) -> int:
+        return 0
 
     async def page(self, caller: UserId, which: KeyFilter, *, after: str, limit: int) -> KeyPage:
         raise key_not_found()

@@ -52,6 +52,8 @@ GOOD: Final[dict[str, dict[str, Any]]] = {
     "RevokeKeyRequest": {"key": "ec", "reason": "test"},
     "MarkKeyCompromisedRequest": {"key": "ec", "reason": "test"},
     "ScheduleKeyDestructionRequest": {"key": "aes", "pending_days": 7},
+    "RotateKeyRequest": {"key": "aes", "reason": "test"},
+    "GetRotationRequest": {"rotation_id": "00000000-0000-4000-8000-000000000000"},
 }
 
 
@@ -184,6 +186,15 @@ KINDS: Final[dict[str, Kind]] = {
     "VerifyTrailRequest.from_size": VERSION,
     "VerifyTrailRequest.to_size": VERSION,
     "VerifyTrailRequest.keys_after": ID,
+    "RotateKeyRequest.key": KEY,
+    "RotateKeyRequest.reason": Kind((*REASON.refused, "x" * 101)),
+    "RotateKeyRequest.allow_compromised": FLAG,
+    "RotateKeyRequest.request_id": REQUEST_ID,
+    "GetRotationRequest.rotation_id": Kind((*ID.refused, "")),
+    "ListRotationsRequest.key": OPTIONAL_KEY,
+    "ListRotationsRequest.status": ENUM,
+    "ListRotationsRequest.page_size": Kind((201, 2**31, 2**32 - 1)),
+    "ListRotationsRequest.page_token": TOKEN,
 }
 
 
@@ -237,7 +248,12 @@ def _bad_items(items: Descriptor) -> Iterator[tuple[Message, str]]:
 
 
 def _called(method: MethodDescriptor, caller: Caller, auditor: Caller) -> Callable[..., Any]:
-    services = {"KeyService": caller.keys, "CryptoService": caller.crypto, "AuditService": auditor.audit}
+    services = {
+        "KeyService": caller.keys,
+        "CryptoService": caller.crypto,
+        "AuditService": auditor.audit,
+        "RotationService": caller.rotation,
+    }
     services["AdminService"] = caller.admin
     stub: Callable[..., Any] = getattr(services[method.containing_service.name], method.name)
     if not method.server_streaming:

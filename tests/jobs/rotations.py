@@ -27,6 +27,7 @@ class Rotations:
 
     def __init__(self, database: Database) -> None:
         self._dsn = database.admin_dsn
+        self._has_rotated_old = False
         add_user(database.admin_dsn, ALICE, "alice")
         for key, name in ((OLD, "old"), (NEW, "new")):
             self.run(KEY, (key, ALICE, name))
@@ -41,8 +42,17 @@ class Rotations:
         """Add rotations that are due, the first for longest, and return their ids."""
         ids = [uuid4() for _ in range(count)]
         for number, rotation in enumerate(ids):
-            self.run(ROTATION, (rotation, ALICE, OLD, count - number))
+            self.run(ROTATION, (rotation, ALICE, self._key_to_rotate(), count - number))
         return ids
+
+    def _key_to_rotate(self) -> UUID:
+        """Return a key that has no rotation yet: `OLD` first."""
+        if not self._has_rotated_old:
+            self._has_rotated_old = True
+            return OLD
+        key = uuid4()
+        self.run(KEY, (key, ALICE, f"key-{key.hex[:12]}"))
+        return key
 
     def pass_time(self, seconds: float) -> None:
         """Let *seconds* pass for everything that waits or is leased."""

@@ -12,7 +12,7 @@ from kms.domain.errors import KmsError, Reason
 from kms.jobs import leasing
 from kms.jobs.leases import Claim, LeaseLostError, LeasePolicy
 from kms.jobs.leasing import Lease, LeasedWork, LeasedWorker
-from kms.jobs.rotation_leases import rotation_leases
+from kms.rotation.leases import rotation_leases
 from kms.store.pool import Pool
 from tests.fixtures.postgres import Database
 from tests.jobs.manual_time import ManualTime
@@ -218,7 +218,7 @@ async def test_a_rotation_goes_on_behind_the_step_at_which_a_worker_died(databas
         if is_dying:
             await asyncio.Event().wait()
         steps.append("switched")
-        return {"successor": UUID(str(lease.claim.step_state["successor"]))}
+        return {"successor": UUID(str(lease.claim.step_state["successor"])), "affected": 0}
 
     is_dying = True
     dying = asyncio.create_task(LeasedWorker(leases, work, POLICY).do_due())

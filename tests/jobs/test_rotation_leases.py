@@ -11,7 +11,7 @@ from psycopg import errors, sql
 
 from kms.jobs.leases import Claim, LeaseLostError, LeasePolicy
 from kms.jobs.postgres import PostgresLeases
-from kms.jobs.rotation_leases import rotation_leases
+from kms.rotation.leases import rotation_leases
 from kms.store.pool import Pool
 from tests.fixtures.postgres import Database
 from tests.jobs.rotations import ALICE, NEW, OLD, Rotations
@@ -24,7 +24,7 @@ FUNCTIONS: Final = {
     "claim_rotations": (ONE, 1, 60.0, 3),
     "extend_rotation_lease": (ONE, ONE, 1, 60.0),
     "finish_rotation_step": (ONE, ONE, 1, "s", "{}", 60.0),
-    "complete_rotation": (ONE, ONE, 1, NEW),
+    "complete_rotation": (ONE, ONE, 1, NEW, 0),
     "fail_rotation": (ONE, ONE, 1, "m", 1.0, 3),
     "release_rotation": (ONE, ONE, 1),
 }
@@ -49,8 +49,10 @@ async def test_what_waits_longest_is_claimed_first_with_what_the_work_needs(leas
     first, second, third = rotations.add(3)
     claims = await leases.claim(ONE, 2, POLICY)
     assert {claim.item_id for claim in claims} == {first, second}
-    item = {"user_id": ALICE, "old_key_id": OLD, "new_key_id": None, "rotation_reason": "age"}
-    assert (claims[0].number, claims[0].attempts, claims[0].step, claims[0].step_state, claims[0].item) == (1, 1, "", {}, item)
+    longest = next(claim for claim in claims if claim.item_id == first)
+    item = {"user_id": ALICE, "old_key_id": OLD, "new_key_id": None, "rotation_reason": "age", "initiated_by": None}
+    assert (longest.number, longest.attempts, longest.step, longest.step_state) == (1, 1, "", {})
+    assert {column: longest.item[column] for column in item} == item
     assert rotations.of(first, "migration_status", "lease_owner") == ("in_progress", ONE)
     assert POLICY.lease_seconds - SLACK_SECONDS < rotations.wait_of(first) <= POLICY.lease_seconds
     assert [claim.item_id for claim in await leases.claim(TWO, 5, POLICY)] == [third]
@@ -97,7 +99,7 @@ async def test_the_rotation_of_a_dead_worker_is_taken_over_behind_its_last_step_
     void: Sequence[Callable[[], Awaitable[None]]] = (
         lambda: leases.extend(ONE, dead, POLICY),
         lambda: leases.finish_step(ONE, dead, "late", {}, POLICY),
-        lambda: leases.complete(ONE, dead, {"successor": NEW}),
+        lambda: leases.complete(ONE, dead, {"successor": NEW, "affected": 3}),
         lambda: leases.fail(ONE, dead, "late", 0, 3),
         lambda: leases.release(ONE, dead),
     )
@@ -105,7 +107,7 @@ async def test_the_rotation_of_a_dead_worker_is_taken_over_behind_its_last_step_
         with pytest.raises(LeaseLostError):
             await record()
     assert rotations.of(rotation, "*") == before
-    await leases.complete(TWO, alive, {"successor": NEW})
+    await leases.complete(TWO, alive, {"successor": NEW, "affected": 3})
     assert rotations.of(rotation, "migration_status", "new_key_id", "lease_owner", "completed_at IS NOT NULL") == (
         "completed",
         NEW,
@@ -128,7 +130,7 @@ async def test_another_worker_cannot_use_a_claim(leases: PostgresLeases, rotatio
     rotations.add()
     claim = await claimed(leases, ONE)
     with pytest.raises(LeaseLostError):
-        await leases.complete(TWO, claim, {"successor": NEW})
+        await leases.complete(TWO, claim, {"successor": NEW, "affected": 3})
 
 
 @pytest.mark.parametrize("by_a_step", [False, True])

@@ -6,7 +6,7 @@ from typing import Any, Final
 import psycopg
 import pytest
 
-from kms.jobs import rotation_leases
+from kms.rotation import leases as rotation_leases
 from tests.fixtures.postgres import Database
 from tests.jobs.rotations import ALICE, OLD
 from tests.store.test_plans import WATCH, nested_plans, scanned_whole
@@ -19,7 +19,7 @@ FINISHED: Final = """
     INSERT INTO cryptography.key_rotations (user_id, old_key_id, rotation_reason, migration_status)
         SELECT '{user}', '{key}', 'age', 'failed' FROM generate_series(1, 1000);
     INSERT INTO cryptography.key_rotations (user_id, old_key_id, rotation_reason)
-        SELECT '{user}', '{key}', 'age' FROM generate_series(1, 50);
+        SELECT '{user}', gen_random_uuid(), 'age' FROM generate_series(1, 50);
     SET session_replication_role = origin;
     ANALYZE cryptography.key_rotations;
 """

@@ -60,6 +60,7 @@ ENTRANCES: Final = {
     "cryptography.claim_rotations": {"job_runner"},
     "cryptography.complete_rotation": {"job_runner"},
     "cryptography.confirm_restored_key": {"admin_users"},
+    "cryptography.copy_grants": {"job_runner"},
     "cryptography.destroy_keys": {"job_runner"},
     "cryptography.extend_rotation_lease": {"job_runner"},
     "cryptography.fail_rotation": {"job_runner"},
@@ -69,9 +70,11 @@ ENTRANCES: Final = {
     "cryptography.keep_answer": {"authenticated_users"},
     "cryptography.move_key": {"authenticated_users"},
     "cryptography.release_rotation": {"job_runner"},
+    "cryptography.request_rotation": {"authenticated_users"},
     "cryptography.revoke_grant": {"authenticated_users"},
     "cryptography.settle": {"kms_service"},
     "cryptography.settled": {"kms_service"},
+    "cryptography.switch_key": {"job_runner"},
 }
 HIDDEN: Final = {
     "authentication.users": {"password_hash", "salt", "mfa_secret"},

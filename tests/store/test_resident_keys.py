@@ -53,6 +53,9 @@ class Troubled:
     async def find_usable(self, caller: UserId, ref: KeyRef, *, recent: bool = False) -> UsableKey | None:
         return await self.keys.find_usable(caller, ref, recent=recent)
 
+    async def predecessors(self, caller: UserId, name: KeyName) -> int:
+        return 0
+
     async def page(self, caller: UserId, which: KeyFilter, *, after: str, limit: int) -> KeyPage:
         return await self.keys.page(caller, which, after=after, limit=limit)
 

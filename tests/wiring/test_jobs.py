@@ -13,13 +13,13 @@ from tests.store.uses import a_repeat, make_key, make_user, rows, sign
 
 def named(parts: dict[str, object]) -> list[str]:
     """Return the names of the jobs of a worker with *parts*; the rest of it is absent."""
-    absent = cast(Any, SimpleNamespace(opens=None, check=None, watch=None, ask=None, records=None, serve_term=None))
+    absent = cast(Any, SimpleNamespace(opens=None, check=None, watch=None, ask=None, records=None, serve_term=None, do_due=None))
     fields = dict.fromkeys(JobParts.__dataclass_fields__, absent)
     return [job.name for job in upkeep_jobs(JobParts(**{**fields, **parts}))]
 
 
 def test_a_worker_has_the_jobs_that_its_parts_are_for() -> None:
-    every = ["partitions", "destruction", "repeats", "condition", "disk", "database"]
+    every = ["partitions", "destruction", "repeats", "condition", "disk", "rotations", "database"]
     assert named({"is_first": False, "journal": None, "sealer": None}) == every
     assert named({"is_first": True, "journal": None, "sealer": None}) == [*every, "residents"]
     assert named({"is_first": False, "sealer": None}) == [*every, "journal"]

@@ -1,0 +1,26 @@
+"""The job that does rotations which are due."""
+
+from typing import Final
+
+from kms.jobs.job import Job
+from kms.jobs.leases import LeasePolicy
+from kms.jobs.leasing import LeasedWorker
+from kms.rotation.leases import rotation_leases
+from kms.rotation.rotating import FINAL_REASONS, RotatingWorker
+from kms.store.pool import Pool
+
+ROTATIONS: Final = "rotations"
+# A worker that dies holds a rotation up for as long. The same key is not used less meanwhile.
+POLICY: Final = LeasePolicy(lease_seconds=15.0, backoff_seconds_min=2.0, backoff_seconds_max=600.0, attempts_max=10)
+_INTERVAL_SECONDS: Final = 2.0
+_WARNS_AFTER_SECONDS: Final = 300.0
+
+
+def rotation_worker(pool: Pool, worker: RotatingWorker) -> LeasedWorker:
+    """Return what does rotations that are due, one at a time."""
+    return LeasedWorker(rotation_leases(pool), worker.rotate, POLICY, final_reasons=FINAL_REASONS)
+
+
+def rotation_job(worker: LeasedWorker) -> Job:
+    """Return the job of each worker: they share what is due."""
+    return Job(ROTATIONS, _INTERVAL_SECONDS, worker.do_due, warns_after_seconds=_WARNS_AFTER_SECONDS)

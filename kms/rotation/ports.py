@@ -1,0 +1,69 @@
+"""What rotations need of the outside."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol
+from uuid import UUID
+
+from kms.app.ports import Call, Repeat
+from kms.domain.ids import KeyId, UserId
+from kms.domain.keys import KeyIdentity, KeyMaterial
+from kms.jobs.leasing import Lease
+from kms.rotation.rotation import Rotation, RotationFilter, RotationPlace, RotationRequest
+
+
+@dataclass(frozen=True, slots=True)
+class OldKey:
+    """A key that is about to get a successor: its proven row, and how many predecessors it has."""
+
+    identity: KeyIdentity
+    row: Mapping[str, object]
+    predecessors: int
+
+
+class Rotations(Protocol):
+    """The log of rotations, which is their queue too."""
+
+    async def now(self) -> datetime:
+        """Return the moment by the database's clock."""
+        ...
+
+    async def request(self, call: Call, request: RotationRequest, repeat: Repeat | None) -> UUID:
+        """Ask for a rotation and return its id. If the key is being rotated already, return the id of that rotation.
+
+        *repeat* is stored with a new rotation. Raises KEY_NOT_FOUND, CREDENTIALS_INVALID, REQUEST_ID_REUSED.
+        """
+        ...
+
+    async def find(self, caller: UserId, rotation_id: UUID) -> Rotation | None:
+        """Return a rotation of a key of *caller*, or None."""
+        ...
+
+    async def page(self, caller: UserId, which: RotationFilter, *, after: RotationPlace | None, limit: int) -> Sequence[Rotation]:
+        """Return at most *limit* rotations behind the place *after*, the newest first."""
+        ...
+
+    async def proven_request(self, lease: Lease) -> RotationRequest:
+        """Return the request of the rotation that is leased. Raises RECORD_INVALID unless the service made it."""
+        ...
+
+    async def old_key(self, request: RotationRequest) -> OldKey:
+        """Return the key that is to be rotated, proven. Raises KEY_NOT_FOUND, RECORD_INVALID and why it must not be rotated."""
+        ...
+
+    async def switch(self, lease: Lease, old: OldKey, key_id: KeyId, material: KeyMaterial) -> None:
+        """Give the key its successor, in one transaction. Raises STALE if the key changed meanwhile, LeaseLostError."""
+        ...
+
+    async def copy_grants(self, lease: Lease) -> int:
+        """Give the successor the grants of its predecessor, and return how many they have in common. Raises LeaseLostError."""
+        ...
+
+
+class ServedKeys(Protocol):
+    """The keys that this process remembers."""
+
+    def drop(self, key_id: UUID | None) -> None:
+        """Forget a key."""
+        ...

@@ -1,0 +1,258 @@
+"""Rotations in `cryptography.key_rotations`, and the switch of a key to its successor."""
+# ruff: noqa: S608  # queries are put together from literals alone: LiteralString, which basedpyright checks
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final
+from uuid import UUID
+
+from psycopg import errors as pg
+from psycopg.rows import DictRow
+from psycopg.types.json import Jsonb
+
+from kms.app.access import credentials_invalid
+from kms.app.keyring import key_not_found
+from kms.app.ports import Call, Repeat
+from kms.app.records import Records
+from kms.domain.errors import KmsError, Reason
+from kms.domain.ids import KeyId, KeyName, UserId
+from kms.domain.key_row import AUTHENTICATED, record_invalid
+from kms.domain.keys import KeyMaterial
+from kms.jobs.leases import LeaseLostError
+from kms.jobs.leasing import Lease
+from kms.rotation.ports import OldKey
+from kms.rotation.rotation import (
+    Rotation,
+    RotationFilter,
+    RotationPlace,
+    RotationRequest,
+    RotationStatus,
+    check_rotatable,
+    predecessor_name,
+    successor,
+    superseded,
+)
+from kms.store.errors import unavailable
+from kms.store.journal_knowledge import JournalKnowledge
+from kms.store.keys import FIND_BY_ID, PREDECESSORS, keep_answer, key_record
+from kms.store.pool import AS_JOB, Pool, as_user
+
+_COLUMNS: Final = """id, user_id, old_key_id, new_key_id, rotation_reason, initiated_by, migration_status, affected_records_count,
+    error_message, created_at, completed_at, attempts"""
+NOW: Final = "SELECT clock_timestamp() AS now"
+REQUEST: Final = """
+    SELECT cryptography.request_rotation(
+        %(rotation)s, %(key)s, %(reason)s, %(allows_compromised)s, %(moment)s, %(mac)s, %(user_version)s, %(request_id)s, %(peer)s
+    ) AS id
+"""
+FIND: Final = f"SELECT {_COLUMNS} FROM cryptography.key_rotations WHERE user_id = %(caller)s AND id = %(id)s"
+PAGE: Final = f"""
+    SELECT {_COLUMNS}
+    FROM cryptography.key_rotations
+    WHERE user_id = %(caller)s
+        AND (%(created_at)s::timestamptz IS NULL OR (created_at, id) < (%(created_at)s, %(id)s))
+        AND (%(status)s::text IS NULL OR migration_status = %(status)s)
+    ORDER BY created_at DESC, id DESC
+    LIMIT %(limit)s
+"""
+PAGE_OF_KEY: Final = f"""
+    SELECT {_COLUMNS}
+    FROM cryptography.key_rotations
+    WHERE user_id = %(caller)s AND (old_key_id = %(key)s OR new_key_id = %(key)s)
+        AND (%(created_at)s::timestamptz IS NULL OR (created_at, id) < (%(created_at)s, %(id)s))
+        AND (%(status)s::text IS NULL OR migration_status = %(status)s)
+    ORDER BY created_at DESC, id DESC
+    LIMIT %(limit)s
+"""
+SWITCH: Final = """
+    SELECT cryptography.switch_key(
+        %(rotation)s, %(worker)s, %(claim)s, %(version)s, %(name)s, %(mac)s, %(successor)s, %(moment)s
+    ) AS verdict
+"""
+COPY_GRANTS: Final = "SELECT cryptography.copy_grants(%(rotation)s, %(worker)s, %(claim)s) AS copied"
+# How far ahead a switch is dated: the key's lock is had before that moment, so that every use is recorded earlier.
+_MARGINS: Final = (timedelta(milliseconds=20), timedelta(milliseconds=100), timedelta(milliseconds=500), timedelta(seconds=2))
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRotations:
+    """`Rotations` in PostgreSQL. No row decides what is rotated: the request and the key are proven by their MACs."""
+
+    pool: Pool
+    records: Records
+    knowledge: JournalKnowledge | None = None
+
+    async def now(self) -> datetime:
+        """See `Rotations.now`."""
+        moment: datetime = (await self.pool.fetch(AS_JOB, NOW))[0]["now"]
+        return moment
+
+    async def request(self, call: Call, request: RotationRequest, repeat: Repeat | None) -> UUID:
+        """See `Rotations.request`."""
+        parameters = {
+            "rotation": request.rotation_id,
+            "key": request.key_id,
+            "reason": request.reason,
+            "allows_compromised": request.allows_compromised,
+            "moment": request.created_at,
+            "mac": await self.records.mac(request.authenticated_bytes()),
+            "user_version": call.user.version,
+            "request_id": call.request_id,
+            "peer": call.peer,
+        }
+        try:
+            async with self.pool.transaction(as_user(call.user.user_id)) as connection:
+                row = await (await connection.execute(REQUEST, parameters)).fetchone()
+                if row is None or not isinstance(row["id"], UUID):
+                    raise record_invalid(request.key_id)
+                if repeat is not None and row["id"] == request.rotation_id:
+                    await keep_answer(connection, repeat)
+        except pg.InvalidAuthorizationSpecification:
+            raise credentials_invalid() from None
+        except pg.NoDataFound:
+            raise key_not_found() from None
+        rotation_id: UUID = row["id"]
+        return rotation_id
+
+    async def find(self, caller: UserId, rotation_id: UUID) -> Rotation | None:
+        """See `Rotations.find`."""
+        rows = await self.pool.fetch(as_user(caller), FIND, {"caller": caller, "id": rotation_id})
+        return _rotation(rows[0], caller) if rows else None
+
+    async def page(self, caller: UserId, which: RotationFilter, *, after: RotationPlace | None, limit: int) -> Sequence[Rotation]:
+        """See `Rotations.page`."""
+        parameters = {
+            "caller": caller,
+            "created_at": None if after is None else after.created_at,
+            "id": None if after is None else after.rotation_id,
+            "status": None if which.status is None else str(which.status),
+            "key": which.key_id,
+            "limit": limit,
+        }
+        query = PAGE if which.key_id is None else PAGE_OF_KEY
+        return [_rotation(row, caller) for row in await self.pool.fetch(as_user(caller), query, parameters)]
+
+    async def proven_request(self, lease: Lease) -> RotationRequest:
+        """See `Rotations.proven_request`."""
+        row = lease.claim.item
+        request = RotationRequest(
+            rotation_id=lease.claim.item_id,
+            owner_id=UserId(_uuid(row["user_id"])),
+            key_id=KeyId(_uuid(row["old_key_id"])),
+            reason=str(row["rotation_reason"]),
+            initiated_by=None if row["initiated_by"] is None else UserId(_uuid(row["initiated_by"])),
+            allows_compromised=row["allows_compromised"] is True,
+            created_at=_moment(row["created_at"]),
+        )
+        await self.records.prove(request.authenticated_bytes(), row["request_mac"], request.key_id)
+        return request
+
+    async def old_key(self, request: RotationRequest) -> OldKey:
+        """See `Rotations.old_key`."""
+        owner = request.owner_id
+        rows = await self.pool.fetch(as_user(owner), FIND_BY_ID, {"caller": owner, "ref": request.key_id})
+        if not rows:
+            raise key_not_found()
+        row = rows[0]
+        if row["user_id"] != owner or row["id"] != request.key_id:
+            raise record_invalid(request.key_id)
+        await self.records.prove_key(row)
+        record = key_record(row, self.records.judged_at(row["now"]))
+        if self.knowledge is not None:
+            self.knowledge.check(record)
+        check_rotatable(record, allow_compromised=request.allows_compromised)
+        counted = await self.pool.fetch(as_user(owner), PREDECESSORS, {"caller": owner, "name": str(record.name)})
+        return OldKey(record.identity, row, int(counted[0]["predecessors"]))
+
+    async def switch(self, lease: Lease, old: OldKey, key_id: KeyId, material: KeyMaterial) -> None:
+        """See `Rotations.switch`."""
+        for margin in _MARGINS:
+            verdict = await self._switch(lease, old, key_id, material, margin)
+            match verdict:
+                case "OK":
+                    return
+                case "BUSY":
+                    continue
+                case "STALE":
+                    raise KmsError(Reason.STALE, "the key was changed meanwhile")
+                case "LEASE_LOST":
+                    raise LeaseLostError
+                case _:
+                    raise record_invalid(key_id)
+        raise unavailable("the key is in use all the time: nothing was changed")
+
+    async def _switch(self, lease: Lease, old: OldKey, key_id: KeyId, material: KeyMaterial, margin: timedelta) -> object:
+        moment = await self.now() + margin
+        before: dict[str, Any] = {column: old.row[column] for column in AUTHENTICATED}
+        name = predecessor_name(KeyName(before["key_name"]), old.predecessors)
+        new = successor(before, key_id, material, moment)
+        columns = {
+            **{column: _json(value) for column, value in new.items()},
+            "encrypted_private_key": material.envelope,
+            "record_mac": "\\x" + (await self.records.mac_of_key(new)).hex(),
+        }
+        parameters = {
+            "rotation": lease.claim.item_id,
+            "worker": lease.worker,
+            "claim": lease.claim.number,
+            "version": before["version"],
+            "name": name,
+            "mac": await self.records.mac_of_key(superseded(before, name, moment)),
+            "successor": Jsonb(columns),
+            "moment": moment,
+        }
+        try:
+            rows = await self.pool.fetch(AS_JOB, SWITCH, parameters)
+        except pg.UniqueViolation:
+            raise KmsError(Reason.STALE, "another key has the name meanwhile") from None
+        return rows[0]["verdict"]
+
+    async def copy_grants(self, lease: Lease) -> int:
+        """See `Rotations.copy_grants`."""
+        parameters = {"rotation": lease.claim.item_id, "worker": lease.worker, "claim": lease.claim.number}
+        copied = (await self.pool.fetch(AS_JOB, COPY_GRANTS, parameters))[0]["copied"]
+        if not isinstance(copied, int):
+            raise LeaseLostError
+        return copied
+
+
+def _rotation(row: DictRow, caller: UserId) -> Rotation:
+    if row["user_id"] != caller:
+        raise record_invalid()
+    return Rotation(
+        rotation_id=row["id"],
+        old_key_id=KeyId(row["old_key_id"]),
+        new_key_id=None if row["new_key_id"] is None else KeyId(row["new_key_id"]),
+        reason=row["rotation_reason"],
+        initiated_by=None if row["initiated_by"] is None else UserId(row["initiated_by"]),
+        status=RotationStatus(row["migration_status"]),
+        affected_records_count=row["affected_records_count"] or 0,
+        error_message=row["error_message"] or "",
+        created_at=row["created_at"],
+        completed_at=row["completed_at"],
+        attempts=row["attempts"],
+    )
+
+
+def _json(value: object) -> object:
+    """Return a value of a row as JSON has it, to the microsecond."""
+    match value:
+        case datetime():
+            return value.isoformat()
+        case UUID():
+            return str(value)
+        case _:
+            return value
+
+
+def _uuid(value: object) -> UUID:
+    if not isinstance(value, UUID):
+        raise record_invalid()
+    return value
+
+
+def _moment(value: object) -> datetime:
+    if not isinstance(value, datetime):
+        raise record_invalid()
+    return value

@@ -1,0 +1,150 @@
+"""What a rotation is, which keys may be rotated, and the rows that a rotation leaves. Pure values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import Any, Final
+from uuid import UUID
+
+from kms.domain.envelope import lengths_prefixed
+from kms.domain.errors import KmsError, Reason
+from kms.domain.fields import parse_text
+from kms.domain.ids import KeyId, KeyName, UserId
+from kms.domain.key_row import Row
+from kms.domain.keys import KeyMaterial, KeyRecord
+from kms.domain.lifecycle import State, check_rotation
+
+REASON_CHARACTERS_MAX: Final = 100
+FORMAT_VERSION: Final = 1
+_BEGINNING: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
+
+
+class RotationStatus(StrEnum):
+    """How far a rotation is, as `key_rotations.migration_status` stores it."""
+
+    PENDING = "pending"
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class RotationRequest:
+    """Who asked for the successor of which key, when and why. The service makes a MAC of it, and acts on no other request.
+
+    `initiated_by` None: a policy asked.
+    """
+
+    rotation_id: UUID
+    owner_id: UserId
+    key_id: KeyId
+    reason: str
+    initiated_by: UserId | None
+    allows_compromised: bool
+    created_at: datetime
+
+    def authenticated_bytes(self) -> bytes:
+        """Return the bytes that the MAC of the request covers."""
+        return lengths_prefixed(
+            b"rotation request",
+            bytes((FORMAT_VERSION,)),
+            self.rotation_id.bytes,
+            self.owner_id.bytes,
+            self.key_id.bytes,
+            self.reason.encode(),
+            b"" if self.initiated_by is None else self.initiated_by.bytes,
+            bytes((self.allows_compromised,)),
+            b"%d" % ((self.created_at - _BEGINNING) // _MICROSECOND),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """A rotation as its caller sees it. Moments are aware datetimes by the database's clock."""
+
+    rotation_id: UUID
+    old_key_id: KeyId
+    new_key_id: KeyId | None
+    reason: str
+    initiated_by: UserId | None
+    status: RotationStatus
+    affected_records_count: int
+    error_message: str
+    created_at: datetime
+    completed_at: datetime | None
+    attempts: int
+
+    @property
+    def was_tried(self) -> bool:
+        """Whether an attempt has ended: the rotation is over, or waits for the next attempt."""
+        is_over = self.status in (RotationStatus.COMPLETED, RotationStatus.FAILED)
+        return is_over or (self.status is RotationStatus.PENDING and self.error_message != "")
+
+
+@dataclass(frozen=True, slots=True)
+class RotationFilter:
+    """Which of the caller's rotations to list; None does not restrict."""
+
+    key_id: KeyId | None = None
+    status: RotationStatus | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RotationPlace:
+    """A place in the list of rotations: behind the rotation of this moment and id."""
+
+    created_at: datetime
+    rotation_id: UUID
+
+
+def parse_reason(text: str) -> str:
+    """Return the reason of a rotation, or raise MALFORMED."""
+    return parse_text(text, field="reason", characters_max=REASON_CHARACTERS_MAX)
+
+
+def check_rotatable(key: KeyRecord, *, allow_compromised: bool) -> None:
+    """Raise why *key* must not be rotated: the reason of its state, or WRONG_PURPOSE for a key of the service itself."""
+    if key.identity.bound_to:
+        raise KmsError(Reason.WRONG_PURPOSE, "this key belongs to the service itself", bound_to=key.identity.bound_to)
+    if key.superseded_at is not None:
+        raise KmsError(Reason.KEY_INACTIVE, "the key was rotated: it has a successor", state=State.INACTIVE)
+    check_rotation(key.state, allow_compromised=allow_compromised)
+
+
+def predecessor_name(name: KeyName, predecessors: int) -> KeyName:
+    """Return what the key *name* is called once it has a successor, after so many *predecessors*."""
+    return KeyName(f"{name}@{predecessors + 1}")
+
+
+def superseded(row: Row, name: KeyName, moment: datetime) -> Row:
+    """Return *row* as `cryptography.switch_key` leaves the predecessor at *moment*."""
+    return {**row, "key_name": str(name), "superseded_at": moment, "version": row["version"] + 1}
+
+
+def successor(row: Row, key_id: KeyId, material: KeyMaterial, moment: datetime) -> Row:
+    """Return the row of the successor of the key in *row*: the same in all but its material and its moments.
+
+    It is active from *moment*. A key that was to live for a while has a successor that lives as long.
+    """
+    made: Mapping[str, Any] = {
+        "id": key_id,
+        "public_key": material.public_key,
+        "hsm_key_id": material.hsm_key_id,
+        "custody": str(material.custody),
+        "key_status": "active",
+        "created_at": moment,
+        "activated_at": None,
+        "expires_at": _expiry(row, moment),
+        "version": 1,
+    }
+    never = ("compromised_at", "revoked_at", "deactivated_at", "superseded_at", "destruction_scheduled_at", "destroyed_at")
+    return {**row, **dict.fromkeys(never), "compromise_occurred_at": None, **made}
+
+
+def _expiry(row: Row, moment: datetime) -> datetime | None:
+    if row["expires_at"] is None:
+        return None
+    lifetime: timedelta = row["expires_at"] - (row["activated_at"] or row["created_at"])
+    return moment + lifetime

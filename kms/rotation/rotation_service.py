@@ -1,0 +1,107 @@
+"""The servicer of RotationService."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+from uuid import UUID
+
+from kms.app.keyring import require_key
+from kms.app.ports import Call
+from kms.domain.errors import malformed
+from kms.domain.fields import open_token, parse_optional_number, token_of
+from kms.domain.ids import parse_key_ref, parse_uuid
+from kms.rotation.rotating import Rotating
+from kms.rotation.rotation import Rotation, RotationFilter, RotationPlace, RotationStatus
+from kms.rpc import convert, enums
+from kms.v1 import rotation_pb2 as pb
+
+PAGE_DEFAULT: Final = 50
+PAGE_MAX: Final = 200
+STATUSES: Final[Mapping["pb.RotationStatus.ValueType", RotationStatus]] = {
+    pb.ROTATION_STATUS_PENDING: RotationStatus.PENDING,
+    pb.ROTATION_STATUS_IN_PROGRESS: RotationStatus.IN_PROGRESS,
+    pb.ROTATION_STATUS_COMPLETED: RotationStatus.COMPLETED,
+    pb.ROTATION_STATUS_FAILED: RotationStatus.FAILED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RotationServicer:
+    """Decodes, calls `Rotating`, encodes."""
+
+    rotating: Rotating
+
+    async def RotateKey(self, request: pb.RotateKeyRequest, call: Call) -> pb.RotateKeyResponse:
+        """Rotate a key."""
+        rotation = await self.rotating.rotate(
+            call,
+            parse_key_ref(request.key),
+            request.reason,
+            convert.repeatable(request),
+            allow_compromised=request.allow_compromised,
+        )
+        return pb.RotateKeyResponse(rotation=wire_rotation(rotation))
+
+    async def GetRotation(self, request: pb.GetRotationRequest, call: Call) -> pb.GetRotationResponse:
+        """Return a rotation."""
+        rotation_id = parse_uuid(request.rotation_id, field="rotation_id")
+        return pb.GetRotationResponse(rotation=wire_rotation(await self.rotating.find(call.user.user_id, rotation_id)))
+
+    async def ListRotations(self, request: pb.ListRotationsRequest, call: Call) -> pb.ListRotationsResponse:
+        """List rotations, the newest first."""
+        limit = parse_optional_number(request.page_size, field="page_size", most=PAGE_MAX) or PAGE_DEFAULT
+        status = enums.optional(STATUSES, request.status, "status")
+        caller, key_id = call.user.user_id, None
+        if request.key:
+            key_id = (await require_key(self.rotating.keys, caller, parse_key_ref(request.key))).identity.key_id
+        which = RotationFilter(key_id, status)
+        place = _parse_page_token(request.page_token, which)
+        found = await self.rotating.rotations.page(caller, which, after=place, limit=limit + 1)
+        rotations = [wire_rotation(rotation) for rotation in found[:limit]]
+        token = _page_token(found[limit - 1], which) if len(found) > limit else ""
+        return pb.ListRotationsResponse(rotations=rotations, next_page_token=token)
+
+
+def wire_rotation(rotation: Rotation) -> pb.Rotation:
+    """Return a rotation as a client sees it."""
+    return pb.Rotation(
+        id=str(rotation.rotation_id),
+        old_key_id=str(rotation.old_key_id),
+        new_key_id="" if rotation.new_key_id is None else str(rotation.new_key_id),
+        reason=rotation.reason,
+        initiated_by="" if rotation.initiated_by is None else str(rotation.initiated_by),
+        status=enums.number_of(STATUSES, rotation.status),
+        affected_records_count=rotation.affected_records_count,
+        error_message=rotation.error_message,
+        created_at=convert.stamp(rotation.created_at),
+        completed_at=convert.stamp(rotation.completed_at),
+        attempts=rotation.attempts,
+    )
+
+
+def _page_token(last: Rotation, which: RotationFilter) -> str:
+    return token_of(*_fingerprint(which), last.created_at.isoformat(), str(last.rotation_id))
+
+
+def _parse_page_token(token: str, which: RotationFilter) -> RotationPlace | None:
+    if not token:
+        return None
+    expected = malformed("page_token", "expected next_page_token of the page before, with the same filter")
+    match open_token(token, expected=expected):
+        case [key_id, status, str(moment), str(rotation_id)] if (key_id, status) == _fingerprint(which):
+            pass
+        case _:
+            raise expected
+    try:
+        created_at = datetime.fromisoformat(moment)
+        place = RotationPlace(created_at, UUID(rotation_id))
+    except ValueError:
+        raise expected from None
+    if created_at.tzinfo is None:
+        raise expected
+    return place
+
+
+def _fingerprint(which: RotationFilter) -> tuple[str, str]:
+    return str(which.key_id or ""), str(which.status or "")

@@ -1,0 +1,55 @@
+"""`kms key rotate` and `kms rotation …`, against a real server."""
+
+import pytest
+
+from tests.cli.running import Ended, Kms
+from tests.fixtures.server import RunningServer
+
+
+@pytest.fixture
+def as_ada(kms: Kms, server: RunningServer) -> Kms:
+    """`kms` as a new user of the running server."""
+    config = server.client_config("ada")
+
+    def run(*arguments: object) -> Ended:
+        return kms("--config", config, *arguments)
+
+    return run
+
+
+def test_a_key_is_rotated_and_its_log_is_shown(as_ada: Kms) -> None:
+    created = as_ada("key", "create", "k", "--type", "aes", "--json").json
+    rotated = as_ada("key", "rotate", "k", "--reason", "a year old", "--json").json
+    assert (rotated["status"], rotated["old_key_id"], rotated["reason"]) == ("completed", created["id"], "a year old")
+    assert "error_message" not in rotated
+    shown = as_ada("key", "show", "k", "--json").json
+    assert (shown["id"], shown["predecessor_id"]) == (rotated["new_key_id"], created["id"])
+    predecessor = as_ada("key", "show", "k@1", "--json").json
+    assert (predecessor["id"], predecessor["successor_id"], predecessor["state"]) == (created["id"], shown["id"], "inactive")
+    assert "superseded_at" in predecessor
+    assert as_ada("rotation", "show", rotated["id"], "--json").json == rotated
+    assert as_ada("rotation", "list", "--json").json == {"rotations": [rotated]}
+    again = as_ada("key", "rotate", "k", "--reason", "again")
+    assert again.code == 0
+    assert b"status                  completed" in again.out
+    listed = as_ada("rotation", "list", "--key", "k", "--status", "completed").out.decode().splitlines()
+    assert [line.split("\t")[1] for line in listed] == ["completed"]
+    assert len(as_ada("rotation", "list", "--limit", 1, "--json").json["rotations"]) == 1
+
+
+def test_a_rotation_that_is_refused_says_why(as_ada: Kms) -> None:
+    as_ada("key", "create", "k", "--type", "aes")
+    as_ada("key", "compromise", "k", "--reason", "laptop stolen")
+    refused = as_ada("key", "rotate", "k", "--reason", "stolen", "--json")
+    assert (refused.code, refused.failure["reason"]) == (1, "KEY_COMPROMISED")
+    assert as_ada("key", "rotate", "k", "--reason", "stolen", "--allow-compromised").code == 0
+    missing = as_ada("rotation", "show", "00000000-0000-4000-8000-000000000000", "--json")
+    assert (missing.code, missing.failure["reason"]) == (3, "ROTATION_NOT_FOUND")
+    assert as_ada("key", "rotate", "k").code == 2, "a reason is asked for"
+
+
+def test_a_rotation_with_an_id_is_repeated(as_ada: Kms) -> None:
+    as_ada("key", "create", "k", "--type", "ed25519")
+    command = ("key", "rotate", "k", "--reason", "yearly", "--request-id", "order-1", "--json")
+    assert as_ada(*command).json == as_ada(*command).json
+    assert len(as_ada("rotation", "list", "--json").json["rotations"]) == 1
