@@ -53,9 +53,9 @@ CREATE POLICY key_rotations_lifecycle_change ON cryptography.key_rotations
     WITH CHECK (TRUE);
 
 -- Claim at most claims_max rotations that are due, the longest waiting first, for lease_seconds by the database's clock. A worker
--- waits for no other: it skips rows that are locked. A rotation whose lease ran out in its last attempt fails here.
+-- waits for no other: it skips rows that are locked. With wanted it claims that rotation alone. A rotation whose lease ran out in its last attempt fails here.
 CREATE FUNCTION cryptography.claim_rotations(
-    worker UUID, claims_max INTEGER, lease_seconds DOUBLE PRECISION, attempts_max INTEGER
+    worker UUID, claims_max INTEGER, lease_seconds DOUBLE PRECISION, attempts_max INTEGER, wanted UUID
 )
 RETURNS TABLE (
     id UUID, claim_number BIGINT, attempts INTEGER, step TEXT, step_state JSONB, user_id UUID, old_key_id UUID, new_key_id UUID,
@@ -86,6 +86,7 @@ BEGIN
         SELECT d.id
         FROM cryptography.key_rotations AS d
         WHERE d.migration_status IN ('pending', 'in_progress') AND d.next_attempt_at <= moment AND d.attempts < attempts_max
+            AND (wanted IS NULL OR d.id = wanted)
         ORDER BY d.next_attempt_at
         LIMIT claims_max
         FOR NO KEY UPDATE SKIP LOCKED
@@ -172,7 +173,7 @@ END;
 $$;
 
 REVOKE ALL ON FUNCTION
-    cryptography.claim_rotations(UUID, INTEGER, DOUBLE PRECISION, INTEGER),
+    cryptography.claim_rotations(UUID, INTEGER, DOUBLE PRECISION, INTEGER, UUID),
     cryptography.extend_rotation_lease(UUID, UUID, BIGINT, DOUBLE PRECISION),
     cryptography.finish_rotation_step(UUID, UUID, BIGINT, TEXT, JSONB, DOUBLE PRECISION),
     cryptography.complete_rotation(UUID, UUID, BIGINT, UUID, BIGINT),
@@ -180,7 +181,7 @@ REVOKE ALL ON FUNCTION
     cryptography.release_rotation(UUID, UUID, BIGINT)
     FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION
-    cryptography.claim_rotations(UUID, INTEGER, DOUBLE PRECISION, INTEGER),
+    cryptography.claim_rotations(UUID, INTEGER, DOUBLE PRECISION, INTEGER, UUID),
     cryptography.extend_rotation_lease(UUID, UUID, BIGINT, DOUBLE PRECISION),
     cryptography.finish_rotation_step(UUID, UUID, BIGINT, TEXT, JSONB, DOUBLE PRECISION),
     cryptography.complete_rotation(UUID, UUID, BIGINT, UUID, BIGINT),
@@ -189,7 +190,7 @@ GRANT EXECUTE ON FUNCTION
     TO job_runner;
 
 GRANT CREATE ON SCHEMA cryptography TO kms_lifecycle;
-ALTER FUNCTION cryptography.claim_rotations(UUID, INTEGER, DOUBLE PRECISION, INTEGER) OWNER TO kms_lifecycle;
+ALTER FUNCTION cryptography.claim_rotations(UUID, INTEGER, DOUBLE PRECISION, INTEGER, UUID) OWNER TO kms_lifecycle;
 ALTER FUNCTION cryptography.extend_rotation_lease(UUID, UUID, BIGINT, DOUBLE PRECISION) OWNER TO kms_lifecycle;
 ALTER FUNCTION cryptography.finish_rotation_step(UUID, UUID, BIGINT, TEXT, JSONB, DOUBLE PRECISION) OWNER TO kms_lifecycle;
 ALTER FUNCTION cryptography.complete_rotation(UUID, UUID, BIGINT, UUID, BIGINT) OWNER TO kms_lifecycle;

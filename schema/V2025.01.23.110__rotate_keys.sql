@@ -169,7 +169,11 @@ BEGIN
     FROM cryptography.key_grants AS g
     WHERE g.key_id = asked.old_key_id AND g.revoked_at IS NULL AND (g.expires_at IS NULL OR g.expires_at > moment)
         AND NOT EXISTS (SELECT FROM cryptography.key_grants AS o WHERE o.key_id = asked.new_key_id AND o.grantee_id = g.grantee_id);
-    -- Whoever may use the key is read again.
+    -- Whoever may use the key is read again. In the order of their ids: two rotations may have grantees in common.
+    PERFORM FROM authentication.users AS u
+    WHERE u.id IN (SELECT o.grantee_id FROM cryptography.key_grants AS o WHERE o.key_id = asked.new_key_id AND o.created_at = moment)
+    ORDER BY u.id
+    FOR NO KEY UPDATE;
     UPDATE authentication.users AS u SET version = u.version + 1
     WHERE u.id IN (SELECT o.grantee_id FROM cryptography.key_grants AS o WHERE o.key_id = asked.new_key_id AND o.created_at = moment);
     SELECT count(*) INTO in_common

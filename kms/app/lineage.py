@@ -5,24 +5,22 @@
 The names are part of the records that MACs prove. So the lineage follows from the names, and from nothing that is stored beside.
 """
 
-from typing import Final
-
 from kms.app.ports import Keys
-from kms.domain.ids import KeyName, UserId
+from kms.domain.ids import LINEAGE_SEPARATOR, KeyName, UserId
 from kms.domain.keys import KeyRecord
-
-_SEPARATOR: Final = "@"
 
 
 async def neighbours(keys: Keys, caller: UserId, key: KeyRecord) -> tuple[KeyRecord | None, KeyRecord | None]:
     """Return the predecessor and the successor of a key of *caller*. None: there is none."""
-    base, _, number = str(key.name).partition(_SEPARATOR)
+    base, _, number = str(key.name).partition(LINEAGE_SEPARATOR)
     if number:
         return await _numbered(keys, caller, base, int(number) - 1), (
             await _numbered(keys, caller, base, int(number) + 1) or await keys.find(caller, KeyName(base))
         )
-    return await _numbered(keys, caller, base, await keys.predecessors(caller, key.name)), None
+    before = await _numbered(keys, caller, base, await keys.predecessors(caller, key.name))
+    # The key may have been rotated since it was read.
+    return (None if before is None or before.identity.key_id == key.identity.key_id else before), None
 
 
 async def _numbered(keys: Keys, caller: UserId, base: str, number: int) -> KeyRecord | None:
-    return await keys.find(caller, KeyName(f"{base}{_SEPARATOR}{number}")) if number > 0 else None
+    return await keys.find(caller, KeyName(f"{base}{LINEAGE_SEPARATOR}{number}")) if number > 0 else None

@@ -66,3 +66,11 @@ def parse_identity_uri(uri: str, *, deployment: str) -> UserId:
     if not uri.startswith(prefix) or not _UUID.fullmatch(uri[len(prefix) :]):
         raise malformed("client certificate", f"expected the URI {prefix}<uuid> as its one URI name")
     return UserId(UUID(uri[len(prefix) :]))
+
+
+LINEAGE_SEPARATOR: Final = "@"
+
+
+def base_name(name: KeyName) -> KeyName:
+    """Return the name that a key had before it was rotated: `k` for `k@2`, and for `k` itself."""
+    return KeyName(str(name).partition(LINEAGE_SEPARATOR)[0])

@@ -62,7 +62,9 @@ def record_invalid(key_id: UUID | None = None) -> KmsError:
     """Return the one error for a record that is not as the service left it, whatever the difference."""
     metadata = {} if key_id is None else {"key_id": str(key_id)}
     message = "the key's record is not as the service left it; it was altered or put back: see docs/operations.md, RECORD_INVALID"
-    return KmsError(Reason.RECORD_INVALID, message, **metadata)
+    error = KmsError(Reason.RECORD_INVALID, message, **metadata)
+    error.key_id = key_id
+    return error
 
 
 def key_bytes(row: Row) -> bytes:

@@ -69,8 +69,11 @@ class LeasedItems(Protocol):
     Each raises STORE_UNAVAILABLE, and then what it does may have happened.
     """
 
-    async def claim(self, worker: UUID, items_max: int, policy: LeasePolicy) -> Sequence[Claim]:
-        """Claim at most *items_max* items that are due. Items that other workers hold are skipped, never waited for."""
+    async def claim(self, worker: UUID, items_max: int, policy: LeasePolicy, *, item_id: UUID | None = None) -> Sequence[Claim]:
+        """Claim at most *items_max* items that are due, or the item *item_id* alone if it is due.
+
+        Items that other workers hold are skipped, never waited for.
+        """
         ...
 
     async def extend(self, worker: UUID, claim: Claim, policy: LeasePolicy) -> None:

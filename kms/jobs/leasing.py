@@ -66,6 +66,11 @@ class LeasedWorker:
                 done += 1
         return done
 
+    async def do_item(self, item_id: UUID) -> None:
+        """Do one item if it is due. Raises STORE_UNAVAILABLE."""
+        for claim in await self.items.claim(self.worker, 1, self.policy, item_id=item_id):
+            await self._do(Lease(self.items, self.worker, self.policy, claim))
+
     async def _do(self, lease: Lease) -> None:
         item = str(lease.claim.item_id)
         try:

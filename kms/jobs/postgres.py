@@ -71,10 +71,10 @@ async def _run_while_connected(connection: DirectConnection, name: str, work: Wo
 class LeaseStatements:
     """The SQL of one kind of items. Each statement calls a function that runs for the role `job_runner`.
 
-    `claim` takes worker, items_max, lease_seconds and attempts_max. It returns rows of id, claim_number, attempts, step,
-    step_state and the item's own columns. Every other statement takes item, worker and claim, and returns whether the claim
-    still holds as `is_held`. Beside that `extend` takes lease_seconds; `finish_step` step, state and lease_seconds; `complete`
-    the result; `fail` message, retry_seconds and attempts_max.
+    `claim` takes worker, items_max, lease_seconds, attempts_max and item (NULL: any). It returns rows of id, claim_number,
+    attempts, step, step_state and the item's own columns. Every other statement takes item, worker and claim, and returns
+    whether the claim still holds as `is_held`. Beside that `extend` takes lease_seconds; `finish_step` step, state and
+    lease_seconds; `complete` the result; `fail` message, retry_seconds and attempts_max.
     """
 
     claim: LiteralString
@@ -92,13 +92,14 @@ class PostgresLeases:
     pool: Pool
     statements: LeaseStatements
 
-    async def claim(self, worker: UUID, items_max: int, policy: LeasePolicy) -> Sequence[Claim]:
+    async def claim(self, worker: UUID, items_max: int, policy: LeasePolicy, *, item_id: UUID | None = None) -> Sequence[Claim]:
         """See `LeasedItems.claim`."""
         parameters = {
             "worker": worker,
             "items_max": items_max,
             "lease_seconds": policy.lease_seconds,
             "attempts_max": policy.attempts_max,
+            "item": item_id,
         }
         rows = await self.pool.fetch(AS_JOB, self.statements.claim, parameters)
         return [

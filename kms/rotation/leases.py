@@ -8,7 +8,7 @@ from kms.store.pool import Pool
 CLAIM: Final = """
     SELECT id, claim_number, attempts, step, step_state, user_id, old_key_id, new_key_id, rotation_reason,
         initiated_by, allows_compromised, request_mac, created_at
-    FROM cryptography.claim_rotations(%(worker)s, %(items_max)s, %(lease_seconds)s, %(attempts_max)s)
+    FROM cryptography.claim_rotations(%(worker)s, %(items_max)s, %(lease_seconds)s, %(attempts_max)s, %(item)s)
 """
 EXTEND: Final = "SELECT cryptography.extend_rotation_lease(%(item)s, %(worker)s, %(claim)s, %(lease_seconds)s) AS is_held"
 FINISH_STEP: Final = """

@@ -1,6 +1,6 @@
 """What rotations need of the outside."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -8,7 +8,7 @@ from uuid import UUID
 
 from kms.app.ports import Call, Repeat
 from kms.domain.ids import KeyId, UserId
-from kms.domain.keys import KeyIdentity, KeyMaterial
+from kms.domain.keys import KeyIdentity, KeyMaterial, KeyRecord
 from kms.jobs.leasing import Lease
 from kms.rotation.rotation import Rotation, RotationFilter, RotationPlace, RotationRequest
 
@@ -29,10 +29,10 @@ class Rotations(Protocol):
         """Return the moment by the database's clock."""
         ...
 
-    async def request(self, call: Call, request: RotationRequest, repeat: Repeat | None) -> UUID:
+    async def request(self, call: Call, request: RotationRequest, repeat_of: Callable[[UUID], Repeat] | None) -> UUID:
         """Ask for a rotation and return its id. If the key is being rotated already, return the id of that rotation.
 
-        *repeat* is stored with a new rotation. Raises KEY_NOT_FOUND, CREDENTIALS_INVALID, REQUEST_ID_REUSED.
+        What *repeat_of* makes of the id is stored with it. Raises KEY_NOT_FOUND, CREDENTIALS_INVALID, REQUEST_ID_REUSED.
         """
         ...
 
@@ -54,6 +54,17 @@ class Rotations(Protocol):
 
     async def switch(self, lease: Lease, old: OldKey, key_id: KeyId, material: KeyMaterial) -> None:
         """Give the key its successor, in one transaction. Raises STALE if the key changed meanwhile, LeaseLostError."""
+        ...
+
+    async def proven_successor(self, request: RotationRequest, key_id: KeyId) -> KeyRecord:
+        """Return the key *key_id* if the records prove that it took the name of the rotated key, and note the switch outside.
+
+        Raises RECORD_INVALID if they do not prove it, OUTCOME_UNKNOWN if the journal cannot be written.
+        """
+        ...
+
+    async def has_key(self, owner: UserId, key_id: KeyId) -> bool:
+        """Whether *owner* has a key of this id."""
         ...
 
     async def copy_grants(self, lease: Lease) -> int:

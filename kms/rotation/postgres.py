@@ -1,7 +1,7 @@
 """Rotations in `cryptography.key_rotations`, and the switch of a key to its successor."""
 # ruff: noqa: S608  # queries are put together from literals alone: LiteralString, which basedpyright checks
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -18,7 +18,7 @@ from kms.app.records import Records
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId, KeyName, UserId
 from kms.domain.key_row import AUTHENTICATED, record_invalid
-from kms.domain.keys import KeyMaterial
+from kms.domain.keys import KeyMaterial, KeyRecord
 from kms.jobs.leases import LeaseLostError
 from kms.jobs.leasing import Lease
 from kms.rotation.ports import OldKey
@@ -29,12 +29,15 @@ from kms.rotation.rotation import (
     RotationRequest,
     RotationStatus,
     check_rotatable,
+    check_still_wanted,
+    is_successor,
     predecessor_name,
     successor,
     superseded,
 )
-from kms.store.errors import unavailable
+from kms.store.journal import Journal, changed_line
 from kms.store.journal_knowledge import JournalKnowledge
+from kms.store.journaled import write_line
 from kms.store.keys import FIND_BY_ID, PREDECESSORS, keep_answer, key_record
 from kms.store.pool import AS_JOB, Pool, as_user
 
@@ -82,13 +85,14 @@ class StoredRotations:
     pool: Pool
     records: Records
     knowledge: JournalKnowledge | None = None
+    journal: Journal | None = None
 
     async def now(self) -> datetime:
         """See `Rotations.now`."""
         moment: datetime = (await self.pool.fetch(AS_JOB, NOW))[0]["now"]
         return moment
 
-    async def request(self, call: Call, request: RotationRequest, repeat: Repeat | None) -> UUID:
+    async def request(self, call: Call, request: RotationRequest, repeat_of: Callable[[UUID], Repeat] | None) -> UUID:
         """See `Rotations.request`."""
         parameters = {
             "rotation": request.rotation_id,
@@ -106,8 +110,8 @@ class StoredRotations:
                 row = await (await connection.execute(REQUEST, parameters)).fetchone()
                 if row is None or not isinstance(row["id"], UUID):
                     raise record_invalid(request.key_id)
-                if repeat is not None and row["id"] == request.rotation_id:
-                    await keep_answer(connection, repeat)
+                if repeat_of is not None:
+                    await keep_answer(connection, repeat_of(row["id"]))
         except pg.InvalidAuthorizationSpecification:
             raise credentials_invalid() from None
         except pg.NoDataFound:
@@ -162,6 +166,7 @@ class StoredRotations:
         if self.knowledge is not None:
             self.knowledge.check(record)
         check_rotatable(record, allow_compromised=request.allows_compromised)
+        check_still_wanted(request, record, self.records.judged_at(row["now"]))
         counted = await self.pool.fetch(as_user(owner), PREDECESSORS, {"caller": owner, "name": str(record.name)})
         return OldKey(record.identity, row, int(counted[0]["predecessors"]))
 
@@ -180,7 +185,7 @@ class StoredRotations:
                     raise LeaseLostError
                 case _:
                     raise record_invalid(key_id)
-        raise unavailable("the key is in use all the time: nothing was changed")
+        raise KmsError(Reason.STALE, "the key is in use all the time: nothing was changed")
 
     async def _switch(self, lease: Lease, old: OldKey, key_id: KeyId, material: KeyMaterial, margin: timedelta) -> object:
         moment = await self.now() + margin
@@ -204,9 +209,39 @@ class StoredRotations:
         }
         try:
             rows = await self.pool.fetch(AS_JOB, SWITCH, parameters)
-        except pg.UniqueViolation:
-            raise KmsError(Reason.STALE, "another key has the name meanwhile") from None
+        except KmsError as error:
+            if error.reason is not Reason.NAME_TAKEN:
+                raise
+            raise KmsError(Reason.STALE, "another key has the name of the predecessor meanwhile") from None
         return rows[0]["verdict"]
+
+    async def proven_successor(self, request: RotationRequest, key_id: KeyId) -> KeyRecord:
+        """See `Rotations.proven_successor`."""
+        key, old = await self._record(request.owner_id, key_id), await self._record(request.owner_id, request.key_id)
+        if key is None or old is None or not is_successor(key, old):
+            raise record_invalid(request.key_id)
+        if self.journal is not None:
+            # From here on no earlier row of the predecessor is believed, and no restore makes it active.
+            line = changed_line(request.key_id, old.version, occurred_at=self.records.clock(), what="superseded")
+            await write_line(self.journal, line)
+        return key
+
+    async def has_key(self, owner: UserId, key_id: KeyId) -> bool:
+        """See `Rotations.has_key`."""
+        return bool(await self.pool.fetch(as_user(owner), FIND_BY_ID, {"caller": owner, "ref": key_id}))
+
+    async def _record(self, owner: UserId, key_id: KeyId) -> KeyRecord | None:
+        rows = await self.pool.fetch(as_user(owner), FIND_BY_ID, {"caller": owner, "ref": key_id})
+        if not rows:
+            return None
+        row = rows[0]
+        if row["user_id"] != owner or row["id"] != key_id:
+            raise record_invalid(key_id)
+        await self.records.prove_key(row)
+        record = key_record(row, self.records.judged_at(row["now"]))
+        if self.knowledge is not None:
+            self.knowledge.check(record)
+        return record
 
     async def copy_grants(self, lease: Lease) -> int:
         """See `Rotations.copy_grants`."""

@@ -19,8 +19,9 @@ from kms.app.ports import Call, Hsm, Keys
 from kms.domain.errors import KmsError, Reason, about_key
 from kms.domain.ids import KeyId, KeyRef, UserId
 from kms.domain.keys import Custody, KeyIdentity
+from kms.jobs.leases import LeaseLostError
 from kms.jobs.leasing import Lease
-from kms.keys.ledger.repeats import RepeatableRequest, Repeats
+from kms.keys.ledger.repeats import Answers, RepeatableRequest, Repeats
 from kms.rotation.ports import OldKey, Rotations, ServedKeys
 from kms.rotation.rotation import Rotation, RotationRequest, check_rotatable, parse_reason
 
@@ -37,9 +38,11 @@ FINAL_REASONS: Final = frozenset(
         Reason.RECORD_INVALID,
         Reason.WRONG_PURPOSE,
         Reason.HSM_MECHANISM_UNSUPPORTED,
+        Reason.DEADLINE_EXCEEDED,
     }
 )
-_SWITCHES_MAX: Final = 5
+_SWITCHES_MAX: Final = 3
+_AFTER_A_TWIN: Final = frozenset({Reason.REQUEST_ID_REUSED, Reason.KEY_INACTIVE})
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,19 +58,23 @@ class RotatingWorker:
 
         Raises why the key must not be rotated, HSM_UNAVAILABLE, STORE_UNAVAILABLE, LeaseLostError.
         """
+        request = await self.rotations.proven_request(lease)
         new_key = lease.claim.item["new_key_id"]
-        key_id = KeyId(new_key) if isinstance(new_key, UUID) else await self._switch(lease)
-        if key_id.hex in await self.hsm.residents():
+        key_id = KeyId(new_key) if isinstance(new_key, UUID) else await self._switch(lease, request)
+        # Neither the row of the log nor the verdict of the switch is believed: the records of both keys prove it.
+        key = await self.rotations.proven_successor(request, key_id)
+        if key.custody is Custody.RESIDENT:
             await self.hsm.confirm(key_id)
         return {"successor": key_id, "affected": await self.rotations.copy_grants(lease)}
 
-    async def _switch(self, lease: Lease) -> KeyId:
+    async def _switch(self, lease: Lease, request: RotationRequest) -> KeyId:
         """Make the successor and switch to it. Return its id."""
-        request = await self.rotations.proven_request(lease)
         for attempts_left in reversed(range(_SWITCHES_MAX)):
             old = await self.rotations.old_key(request)
             try:
                 return await self._switched(lease, old)
+            except LeaseLostError:
+                raise
             except KmsError as error:
                 # The key was changed or used meanwhile.
                 if error.reason is not Reason.STALE or not attempts_left:
@@ -85,10 +92,16 @@ class RotatingWorker:
         try:
             await self.rotations.switch(lease, old, key_id, material)
         except KmsError as error:
-            if custody is Custody.RESIDENT and error.reason is not Reason.STORE_UNAVAILABLE:
+            if custody is Custody.RESIDENT and await self._is_made_in_vain(identity, error):
                 await self.hsm.abandon(key_id)
             raise
         return key_id
+
+    async def _is_made_in_vain(self, identity: KeyIdentity, error: KmsError) -> bool:
+        """Whether no row has the key. Where that is not known its mark stays, and reconciliation decides later."""
+        if error.reason is Reason.STORE_UNAVAILABLE:
+            return False
+        return not await self.rotations.has_key(identity.owner_id, identity.key_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +112,7 @@ class Rotating:
     hsm: Hsm
     rotations: Rotations
     repeats: Repeats
-    do_due: Callable[[], Awaitable[object]]
+    do: Callable[[UUID], Awaitable[object]]
     pause: Callable[[], Awaitable[object]]
 
     async def rotate(
@@ -115,6 +128,18 @@ class Rotating:
         stored = None if answers is None else await answers.find()
         if stored is not None:
             return await self._ended(call.user.user_id, UUID(bytes=stored.content))
+        try:
+            rotation_id = await self._request(call, ref, reason, answers, allow_compromised=allow_compromised)
+        except KmsError as refusal:
+            # A twin of this request may have been faster, and have rotated the key.
+            stored = await answers.find() if answers is not None and refusal.reason in _AFTER_A_TWIN else None
+            if stored is None:
+                raise
+            rotation_id = UUID(bytes=stored.content)
+        return await self._ended(call.user.user_id, rotation_id)
+
+    async def _request(self, call: Call, ref: KeyRef, reason: str, answers: Answers | None, *, allow_compromised: bool) -> UUID:
+        """Write the request into the log and return the id of its rotation."""
         key = await require_key(self.keys, call.user.user_id, ref)
         with about_key(key.identity.key_id):
             check_rotatable(key, allow_compromised=allow_compromised)
@@ -127,9 +152,8 @@ class Rotating:
                 allows_compromised=allow_compromised,
                 created_at=await self.rotations.now(),
             )
-            repeat = None if answers is None else answers.storable(request.rotation_id.bytes)
-            rotation_id = await self.rotations.request(call, request, repeat)
-            return await self._ended(call.user.user_id, rotation_id)
+            repeat_of = None if answers is None else lambda rotation_id: answers.storable(rotation_id.bytes)
+            return await self.rotations.request(call, request, repeat_of)
 
     async def find(self, caller: UserId, rotation_id: UUID) -> Rotation:
         """Return a rotation of a key of *caller*, or raise ROTATION_NOT_FOUND."""
@@ -139,10 +163,10 @@ class Rotating:
         return found
 
     async def _ended(self, caller: UserId, rotation_id: UUID) -> Rotation:
-        """Do what is due until an attempt at the rotation has ended."""
+        """Do the rotation, or wait for the worker that does, until an attempt has ended."""
         while True:
             rotation = await self.find(caller, rotation_id)
             if rotation.was_tried:
                 return rotation
-            await self.do_due()
+            await self.do(rotation_id)
             await self.pause()

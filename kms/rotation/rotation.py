@@ -10,15 +10,17 @@ from uuid import UUID
 from kms.domain.envelope import lengths_prefixed
 from kms.domain.errors import KmsError, Reason
 from kms.domain.fields import parse_text
-from kms.domain.ids import KeyId, KeyName, UserId
+from kms.domain.ids import KeyId, KeyName, UserId, base_name
 from kms.domain.key_row import Row
-from kms.domain.keys import KeyMaterial, KeyRecord
+from kms.domain.keys import KeyMaterial, KeyRecord, Origin
 from kms.domain.lifecycle import State, check_rotation
 
 REASON_CHARACTERS_MAX: Final = 100
 FORMAT_VERSION: Final = 1
 _BEGINNING: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
+_LAST_MOMENT: Final = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
+_REQUEST_AGE_MAX: Final = timedelta(days=1)
 
 
 class RotationStatus(StrEnum):
@@ -113,6 +115,29 @@ def check_rotatable(key: KeyRecord, *, allow_compromised: bool) -> None:
     check_rotation(key.state, allow_compromised=allow_compromised)
 
 
+def check_still_wanted(request: RotationRequest, key: KeyRecord, now: datetime) -> None:
+    """Raise unless *request* still asks for a successor of *key*.
+
+    Raises DEADLINE_EXCEEDED for a request of more than a day ago: nobody waits for it, and somebody may have put it back. Raises
+    KEY_INACTIVE for a key that was deactivated since: its owner wants it to stop.
+    """
+    if now - request.created_at > _REQUEST_AGE_MAX:
+        raise KmsError(Reason.DEADLINE_EXCEEDED, "the rotation was asked for more than a day ago: ask again")
+    if key.deactivated_at is not None and key.deactivated_at > request.created_at:
+        raise KmsError(Reason.KEY_INACTIVE, "the key was deactivated after the rotation was asked for", state=State.INACTIVE)
+
+
+def is_successor(key: KeyRecord, of: KeyRecord) -> bool:
+    """Whether *key* took the name of the key *of*, by records that are both proven: it was made when *of* was superseded."""
+    return (
+        of.superseded_at is not None
+        and key.created_at == of.superseded_at
+        and str(of.name) != str(base_name(of.name))
+        and base_name(key.name) == base_name(of.name)
+        and key.identity.spec == of.identity.spec
+    )
+
+
 def predecessor_name(name: KeyName, predecessors: int) -> KeyName:
     """Return what the key *name* is called once it has a successor, after so many *predecessors*."""
     return KeyName(f"{name}@{predecessors + 1}")
@@ -133,6 +158,7 @@ def successor(row: Row, key_id: KeyId, material: KeyMaterial, moment: datetime) 
         "public_key": material.public_key,
         "hsm_key_id": material.hsm_key_id,
         "custody": str(material.custody),
+        "origin": str(Origin.GENERATED),
         "key_status": "active",
         "created_at": moment,
         "activated_at": None,
@@ -144,7 +170,11 @@ def successor(row: Row, key_id: KeyId, material: KeyMaterial, moment: datetime) 
 
 
 def _expiry(row: Row, moment: datetime) -> datetime | None:
-    if row["expires_at"] is None:
+    ends_at: datetime | None = row["expires_at"]
+    if ends_at is None:
         return None
-    lifetime: timedelta = row["expires_at"] - (row["activated_at"] or row["created_at"])
-    return moment + lifetime
+    lifetime = ends_at - (row["activated_at"] or row["created_at"])
+    if lifetime <= timedelta(0):
+        # The expiry was brought forward, before the activation. Every key expires after it was made.
+        lifetime = ends_at - row["created_at"]
+    return moment + lifetime if lifetime < _LAST_MOMENT - moment else _LAST_MOMENT

@@ -116,6 +116,14 @@ class OpenCheckpointFile:
             await self.outside.do(lambda: path.unlink(missing_ok=True))
 
 
+def has_lines(path: Path) -> bool:
+    """Whether there is a file with a line. Raises OSError for one that cannot be read."""
+    try:
+        return any(finished_lines(path))
+    except FileNotFoundError:
+        return False
+
+
 def finished_lines(path: Path) -> Iterator[bytes]:
     """Yield the lines of a file without their ends; the last only if it has one. Raises OSError."""
     with path.open("rb") as file:

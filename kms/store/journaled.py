@@ -35,14 +35,14 @@ class JournaledLifecycle:
         """Make the move; raises what `Lifecycle.move` does, and OUTCOME_UNKNOWN where the journal cannot be written."""
         moved = await self.lifecycle.move(call, key_id, move, change, version=version)
         if (line := _line_of(moved, move, change, self.clock())) is not None:
-            await self._write(line)
+            await write_line(self.journal, line)
         return moved
 
     async def destroy_due(self) -> Sequence[DestroyedKey]:
         """Destroy what is due, as `Lifecycle.destroy_due` does; raises OUTCOME_UNKNOWN as `move` does."""
         destroyed = await self.lifecycle.destroy_due()
         for key in destroyed:
-            await self._write(Line(Event.KEY_DESTROYED, key.key_id, key.destroyed_at, "scheduled"))
+            await write_line(self.journal, Line(Event.KEY_DESTROYED, key.key_id, key.destroyed_at, "scheduled"))
         return destroyed
 
     async def removable_objects(self, hsm_key_ids: Collection[str]) -> Collection[str]:
@@ -62,17 +62,6 @@ class JournaledLifecycle:
                 scheduled.discard(line.subject)  # it was cancelled, or scheduled again not long ago
         # The object of a RESIDENT key is named by the key's id.
         return [hsm_key_id for hsm_key_id in found if UUID(hsm_key_id) in scheduled]
-
-    async def _write(self, line: Line) -> None:
-        # Shielded: a caller who gives up must not keep the line from the disk.
-        writing = asyncio.to_thread(self.journal.write, line)
-        try:
-            await asyncio.shield(asyncio.ensure_future(writing))
-        except (OSError, KmsError) as error:
-            told = error.strerror if isinstance(error, OSError) else str(error)
-            raise KmsError(
-                Reason.OUTCOME_UNKNOWN, f"the change is made, but the journal of the service cannot be written ({told})"
-            ) from None
 
 
 def _is_old_schedule(line: Entry, now: datetime) -> bool:
@@ -104,3 +93,16 @@ def _told(key: KeyRecord) -> str:
         "destruction_scheduled_at": key.destruction_scheduled_at and key.destruction_scheduled_at.isoformat(),
     }
     return " ".join(f"{name}={value}" for name, value in found.items() if value is not None)
+
+
+async def write_line(journal: Journal, line: Line) -> None:
+    """Write a line before the change that it tells of is answered. Raises OUTCOME_UNKNOWN if it cannot be written."""
+    # Shielded: a caller who gives up must not keep the line from the disk.
+    writing = asyncio.to_thread(journal.write, line)
+    try:
+        await asyncio.shield(asyncio.ensure_future(writing))
+    except (OSError, KmsError) as error:
+        told = error.strerror if isinstance(error, OSError) else str(error)
+        raise KmsError(
+            Reason.OUTCOME_UNKNOWN, f"the change is made, but the journal of the service cannot be written ({told})"
+        ) from None

@@ -9,6 +9,7 @@ import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Final
@@ -289,7 +290,8 @@ def _deliver(batch: Sequence[_Waiting], verdicts: Sequence[str]) -> None:
 def _fail(batch: Sequence[_Waiting] | deque[_Waiting], error: Exception) -> None:
     for waiting in batch:
         if not waiting.outcome.done():
-            waiting.outcome.set_exception(error)
+            # Each caller has an error of their own, since it is given the caller's key on its way.
+            waiting.outcome.set_exception(copy(error) if isinstance(error, KmsError) else error)
 
 
 def _passes(error: psycopg.Error) -> bool:

@@ -23,7 +23,7 @@ from kms.hsm.uninterrupted import uninterrupted
 from kms.pki.client_identity import host_clock
 from kms.pki.public_keys import PublicKeyOperations
 from kms.store.backup_file import new_private_file
-from kms.store.checkpoint_file import CheckpointFile, finished_lines
+from kms.store.checkpoint_file import CheckpointFile, finished_lines, has_lines
 from kms.store.history_events import StoredHistoryEvents
 from kms.store.key_histories import key_histories
 from kms.store.key_table import StoredKeyTable
@@ -83,7 +83,8 @@ def trail_sealer(
     found = SealingKeys(keys, keyring, owner, _is_valid, origin_of(config.deployment_id))
 
     async def make() -> Sealing:
-        if any(finished_lines(file.path)) and not await found.is_made():
+        # A file that was removed while we run is an empty memory: what this process has seen is held against the database.
+        if has_lines(file.path) and not await found.is_made():
             # Another key would sign another trail, and each that is made stays in the token.
             raise KmsError(
                 Reason.KEY_NOT_FOUND, f"the key that has signed the checkpoints in {file.path} is gone: restore its row"

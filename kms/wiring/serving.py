@@ -179,7 +179,7 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         known_keys = keys if knowledge is None else KnownKeys(keys, knowledge)
         moves = telemetry.observed(_lifecycle(pool, records, journal, knowledge), "store", "move", of="lifecycle.")
         lifecycle = ForgettingLifecycle(moves, keys)
-        rotations = StoredRotations(pool, records, knowledge)
+        rotations = StoredRotations(pool, records, knowledge, journal)
         rotating = rotation_worker(pool, RotatingWorker(rotations, hsm, keys))
         runner = JobRunner(AdvisoryLocks(connection_settings(dsn)))
         history, probe, pulse = HistoryWatch(), DatabaseProbe(pool), Pulse()
@@ -261,7 +261,7 @@ def _server(
         AuditServicer(auditing),
         AdminServicer(Administration(reports)),
         RotationServicer(
-            Rotating(keys, hsm, rotations, repeats, rotating.do_due, partial(asyncio.sleep, _ROTATION_LOOK_SECONDS))
+            Rotating(keys, hsm, rotations, repeats, rotating.do_item, partial(asyncio.sleep, _ROTATION_LOOK_SECONDS))
         ),
         transport=transport_limits(config),
         faults=lambda: reports.condition.faults,

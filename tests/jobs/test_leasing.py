@@ -30,7 +30,7 @@ class Items:
         self.said: list[tuple[object, ...]] = []
         self.error: KmsError | None = None
 
-    async def claim(self, _worker: UUID, items_max: int, _policy: LeasePolicy) -> Sequence[Claim]:
+    async def claim(self, worker: UUID, items_max: int, policy: LeasePolicy, *, item_id: UUID | None = None) -> Sequence[Claim]:
         taken, self.waiting = self.waiting[:items_max], self.waiting[items_max:]
         return taken
 

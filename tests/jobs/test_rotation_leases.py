@@ -21,7 +21,7 @@ ONE, TWO = uuid4(), uuid4()
 POLICY: Final = LeasePolicy(lease_seconds=60, backoff_seconds_min=5, backoff_seconds_max=60, attempts_max=3)
 SLACK_SECONDS: Final = 30  # how long a stalled machine may take between a statement and the look at what it did
 FUNCTIONS: Final = {
-    "claim_rotations": (ONE, 1, 60.0, 3),
+    "claim_rotations": (ONE, 1, 60.0, 3, None),
     "extend_rotation_lease": (ONE, ONE, 1, 60.0),
     "finish_rotation_step": (ONE, ONE, 1, "s", "{}", 60.0),
     "complete_rotation": (ONE, ONE, 1, NEW, 0),

@@ -190,6 +190,14 @@ async def test_a_refusal_names_the_key_that_was_found_and_no_other(bench: Bench)
         assert caught.value.key_id == key_id, caught.value
 
 
+@pytest.mark.parametrize("reason", [Reason.PERMISSION_DENIED, Reason.OUTCOME_UNKNOWN, Reason.STORE_UNAVAILABLE, Reason.STALE])
+async def test_a_refusal_by_the_ledger_names_the_key(bench: Bench, reason: Reason) -> None:
+    bench.ledger.answers = [refused(reason) for _ in range(4)]
+    with pytest.raises(KmsError) as caught:
+        await bench.sign()
+    assert (caught.value.reason, caught.value.key_id) == (reason, bench.id_of("signs"))
+
+
 async def test_a_decryption_is_recorded_and_a_verification_is_not(bench: Bench) -> None:
     encrypted = await bench.uses.encrypt(bench.call, ToEncrypt(KeyName("encrypts"), b"secret"))
     decrypted = await bench.uses.decrypt(bench.call, to_decrypt(encrypted.ciphertext))

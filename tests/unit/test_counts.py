@@ -191,3 +191,24 @@ def test_a_use_that_began_before_the_limit_was_lowered_is_measured_by_the_limit_
     assert bounds.limit == 6
     for _ in range(2):
         counts.settled(bounds, before, None)
+
+
+def test_an_answer_of_another_process_that_was_forgotten_counts_once_again() -> None:
+    counts, other, first, second = Counts(answers_max=2), Counts(), key(2), key(9)
+    answers = [other.new_answer_id() for _ in range(2)]
+    assert refused(counts, first, answers[0]) is None
+    for _ in range(4):
+        assert refused(counts, second, other.new_answer_id()) is None
+    assert [refused(counts, first, answer) for answer in (*answers, *answers)] == [None] * 4
+
+
+def test_the_forgotten_answers_of_one_key_are_no_trouble_for_another() -> None:
+    counts, mine, another = Counts(answers_max=2), key(5), key(5)
+    for each in (mine, another):
+        counts.check(each, Meanwhile())
+    answer_id, bounds = offered(counts, mine), counts.of(mine.identity.key_id)
+    assert bounds is not None
+    counts.settled(bounds, None, answer_id)
+    for _ in range(5):
+        offered(counts, another)
+    assert refused(counts, replace(mine, usage_counter=6), answer_id) is None

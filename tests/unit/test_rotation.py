@@ -7,10 +7,20 @@ from uuid import UUID
 
 import pytest
 
+from kms.domain.algorithms import KeyType, Purpose, key_spec
+from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId, KeyName, UserId
 from kms.domain.key_row import AUTHENTICATED
-from kms.domain.keys import Custody, KeyMaterial
-from kms.rotation.rotation import RotationRequest, predecessor_name, successor, superseded
+from kms.domain.keys import Custody, KeyIdentity, KeyMaterial, KeyRecord
+from kms.domain.lifecycle import State
+from kms.rotation.rotation import (
+    RotationRequest,
+    check_still_wanted,
+    is_successor,
+    predecessor_name,
+    successor,
+    superseded,
+)
 
 MOMENT = datetime(2026, 11, 29, 12, tzinfo=UTC)
 REQUEST = RotationRequest(UUID(int=1), UserId(UUID(int=2)), KeyId(UUID(int=3)), "yearly", UserId(UUID(int=2)), False, MOMENT)
@@ -73,6 +83,45 @@ def test_the_lifetime_counts_from_the_activation() -> None:
     row = {**ROW, "activated_at": MOMENT - timedelta(days=5)}
     assert successor(row, KeyId(UUID(int=4)), MATERIAL, MOMENT)["expires_at"] == MOMENT + timedelta(days=25)
     assert successor({**ROW, "expires_at": None}, KeyId(UUID(int=4)), MATERIAL, MOMENT)["expires_at"] is None
+
+
+def test_a_lifetime_that_ends_before_the_activation_or_after_the_last_year_is_a_lifetime_too() -> None:
+    early = {**ROW, "activated_at": MOMENT, "expires_at": MOMENT - timedelta(days=4)}
+    assert successor(early, KeyId(UUID(int=4)), MATERIAL, MOMENT)["expires_at"] == MOMENT + timedelta(days=6)
+    for_ever = {**ROW, "expires_at": datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)}
+    assert successor(for_ever, KeyId(UUID(int=4)), MATERIAL, MOMENT)["expires_at"] == for_ever["expires_at"]
+
+
+def record(**fields: Any) -> KeyRecord:  # noqa: ANN401
+    identity = KeyIdentity(KeyId(UUID(int=3)), UserId(UUID(int=2)), key_spec(KeyType.AES, Purpose.ENCRYPTION, None))
+    key = KeyRecord(identity, KeyName("k"), State.ACTIVE, Custody.WRAPPED, "kcv:000000", 1, 0, MOMENT - timedelta(days=10), {})
+    return replace(key, **fields)
+
+
+def test_a_request_is_acted_on_for_a_day_and_not_after_the_key_was_deactivated() -> None:
+    check_still_wanted(REQUEST, record(), MOMENT + timedelta(hours=23))
+    check_still_wanted(REQUEST, record(deactivated_at=MOMENT - timedelta(seconds=1)), MOMENT)
+    for key, now, reason in (
+        (record(), MOMENT + timedelta(hours=25), Reason.DEADLINE_EXCEEDED),
+        (record(deactivated_at=MOMENT + timedelta(seconds=1)), MOMENT + timedelta(hours=1), Reason.KEY_INACTIVE),
+    ):
+        with pytest.raises(KmsError) as caught:
+            check_still_wanted(REQUEST, key, now)
+        assert caught.value.reason is reason
+
+
+def test_the_records_of_both_keys_prove_a_switch() -> None:
+    old, new = record(name=KeyName("k@1"), superseded_at=MOMENT), record(created_at=MOMENT)
+    assert is_successor(new, old)
+    assert is_successor(replace(new, name=KeyName("k@2"), superseded_at=MOMENT + timedelta(days=1)), old), "rotated on"
+    for another in (
+        (new, replace(old, superseded_at=None)),
+        (new, replace(old, name=KeyName("k"))),
+        (new, replace(old, superseded_at=MOMENT + timedelta(microseconds=1))),
+        (replace(new, name=KeyName("other")), old),
+        (record(), old),
+    ):
+        assert not is_successor(*another)
 
 
 def test_predecessors_are_numbered_from_one() -> None:

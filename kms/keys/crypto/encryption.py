@@ -11,7 +11,7 @@ from kms.domain.algorithms import DIGEST_BYTES, Hash, KeyType, Purpose
 from kms.domain.ciphertext import AesCiphertext, Ciphertext, RsaCiphertext, ciphertext_aad, ciphertext_invalid, parse_ciphertext
 from kms.domain.errors import KmsError, Reason, about_key, malformed
 from kms.domain.fields import check_size, parse_number
-from kms.domain.ids import KeyId, KeyRef, UserId
+from kms.domain.ids import KeyId, KeyRef, UserId, base_name
 from kms.domain.keys import KeyIdentity, UsableKey
 from kms.domain.lifecycle import Use, use_among
 from kms.domain.permissions import check_use_permitted, needed_for
@@ -173,11 +173,15 @@ class Encryption:
             )
 
     async def _check_named(self, caller: UserId, ref: KeyRef, named: KeyId) -> None:
+        """Raise INCORRECT_KEY unless *ref* is the key *named*, or the name of a lineage that the key belongs to."""
         if (await require_key(self.keys, caller, ref, recent=True)).identity.key_id == named:
             return
-        key_id = (await require_key(self.keys, caller, ref)).identity.key_id
-        if key_id != named:
-            with about_key(key_id):
+        key = await require_key(self.keys, caller, ref)
+        if key.identity.key_id == named:
+            return
+        older = await self.keys.find(caller, named) if ref == key.name else None
+        if older is None or base_name(older.name) != ref:
+            with about_key(key.identity.key_id):
                 raise KmsError(Reason.INCORRECT_KEY, "the ciphertext was made with another key")
 
     async def _self_describing(self, call: Call, request: ToDecrypt, *, fresh: bool) -> tuple[UsableKey, Ciphertext]:

@@ -36,12 +36,16 @@ Meanwhile = Counter[KeyId]
 
 @dataclass(slots=True, eq=False)
 class KeyCount:
-    """The two bounds of one key, and its limit as it was read last. None: no limit."""
+    """The two bounds of one key, and its limit as it was read last. None: no limit.
+
+    `forgotten`: of unsettled answers with this number or a lower one, some may be forgotten.
+    """
 
     key_id: KeyId
     limit: int | None
     least: int
     handed_out: int = 0
+    forgotten: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -55,8 +59,7 @@ class Counts:
     _of_keys: OrderedDict[KeyId, KeyCount] = field(default_factory=OrderedDict)
     _reads: dict[int, Meanwhile] = field(default_factory=dict)  # by identity: two equal counters are two reads
     _unsettled: OrderedDict[bytes, KeyCount] = field(default_factory=OrderedDict)
-    _of_others: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
-    _forgotten: int = 0
+    _of_others: OrderedDict[bytes, KeyCount] = field(default_factory=OrderedDict)
 
     @contextmanager
     def reading(self) -> Iterator[Meanwhile]:
@@ -83,8 +86,8 @@ class Counts:
         """Remember an answer that is about to be sent to the ledger, until the ledger has settled it."""
         self._unsettled[answer_id] = bounds
         if len(self._unsettled) > self.answers_max:
-            oldest, _ = self._unsettled.popitem(last=False)
-            self._forgotten = max(self._forgotten, _number(oldest))
+            oldest, of_key = self._unsettled.popitem(last=False)
+            of_key.forgotten = max(of_key.forgotten, _number(oldest))
 
     def settled(self, bounds: KeyCount, limit: int | None, answer_id: bytes | None) -> None:
         """Count a use that was charged, unless its answer was handed out, and counted, while the ledger was settling it.
@@ -125,7 +128,7 @@ class Counts:
         elif answer_id in self._unsettled:
             # The key was forgotten since then, so the count of its first read may include this use.
             self._repeated_of_another(key, answer_id, meanwhile)
-        elif _number(answer_id) <= self._forgotten:
+        elif _number(answer_id) <= bounds.forgotten:
             raise KmsError(
                 Reason.OUTCOME_UNKNOWN, "the service no longer knows whether this answer was charged: use another request_id"
             )
@@ -135,11 +138,14 @@ class Counts:
     def _repeated_of_another(self, key: KeyRecord, answer_id: bytes, meanwhile: Meanwhile) -> None:
         is_new = answer_id not in self._of_others
         self._check(key, meanwhile, handed_out=int(is_new))
-        self._bounds(key).handed_out += is_new
-        self._of_others[answer_id] = None
+        if is_new:
+            bounds = self._of_others[answer_id] = self._bounds(key)
+            bounds.handed_out += 1
         self._of_others.move_to_end(answer_id)
         if len(self._of_others) > self.answers_max:
-            self._of_others.popitem(last=False)
+            # Its next repeat would count again.
+            _, of_key = self._of_others.popitem(last=False)
+            of_key.handed_out -= 1
 
     def _check(self, key: KeyRecord, meanwhile: Meanwhile, *, handed_out: int = 0, least: int = 0) -> None:
         """Raise RECORD_INVALID unless the count of *key* covers its bounds, raised by *handed_out* and *least*."""

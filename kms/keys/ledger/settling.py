@@ -14,7 +14,7 @@ from typing import Final, Generic, Protocol, TypeVar
 
 from kms.app.access import Access
 from kms.app.ports import Call, Entry, Ledger
-from kms.domain.errors import KmsError, Reason
+from kms.domain.errors import KmsError, Reason, about_key
 from kms.domain.permissions import check_permitted
 
 _ATTEMPTS: Final = 4
@@ -101,7 +101,8 @@ class Settling:
                 return pending.result
             await slot.settle()
             try:
-                await self.ledger.settle(pending.entry)
+                with about_key(pending.entry.key_id):
+                    await self.ledger.settle(pending.entry)
             except KmsError as refusal:
                 if refusal.reason not in RETRYABLE_REFUSALS or not attempts_left:
                     raise

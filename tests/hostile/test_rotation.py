@@ -1,0 +1,102 @@
+"""Rotations that a superuser plants, bends or undoes."""
+
+from uuid import uuid4
+
+import pytest
+
+from kms.v1 import crypto_pb2 as cpb
+from kms.v1 import keys_pb2 as kpb
+from kms.v1 import rotation_pb2 as rpb
+from tests.conformance.refusals import refusal
+from tests.conformance.requests import made
+from tests.conformance.test_outages import soon
+from tests.conformance.test_rotation import key_of, rotate
+from tests.fixtures.server import Caller, RunningServer
+from tests.hostile.conftest import Superuser
+
+SIGN = cpb.SignRequest(key="k", message=b"m")
+TRAIL = ("tr_keys_record_creation", "tr_keys_record_change")
+PLANT = """
+    INSERT INTO cryptography.key_rotations (id, user_id, old_key_id, new_key_id, rotation_reason, initiated_by, request_mac)
+    VALUES (%s, %s, %s, %s, 'planted', %s, decode(repeat('00', 32), 'hex'))
+"""
+LIES = """
+    CREATE OR REPLACE FUNCTION cryptography.switch_key(
+        rotation UUID, worker UUID, claim BIGINT, expected_version BIGINT, predecessor_name TEXT, predecessor_mac BYTEA,
+        successor JSONB, moment TIMESTAMPTZ
+    ) RETURNS TEXT LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+    AS $$ BEGIN RETURN '{}'; END $$
+"""
+
+
+@pytest.fixture
+def owner(attacked: RunningServer) -> Caller:
+    return attacked.caller()
+
+
+def failed(caller: Caller, rotation: str) -> str:
+    """Wait until a rotation has failed, and return why."""
+    request = rpb.GetRotationRequest(rotation_id=rotation)
+    soon(lambda: caller.rotation.GetRotation(request).rotation.status == rpb.ROTATION_STATUS_FAILED)
+    return caller.rotation.GetRotation(request).rotation.error_message
+
+
+@pytest.mark.parametrize("has_successor", [False, True])
+def test_a_rotation_that_is_planted_changes_no_key(superuser: Superuser, owner: Caller, has_successor: bool) -> None:
+    key, other, planted = made(owner, "ed25519"), made(owner, "ed25519", name="other"), str(uuid4())
+    successor = other.id if has_successor else None
+    superuser(PLANT, parameters=(planted, owner.user_id, key.id, successor, owner.user_id))
+    assert failed(owner, planted).startswith("RECORD_INVALID")
+    assert owner.crypto.Sign(SIGN, timeout=15).key_id == key.id
+    assert rotate(owner).status == rpb.ROTATION_STATUS_COMPLETED
+
+
+def test_a_rotation_of_one_key_serves_for_no_other(superuser: Superuser, owner: Caller) -> None:
+    """The request of a rotation that was made is copied, with its MAC, to another key."""
+    made(owner, "ed25519")
+    other, planted = made(owner, "ed25519", name="other"), str(uuid4())
+    rotation = rotate(owner)
+    superuser(
+        """INSERT INTO cryptography.key_rotations
+            (id, user_id, old_key_id, rotation_reason, initiated_by, request_mac, created_at)
+        SELECT %s, user_id, %s, rotation_reason, initiated_by, request_mac, created_at
+        FROM cryptography.key_rotations WHERE id = %s""",
+        parameters=(planted, other.id, rotation.id),
+    )
+    assert failed(owner, planted).startswith("RECORD_INVALID")
+    assert key_of(owner, "other").id == other.id
+
+
+@pytest.mark.parametrize("verdict", ["OK", "FINE", ""])
+def test_a_switch_that_was_only_said_to_be_made_is_no_rotation(superuser: Superuser, owner: Caller, verdict: str) -> None:
+    key = made(owner, "ed25519")
+    [kept] = superuser("SELECT pg_get_functiondef('cryptography.switch_key'::regproc) AS definition")
+    superuser(LIES.replace("{}", verdict))
+    try:
+        rotation = rotate(owner)
+        assert rotation.status == rpb.ROTATION_STATUS_FAILED
+        assert rotation.error_message.startswith("RECORD_INVALID")
+        assert owner.crypto.Sign(SIGN, timeout=15).key_id == key.id
+    finally:
+        superuser(kept["definition"])
+    assert rotate(owner).status == rpb.ROTATION_STATUS_COMPLETED
+
+
+def test_a_switch_that_is_undone_makes_nobody_sign_with_the_predecessor(superuser: Superuser, owner: Caller) -> None:
+    """The trigger that writes the trail is off, so that the journal alone knows of the switch when the old row is put back."""
+    key = made(owner, "ed25519")
+    superuser("CREATE TABLE public.kept_key AS SELECT * FROM cryptography.keys WHERE id = %s".replace("%s", f"'{key.id}'"))
+    superuser(*(f"ALTER TABLE cryptography.keys DISABLE TRIGGER {trigger}" for trigger in TRAIL))
+    try:
+        rotation = rotate(owner)
+    finally:
+        superuser(*(f"ALTER TABLE cryptography.keys ENABLE TRIGGER {trigger}" for trigger in TRAIL))
+    columns = "key_name, superseded_at, version, record_mac"
+    superuser(
+        f"DELETE FROM cryptography.keys WHERE key_name = 'k' AND user_id = '{owner.user_id}'",
+        f"UPDATE cryptography.keys AS k SET ({columns}) = (SELECT {columns} FROM public.kept_key) WHERE id = '{key.id}'",
+        "DROP TABLE public.kept_key",
+    )
+    assert rotation.status == rpb.ROTATION_STATUS_COMPLETED
+    assert refusal(owner.crypto.Sign, SIGN).reason == "RECORD_INVALID"
+    assert refusal(owner.keys.GetKey, kpb.GetKeyRequest(key="k")).reason == "RECORD_INVALID"
