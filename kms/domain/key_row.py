@@ -80,7 +80,8 @@ def epoch_bytes(row: Row) -> bytes:
 def state_of(row: Row, now: datetime) -> State:
     """Return the state of the key in *row* at *now*."""
     limit = usage_limit(row["key_type"], row["max_usage_count"])
-    if not isinstance(row["usage_counter"], int):  # the one column that decides and is not authenticated
+    # The one column that decides and is not authenticated.
+    if not isinstance(row["usage_counter"], int) or row["usage_counter"] < 0:
         raise record_invalid(row["id"])
     return effective_state(
         Standing(

@@ -56,6 +56,7 @@ class LeasedWorker:
     final_reasons: frozenset[Reason] = frozenset()
     now: Callable[[], float] = monotonic
     sleep: Callable[[float], Awaitable[object]] = asyncio.sleep
+    _running: set["asyncio.Task[None]"] = field(default_factory=set, repr=False)
 
     async def do_due(self) -> int:
         """Do items until none is due, and return how many. The work of a `Job`. Raises STORE_UNAVAILABLE."""
@@ -67,7 +68,23 @@ class LeasedWorker:
         return done
 
     async def do_item(self, item_id: UUID) -> None:
-        """Do one item if it is due. Raises STORE_UNAVAILABLE."""
+        """Do one item if it is due. Raises STORE_UNAVAILABLE.
+
+        If the caller is cancelled the work goes on: a claim that nobody works on would hold the item up until its lease runs out.
+        """
+        task = asyncio.create_task(self._do_item(item_id))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        await asyncio.shield(task)
+
+    async def close(self) -> None:
+        """Give back what `do_item` still works on."""
+        running = list(self._running)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+    async def _do_item(self, item_id: UUID) -> None:
         for claim in await self.items.claim(self.worker, 1, self.policy, item_id=item_id):
             await self._do(Lease(self.items, self.worker, self.policy, claim))
 

@@ -9,6 +9,7 @@ from typing import Any, Final, LiteralString
 from uuid import UUID
 
 from kms.domain.errors import KmsError
+from kms.domain.key_row import record_invalid
 from kms.jobs.job import Work
 from kms.jobs.leases import Claim, LeaseLostError, LeasePolicy
 from kms.store.batches import DirectConnection, connect
@@ -102,17 +103,7 @@ class PostgresLeases:
             "item": item_id,
         }
         rows = await self.pool.fetch(AS_JOB, self.statements.claim, parameters)
-        return [
-            Claim(
-                item_id=row.pop("id"),
-                number=row.pop("claim_number"),
-                attempts=row.pop("attempts"),
-                step=row.pop("step"),
-                step_state=row.pop("step_state"),
-                item=row,
-            )
-            for row in rows
-        ]
+        return [_claim(row) for row in rows]
 
     async def extend(self, worker: UUID, claim: Claim, policy: LeasePolicy) -> None:
         """See `LeasedItems.extend`."""
@@ -142,3 +133,13 @@ class PostgresLeases:
             row = await (await connection.execute(statement, parameters)).fetchone()
         if row is None or row["is_held"] is not True:
             raise LeaseLostError
+
+
+def _claim(row: dict[str, Any]) -> Claim:
+    """Return the claim in a row. Raises RECORD_INVALID for what no function of ours returns."""
+    columns = {"id": UUID, "claim_number": int, "attempts": int, "step": str, "step_state": dict}
+    known = {column: row.pop(column, None) for column in columns}
+    if not all(isinstance(known[column], kind) for column, kind in columns.items()):
+        raise record_invalid()
+    number, attempts, step = known["claim_number"], known["attempts"], known["step"]
+    return Claim(item_id=known["id"], number=number, attempts=attempts, step=step, step_state=known["step_state"], item=row)

@@ -1,5 +1,7 @@
 """The job that does rotations which are due."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Final
 
 from kms.jobs.job import Job
@@ -16,9 +18,14 @@ _INTERVAL_SECONDS: Final = 2.0
 _WARNS_AFTER_SECONDS: Final = 300.0
 
 
-def rotation_worker(pool: Pool, worker: RotatingWorker) -> LeasedWorker:
-    """Return what does rotations that are due, one at a time."""
-    return LeasedWorker(rotation_leases(pool), worker.rotate, POLICY, final_reasons=FINAL_REASONS)
+@asynccontextmanager
+async def rotation_worker(pool: Pool, worker: RotatingWorker) -> AsyncIterator[LeasedWorker]:
+    """Yield what does rotations that are due. At the end it gives back what it still works on."""
+    made = LeasedWorker(rotation_leases(pool), worker.rotate, POLICY, final_reasons=FINAL_REASONS)
+    try:
+        yield made
+    finally:
+        await made.close()
 
 
 def rotation_job(worker: LeasedWorker) -> Job:

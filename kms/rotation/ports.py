@@ -56,8 +56,8 @@ class Rotations(Protocol):
         """Give the key its successor, in one transaction. Raises STALE if the key changed meanwhile, LeaseLostError."""
         ...
 
-    async def proven_successor(self, request: RotationRequest, key_id: KeyId) -> KeyRecord:
-        """Return the key *key_id* if the records prove that it took the name of the rotated key, and note the switch outside.
+    async def proven_successor(self, owner: UserId, old_id: KeyId, key_id: KeyId) -> KeyRecord:
+        """Return the key *key_id* if the records prove that it took the name of the key *old_id*, and note that outside.
 
         Raises RECORD_INVALID if they do not prove it, OUTCOME_UNKNOWN if the journal cannot be written.
         """

@@ -215,14 +215,14 @@ class StoredRotations:
             raise KmsError(Reason.STALE, "another key has the name of the predecessor meanwhile") from None
         return rows[0]["verdict"]
 
-    async def proven_successor(self, request: RotationRequest, key_id: KeyId) -> KeyRecord:
+    async def proven_successor(self, owner: UserId, old_id: KeyId, key_id: KeyId) -> KeyRecord:
         """See `Rotations.proven_successor`."""
-        key, old = await self._record(request.owner_id, key_id), await self._record(request.owner_id, request.key_id)
+        key, old = await self._record(owner, key_id), await self._record(owner, old_id)
         if key is None or old is None or not is_successor(key, old):
-            raise record_invalid(request.key_id)
-        if self.journal is not None:
+            raise record_invalid(old_id)
+        if self.journal is not None and not (self.knowledge is not None and self.knowledge.knows(old_id, old.version)):
             # From here on no earlier row of the predecessor is believed, and no restore makes it active.
-            line = changed_line(request.key_id, old.version, occurred_at=self.records.clock(), what="superseded")
+            line = changed_line(old_id, old.version, occurred_at=self.records.clock(), what="superseded")
             await write_line(self.journal, line)
         return key
 
@@ -247,13 +247,26 @@ class StoredRotations:
         """See `Rotations.copy_grants`."""
         parameters = {"rotation": lease.claim.item_id, "worker": lease.worker, "claim": lease.claim.number}
         copied = (await self.pool.fetch(AS_JOB, COPY_GRANTS, parameters))[0]["copied"]
-        if not isinstance(copied, int):
+        if copied is None:
             raise LeaseLostError
+        if not isinstance(copied, int) or copied < 0:
+            raise record_invalid()
         return copied
 
 
 def _rotation(row: DictRow, caller: UserId) -> Rotation:
-    if row["user_id"] != caller:
+    """Return the rotation in a row. Raises RECORD_INVALID for what no row of ours has."""
+    numbers, moments = (
+        (row["affected_records_count"], row["attempts"]),
+        (row["created_at"], row["completed_at"] or row["created_at"]),
+    )
+    is_ours = (
+        row["user_id"] == caller
+        and row["migration_status"] in set(RotationStatus)
+        and all(isinstance(number, int) and number >= 0 for number in numbers)
+        and all(isinstance(moment, datetime) for moment in moments)
+    )
+    if not is_ours:
         raise record_invalid()
     return Rotation(
         rotation_id=row["id"],
@@ -262,7 +275,7 @@ def _rotation(row: DictRow, caller: UserId) -> Rotation:
         reason=row["rotation_reason"],
         initiated_by=None if row["initiated_by"] is None else UserId(row["initiated_by"]),
         status=RotationStatus(row["migration_status"]),
-        affected_records_count=row["affected_records_count"] or 0,
+        affected_records_count=row["affected_records_count"],
         error_message=row["error_message"] or "",
         created_at=row["created_at"],
         completed_at=row["completed_at"],

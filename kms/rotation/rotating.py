@@ -15,15 +15,16 @@ from typing import Final
 from uuid import UUID
 
 from kms.app.keyring import require_key
-from kms.app.ports import Call, Hsm, Keys
+from kms.app.ports import Call, Hsm, Keys, Repeat
 from kms.domain.errors import KmsError, Reason, about_key
 from kms.domain.ids import KeyId, KeyRef, UserId
+from kms.domain.key_row import record_invalid
 from kms.domain.keys import Custody, KeyIdentity
 from kms.jobs.leases import LeaseLostError
 from kms.jobs.leasing import Lease
-from kms.keys.ledger.repeats import Answers, RepeatableRequest, Repeats
+from kms.keys.ledger.repeats import Answers, RepeatableRequest, Repeats, StoredAnswer
 from kms.rotation.ports import OldKey, Rotations, ServedKeys
-from kms.rotation.rotation import Rotation, RotationRequest, check_rotatable, parse_reason
+from kms.rotation.rotation import Rotation, RotationRequest, RotationStatus, check_rotatable, parse_reason
 
 # Refusals that no later attempt changes.
 FINAL_REASONS: Final = frozenset(
@@ -62,7 +63,7 @@ class RotatingWorker:
         new_key = lease.claim.item["new_key_id"]
         key_id = KeyId(new_key) if isinstance(new_key, UUID) else await self._switch(lease, request)
         # Neither the row of the log nor the verdict of the switch is believed: the records of both keys prove it.
-        key = await self.rotations.proven_successor(request, key_id)
+        key = await self.rotations.proven_successor(request.owner_id, request.key_id, key_id)
         if key.custody is Custody.RESIDENT:
             await self.hsm.confirm(key_id)
         return {"successor": key_id, "affected": await self.rotations.copy_grants(lease)}
@@ -127,19 +128,21 @@ class Rotating:
         answers = None if repeatable is None else await self.repeats.answers(call, repeatable)
         stored = None if answers is None else await answers.find()
         if stored is not None:
-            return await self._ended(call.user.user_id, UUID(bytes=stored.content))
+            return await self._ended(call.user.user_id, *_ids(stored))
         try:
-            rotation_id = await self._request(call, ref, reason, answers, allow_compromised=allow_compromised)
+            rotation_id, key_id = await self._request(call, ref, reason, answers, allow_compromised=allow_compromised)
         except KmsError as refusal:
             # A twin of this request may have been faster, and have rotated the key.
             stored = await answers.find() if answers is not None and refusal.reason in _AFTER_A_TWIN else None
             if stored is None:
                 raise
-            rotation_id = UUID(bytes=stored.content)
-        return await self._ended(call.user.user_id, rotation_id)
+            rotation_id, key_id = _ids(stored)
+        return await self._ended(call.user.user_id, rotation_id, key_id)
 
-    async def _request(self, call: Call, ref: KeyRef, reason: str, answers: Answers | None, *, allow_compromised: bool) -> UUID:
-        """Write the request into the log and return the id of its rotation."""
+    async def _request(
+        self, call: Call, ref: KeyRef, reason: str, answers: Answers | None, *, allow_compromised: bool
+    ) -> tuple[UUID, KeyId]:
+        """Write the request into the log, and return the id of its rotation and that of the key."""
         key = await require_key(self.keys, call.user.user_id, ref)
         with about_key(key.identity.key_id):
             check_rotatable(key, allow_compromised=allow_compromised)
@@ -152,8 +155,12 @@ class Rotating:
                 allows_compromised=allow_compromised,
                 created_at=await self.rotations.now(),
             )
-            repeat_of = None if answers is None else lambda rotation_id: answers.storable(rotation_id.bytes)
-            return await self.rotations.request(call, request, repeat_of)
+
+            def repeat_of(rotation_id: UUID) -> Repeat:
+                assert answers is not None  # noqa: S101  # used with answers alone
+                return answers.storable(rotation_id.bytes + request.key_id.bytes)
+
+            return await self.rotations.request(call, request, None if answers is None else repeat_of), request.key_id
 
     async def find(self, caller: UserId, rotation_id: UUID) -> Rotation:
         """Return a rotation of a key of *caller*, or raise ROTATION_NOT_FOUND."""
@@ -162,11 +169,24 @@ class Rotating:
             raise KmsError(Reason.ROTATION_NOT_FOUND, "there is no rotation of this id of a key of yours")
         return found
 
-    async def _ended(self, caller: UserId, rotation_id: UUID) -> Rotation:
-        """Do the rotation, or wait for the worker that does, until an attempt has ended."""
+    async def _ended(self, caller: UserId, rotation_id: UUID, key_id: KeyId) -> Rotation:
+        """Do the rotation of the key, or wait for the worker that does, until an attempt has ended.
+
+        Raises RECORD_INVALID if the log says that the rotation is completed, and the records of the keys do not prove it.
+        """
         while True:
             rotation = await self.find(caller, rotation_id)
             if rotation.was_tried:
-                return rotation
+                break
             await self.do(rotation_id)
             await self.pause()
+        if rotation.status is RotationStatus.COMPLETED:
+            if rotation.old_key_id != key_id or rotation.new_key_id is None:
+                raise record_invalid(key_id)
+            await self.rotations.proven_successor(caller, key_id, rotation.new_key_id)
+        return rotation
+
+
+def _ids(stored: StoredAnswer) -> tuple[UUID, KeyId]:
+    """Return the ids of the rotation and of the key in the stored answer of a RotateKey."""
+    return UUID(bytes=stored.content[:16]), KeyId(UUID(bytes=stored.content[16:]))

@@ -61,6 +61,12 @@ class JournalKnowledge:
         if not shows or (narrowed is not None and not narrowed.fits(key)):
             raise record_invalid(key_id)
 
+    def knows(self, key_id: UUID, version: int) -> bool:
+        """Whether the journal has a change of the key that left it at *version* or a later one. Raises STORE_UNAVAILABLE."""
+        self.follow()
+        narrowed = self._narrowed.get(key_id)
+        return narrowed is not None and narrowed.version >= version
+
     def follow(self) -> None:
         """Learn what was written since the last look. Raises STORE_UNAVAILABLE."""
         try:

@@ -180,7 +180,7 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         moves = telemetry.observed(_lifecycle(pool, records, journal, knowledge), "store", "move", of="lifecycle.")
         lifecycle = ForgettingLifecycle(moves, keys)
         rotations = StoredRotations(pool, records, knowledge, journal)
-        rotating = rotation_worker(pool, RotatingWorker(rotations, hsm, keys))
+        rotating = await stack.enter_async_context(rotation_worker(pool, RotatingWorker(rotations, hsm, keys)))
         runner = JobRunner(AdvisoryLocks(connection_settings(dsn)))
         history, probe, pulse = HistoryWatch(), DatabaseProbe(pool), Pulse()
         sealer = trail_sealer(config, dsn, pool, records, hsm, history, partial(runner.note_success, CHECKPOINTS))

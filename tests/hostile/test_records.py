@@ -421,8 +421,11 @@ def test_one_bad_verdict_is_of_its_item_alone(superuser: Superuser, owner: Calle
         superuser(kept["definition"])
 
 
+@pytest.mark.parametrize("count", [3, 1000])
 @pytest.mark.parametrize("verdict", ["REPEATED", "STALE", "USAGE_LIMIT_REACHED", "KEY_INACTIVE", "PERMISSION_DENIED", "FINE"])
-def test_an_answer_that_was_kept_and_said_to_be_refused_lifts_no_limit(superuser: Superuser, owner: Caller, verdict: str) -> None:
+def test_an_answer_that_was_kept_and_said_to_be_refused_lifts_no_limit(
+    superuser: Superuser, unchecked: None, owner: Caller, verdict: str, count: int
+) -> None:
     """A replaced `settle` keeps each answer, says that it charged nothing, and the same request is made again."""
     made(owner, "ed25519")
     owner.keys.UpdateKey(kpb.UpdateKeyRequest(key="k", max_usage_count=3))
@@ -437,7 +440,7 @@ def test_an_answer_that_was_kept_and_said_to_be_refused_lifts_no_limit(superuser
     finally:
         superuser(kept["definition"])
     # A count that was put back up covers them, and ends at the limit all the same.
-    superuser("UPDATE cryptography.keys SET usage_counter = 3 WHERE user_id = %s", parameters=(owner.user_id,))
+    superuser("UPDATE cryptography.keys SET usage_counter = %s WHERE user_id = %s", parameters=(count, owner.user_id))
     outcomes = [outcome_of(owner, f"order-{number}") for number in range(4)]
     assert outcomes.count("OK") <= 2
     assert set(outcomes) <= {"OK", "RECORD_INVALID"}

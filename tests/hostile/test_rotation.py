@@ -1,7 +1,9 @@
 """Rotations that a superuser plants, bends or undoes."""
 
+from contextlib import suppress
 from uuid import uuid4
 
+import grpc
 import pytest
 
 from kms.v1 import crypto_pb2 as cpb
@@ -20,6 +22,7 @@ PLANT = """
     INSERT INTO cryptography.key_rotations (id, user_id, old_key_id, new_key_id, rotation_reason, initiated_by, request_mac)
     VALUES (%s, %s, %s, %s, 'planted', %s, decode(repeat('00', 32), 'hex'))
 """
+CHECKS = ("key_rotations_migration_status_check", "attempts_not_negative", "leased_iff_in_progress", "completed_at_iff_completed")
 LIES = """
     CREATE OR REPLACE FUNCTION cryptography.switch_key(
         rotation UUID, worker UUID, claim BIGINT, expected_version BIGINT, predecessor_name TEXT, predecessor_mac BYTEA,
@@ -100,3 +103,54 @@ def test_a_switch_that_is_undone_makes_nobody_sign_with_the_predecessor(superuse
     assert rotation.status == rpb.ROTATION_STATUS_COMPLETED
     assert refusal(owner.crypto.Sign, SIGN).reason == "RECORD_INVALID"
     assert refusal(owner.keys.GetKey, kpb.GetKeyRequest(key="k")).reason == "RECORD_INVALID"
+
+
+def test_a_request_that_is_said_to_be_completed_is_no_rotation(superuser: Superuser, owner: Caller) -> None:
+    """A replaced `request_rotation` writes a row that is completed already, with another key of the user as successor."""
+    key, other = made(owner, "ed25519"), made(owner, "ed25519", name="other")
+    [kept] = superuser("SELECT pg_get_functiondef('cryptography.request_rotation'::regproc) AS definition")
+    before = "RETURN rotation;"
+    lie = (
+        "UPDATE cryptography.key_rotations SET migration_status = 'completed', completed_at = now(), "
+        f"new_key_id = '{other.id}' WHERE id = rotation; {before}"
+    )
+    superuser(kept["definition"].replace(before, lie))
+    try:
+        assert refusal(owner.rotation.RotateKey, rpb.RotateKeyRequest(key="k", reason="yearly")).reason == "RECORD_INVALID"
+    finally:
+        superuser(kept["definition"])
+    assert owner.crypto.Sign(SIGN, timeout=15).key_id == key.id
+
+
+@pytest.mark.parametrize(
+    "edit", ["migration_status = 'begun'", "affected_records_count = -1", "attempts = -1", "created_at = NULL"]
+)
+def test_a_row_of_the_log_that_no_service_writes_is_record_invalid(superuser: Superuser, owner: Caller, edit: str) -> None:
+    made(owner, "ed25519")
+    rotation = rotate(owner)
+    superuser(
+        *(f"ALTER TABLE cryptography.key_rotations DROP CONSTRAINT IF EXISTS {name}" for name in CHECKS),
+        "ALTER TABLE cryptography.key_rotations ALTER COLUMN created_at DROP NOT NULL",
+        f"UPDATE cryptography.key_rotations SET {edit} WHERE id = '{rotation.id}'",
+    )
+    for call, request in (
+        (owner.rotation.GetRotation, rpb.GetRotationRequest(rotation_id=rotation.id)),
+        (owner.rotation.ListRotations, rpb.ListRotationsRequest()),
+    ):
+        assert refusal(call, request).reason == "RECORD_INVALID"
+    superuser(f"DELETE FROM cryptography.key_rotations WHERE id = '{rotation.id}'")
+
+
+def test_a_short_deadline_leaves_no_rotation_to_nobody(owner: Caller) -> None:
+    """Calls that are given up at any moment: the rotations that they began go on, and a later call does not wait for a lease."""
+    made(owner, "ed25519")
+    for number in range(12):
+        request = rpb.RotateKeyRequest(key="k", reason=f"try {number}")
+        with suppress(grpc.RpcError):
+            owner.rotation.RotateKey(request, timeout=0.01 + number * 0.008)
+    assert rotate(owner).status == rpb.ROTATION_STATUS_COMPLETED
+    soon(lambda: all(each == rpb.ROTATION_STATUS_COMPLETED for each in statuses(owner)))
+
+
+def statuses(caller: Caller) -> list[int]:
+    return [rotation.status for rotation in caller.rotation.ListRotations(rpb.ListRotationsRequest()).rotations]

@@ -216,15 +216,16 @@ async def test_a_rotation_goes_on_behind_the_step_at_which_a_worker_died(databas
             steps.append("made")
             await lease.finish_step("made", {"successor": str(NEW)})
         if is_dying:
+            is_stuck.set()
             await asyncio.Event().wait()
         steps.append("switched")
         return {"successor": UUID(str(lease.claim.step_state["successor"])), "affected": 0}
 
-    is_dying = True
+    is_dying, is_stuck = True, asyncio.Event()
     dying = asyncio.create_task(LeasedWorker(leases, work, POLICY).do_due())
     async with asyncio.timeout(60):
-        while rotations.of(rotation, "step") != ("made",):  # noqa: ASYNC110  # it happens in the database
-            await asyncio.sleep(0.05)
+        await is_stuck.wait()
+        assert rotations.of(rotation, "step") == ("made",)
         rotations.pass_time(POLICY.lease_seconds + 1)  # it works on, and nobody knows
         is_dying = False
         assert await LeasedWorker(leases, work, POLICY).do_due() == 1

@@ -212,3 +212,22 @@ def test_the_forgotten_answers_of_one_key_are_no_trouble_for_another() -> None:
     for _ in range(5):
         offered(counts, another)
     assert refused(counts, replace(mine, usage_counter=6), answer_id) is None
+
+
+def test_no_count_that_is_put_up_makes_repeats_go_beyond_the_limit() -> None:
+    counts, other, record = Counts(), Counts(), replace(key(0), max_usage_count=3)
+    counts.check(record, Meanwhile())
+    mine = [offered(counts, record) for _ in range(5)]
+    theirs = [other.new_answer_id() for _ in range(5)]
+    put_up = replace(record, usage_counter=1000)
+    given = [refused(counts, put_up, answer) for answer in (*mine, *theirs)]
+    assert given == [None] * 3 + [Reason.RECORD_INVALID] * 7
+
+
+def test_an_old_row_without_the_limit_lifts_it_for_no_use() -> None:
+    counts, record = Counts(), replace(key(0), max_usage_count=3)
+    counts.check(record, Meanwhile())
+    counts.check(replace(record, max_usage_count=None), Meanwhile())
+    bounds = counts.of(record.identity.key_id)
+    assert bounds is not None
+    assert bounds.limit == 3

@@ -36,7 +36,7 @@ Meanwhile = Counter[KeyId]
 
 @dataclass(slots=True, eq=False)
 class KeyCount:
-    """The two bounds of one key, and its limit as it was read last. None: no limit.
+    """The two bounds of one key, and the lowest limit that was read. None: no limit.
 
     `forgotten`: of unsettled answers with this number or a lower one, some may be forgotten.
     """
@@ -148,11 +148,14 @@ class Counts:
             of_key.handed_out -= 1
 
     def _check(self, key: KeyRecord, meanwhile: Meanwhile, *, handed_out: int = 0, least: int = 0) -> None:
-        """Raise RECORD_INVALID unless the count of *key* covers its bounds, raised by *handed_out* and *least*."""
+        """Raise RECORD_INVALID unless count and limit of *key* cover its bounds, raised by *handed_out* and *least*."""
         bounds = self._bounds(key)
-        bounds.limit = key.usage_limit
+        if key.usage_limit is not None:
+            # A limit is never raised: a read that shows a higher one, or none, is of an older row.
+            bounds.limit = key.usage_limit if bounds.limit is None else min(bounds.limit, key.usage_limit)
         covered = key.usage_counter + meanwhile[bounds.key_id]
-        if covered < bounds.handed_out + handed_out or covered < bounds.least + least:
+        most = max(bounds.handed_out + handed_out, bounds.least + least)
+        if covered < most or (bounds.limit is not None and bounds.limit < most):
             raise record_invalid(bounds.key_id)
 
     def _bounds(self, key: KeyRecord) -> KeyCount:
