@@ -1,7 +1,7 @@
 -- Workers share the rotations that are to be done. key_rotations is the log and the queue: there is no second queue.
 --
 -- A worker claims a rotation for a while (a lease), extends the lease while it lives, and records each step that it has finished.
--- When a worker dies, its lease runs out and another worker goes on behind the last finished step. Each claim has a number. Whoever
+-- When a worker dies, its lease runs out and another worker continues after the last finished step. Each claim has a number. Whoever
 -- records something names the claim: a worker that has lost the rotation meanwhile is refused.
 --
 -- A lease decides who does the work and nothing else. No key, owner or caller follows from it.

@@ -47,6 +47,23 @@ class Client:
         except grpc.RpcError as error:
             raise call_error(error, self._config.server) from None
 
+    def pages(self, method: _Method[Any, Any], request: Any, field: str, limit: int) -> Iterator[Any]:  # noqa: ANN401
+        """Yield what the pages of a list hold in *field*, at most *limit* items; 0: all. Raises `CallError`.
+
+        An empty page is not always the last: only a page without a token is.
+        """
+        count = 0
+        while True:
+            page = self.call(method, request)
+            for item in getattr(page, field):
+                yield item
+                count += 1
+                if count == limit:
+                    return
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
     def followed(self, cursor: str) -> Iterator[audit_pb2.TailEventsResponse]:
         """Yield what the trail holds behind *cursor*, without end, or raise `CallError`.
 

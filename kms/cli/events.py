@@ -13,9 +13,6 @@ from kms.domain.text import escaped, json_text
 from kms.domain.trail import Outcome, Severity
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from kms.cli.client import Client
     from kms.v1 import audit_pb2
 
 _PAGE: Final = 1000
@@ -58,7 +55,7 @@ def search(
             request_id=request_id,
             page_size=min(limit or _PAGE, _PAGE),
         )
-        found = [_fields(event) for event in _pages(client, request, limit)]
+        found = [_fields(event) for event in client.pages(client.audit.SearchEvents, request, "events", limit)]
     if invocation.as_json:
         print_json({"events": found})
     else:
@@ -94,20 +91,6 @@ def register(app: typer.Typer) -> typer.Typer:
     )(search)
     command(audit, "tail", "kms audit tail", "kms audit tail --json | jq -r .action")(tail)
     return audit
-
-
-def _pages(client: "Client", request: "audit_pb2.SearchEventsRequest", limit: int) -> "Iterator[audit_pb2.Event]":
-    count = 0
-    while True:
-        page = client.call(client.audit.SearchEvents, request)
-        for event in page.events:
-            yield event
-            count += 1
-            if count == limit:
-                return
-        if not page.next_page_token:
-            return
-        request.page_token = page.next_page_token
 
 
 def _fields(event: "audit_pb2.Event") -> dict[str, Any]:

@@ -17,9 +17,6 @@ from kms.domain.keys import Custody
 from kms.domain.lifecycle import State
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from kms.cli.client import Client
     from kms.v1 import keys_pb2
 
 _PAGE: Final = 200
@@ -92,7 +89,7 @@ def list_keys(
             state=number(enums.STATES, state),
             name_prefix=prefix,
         )
-        found = [key_fields(key) for key in _pages(client, request, limit)]
+        found = [key_fields(key) for key in client.pages(client.keys.ListKeys, request, "keys", limit)]
     if invocation.as_json:
         print_json({"keys": found})
     else:
@@ -157,20 +154,6 @@ def parse_metadata(entries: list[str]) -> dict[str, str]:
     if len({name for name, _, _ in parted}) != len(parted):
         raise typer.BadParameter("--metadata: a name is given twice")
     return {name: value for name, _, value in parted}
-
-
-def _pages(client: "Client", request: "keys_pb2.ListKeysRequest", limit: int) -> "Iterator[keys_pb2.Key]":
-    count = 0
-    while True:
-        page = client.call(client.keys.ListKeys, request)
-        for key in page.keys:
-            yield key
-            count += 1
-            if count == limit:
-                return
-        if not page.next_page_token:  # an empty page is not always the last
-            return
-        request.page_token = page.next_page_token
 
 
 def show_key(invocation: Invocation, key: "keys_pb2.Key") -> None:

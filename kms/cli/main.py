@@ -52,7 +52,7 @@ audit.register(events.register(app))
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit. Expected failures are told in one line or, with `--json`, in one object.
+    """Run the command line and exit. It reports an expected failure in one line, with `--json` in one object.
 
     With *arguments* it is a part of a larger process, whose garbage is not its own.
     """

@@ -11,9 +11,6 @@ from kms.cli.options import KeyArgument
 from kms.cli.output import print_fields, print_json, print_table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from kms.cli.client import Client
     from kms.v1 import rotation_pb2
 
 _PAGE: Final = 200
@@ -74,7 +71,7 @@ def list_rotations(
 
         number = rotation_pb2.RotationStatus.Value(f"ROTATION_STATUS_{status.name if status else 'UNSPECIFIED'}")
         request = rotation_pb2.ListRotationsRequest(key=key, status=number, page_size=min(limit or _PAGE, _PAGE))
-        found = [_fields(rotation) for rotation in _pages(client, request, limit)]
+        found = [_fields(rotation) for rotation in client.pages(client.rotation.ListRotations, request, "rotations", limit)]
     if invocation.as_json:
         print_json({"rotations": found})
     else:
@@ -126,17 +123,3 @@ def _fields(rotation: "rotation_pb2.Rotation") -> dict[str, Any]:
         "completed_at": rotation.completed_at.ToJsonString() if rotation.HasField("completed_at") else "",
     }
     return {name: value for name, value in fields.items() if value != ""}
-
-
-def _pages(client: "Client", request: "rotation_pb2.ListRotationsRequest", limit: int) -> "Iterator[rotation_pb2.Rotation]":
-    count = 0
-    while True:
-        page = client.call(client.rotation.ListRotations, request)
-        for rotation in page.rotations:
-            yield rotation
-            count += 1
-            if count == limit:
-                return
-        if not page.next_page_token:
-            return
-        request.page_token = page.next_page_token

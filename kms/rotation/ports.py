@@ -41,7 +41,7 @@ class Rotations(Protocol):
         ...
 
     async def page(self, caller: UserId, which: RotationFilter, *, after: RotationPlace | None, limit: int) -> Sequence[Rotation]:
-        """Return at most *limit* rotations behind the place *after*, the newest first."""
+        """Return at most *limit* rotations that come after the place *after*, the newest first."""
         ...
 
     async def proven_request(self, lease: Lease) -> RotationRequest:

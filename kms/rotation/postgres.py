@@ -74,7 +74,7 @@ SWITCH: Final = """
     ) AS verdict
 """
 COPY_GRANTS: Final = "SELECT cryptography.copy_grants(%(rotation)s, %(worker)s, %(claim)s) AS copied"
-# How far ahead a switch is dated: the key's lock is had before that moment, so that every use is recorded earlier.
+# How far ahead we date a switch. SQL takes the key's lock before that moment, so every use of the key has an earlier date.
 _MARGINS: Final = (timedelta(milliseconds=20), timedelta(milliseconds=100), timedelta(milliseconds=500), timedelta(seconds=2))
 
 

@@ -5,8 +5,8 @@
                                                           ──► confirm a RESIDENT successor in the token
                                                           ──► take the dependents along ──► completed
 
-A worker that dies leaves a row whose lease runs out. The next worker goes on behind the last finished step. A successor that was
-made and not switched is dropped: only a RESIDENT one leaves an object in the token, with a mark that reconciliation removes.
+When a worker dies, its lease on the row runs out. The next worker continues after the last finished step. It makes another
+successor if the switch did not happen. Of the first only a RESIDENT one is left in the token, and reconciliation removes it.
 """
 
 from collections.abc import Awaitable, Callable, Mapping

@@ -95,7 +95,7 @@ class RotationFilter:
 
 @dataclass(frozen=True, slots=True)
 class RotationPlace:
-    """A place in the list of rotations: behind the rotation of this moment and id."""
+    """A place in the list of rotations: after the rotation of this moment and id."""
 
     created_at: datetime
     rotation_id: UUID

@@ -145,7 +145,7 @@ class ForgettingLedger:
         try:
             await self.ledger.settle(entry)
         except KmsError as error:
-            if error.reason in RETRYABLE_REFUSALS:  # else it would be read anew of a database in trouble
+            if error.reason in RETRYABLE_REFUSALS:  # any other refusal says nothing about the cached key
                 self.keys.drop(entry.key_id)
             if error.reason is Reason.CREDENTIALS_INVALID:
                 self.users.drop(entry.call.user.user_id)

@@ -21,7 +21,7 @@ from tests.conformance.requests import create, made
 from tests.conformance.test_rotation import key_of, rotate
 from tests.fixtures.server import Caller, Deployment
 
-# Where the database stands still: at the beginning of a function, or behind all that it does and before its transaction ends.
+# Where the database stops: at the beginning of a function, or after its work and before its transaction ends.
 BEGINNING = ("\nBEGIN\n", "\nBEGIN\n    PERFORM pg_sleep(120);\n")
 STEPS = {
     "request, not made": ("request_rotation", *BEGINNING),

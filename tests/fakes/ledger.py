@@ -57,7 +57,7 @@ class FakeKeys:
         self.put(replace(key, record=replace(key.record, **fields)))  # type: ignore[arg-type]
 
     async def insert(self, caller: UserId, key: NewKey, *, call: Call | None = None, repeat: Repeat | None = None) -> KeyRecord:
-        raise NotImplementedError
+        raise AssertionError("no test of a use stores a key")
 
     async def find(self, caller: UserId, ref: KeyRef, *, recent: bool = False) -> KeyRecord | None:
         key = self.keys.get(ref)
