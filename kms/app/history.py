@@ -4,6 +4,7 @@
     database:  n ── s ── t     gone on from: another machine has signed t, and we take it over
     database:  n               somebody was killed between file and database: s is put back, if the rows still hash to it
     database:  n ──── t        the same, and another machine went on: fine, if n to s and s to t are the same rows
+    database:  n ─ t           the same, and another machine was faster with fewer rows: fine, if the rows still hash to t and s
     database:  m               another history, or a shorter one: refused, unless an epoch has begun since s
 
 A note is on disk before it is in the database, so that nobody can have seen a checkpoint that this machine does not remember.
@@ -50,6 +51,18 @@ class SeenCheckpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Start:
+    """Where signing goes on: behind the checkpoint `last` of the database, with the rows of `tree`, all below `horizon`.
+
+    `tree` has more rows than `last` where this machine has signed those already, and the database did not get to know of it.
+    """
+
+    last: StoredCheckpoint
+    tree: Frontier
+    horizon: int
+
+
+@dataclass(frozen=True, slots=True)
 class History:
     """Compares trail and memory. What differs raises `HistoryError`, and everything may raise STORE_UNAVAILABLE."""
 
@@ -58,23 +71,29 @@ class History:
     events: HistoryEvents
     seen: SeenCheckpoint
 
-    async def agreed(self, memory: OpenMemory) -> StoredCheckpoint:
-        """Return the checkpoint from which signing goes on, once the memory has it. Raises STALE if another machine signs."""
+    async def agreed(self, memory: OpenMemory) -> Start:
+        """Return where signing goes on, once the memory has that checkpoint. Raises STALE if another machine signs."""
         await self.catch_up(memory, begins=True)
         last, kept = await self.trail.last(), memory.last()
         known = None if kept is None else self._remembered(kept)
         if last is None:
             # `catch_up` has found the reason: nothing was ever signed, or an epoch has begun since.
-            return NO_CHECKPOINT
+            return Start(NO_CHECKPOINT, NO_CHECKPOINT.tree, NO_CHECKPOINT.horizon)
         stored = self._stored(last)
         if kept is None or known is None:
             raise _stale()
-        if not is_same_history(stored, known):
-            if known.epoch >= await self.trail.epoch():
-                raise _stale()
-        elif kept.horizon not in {None, last.horizon}:
-            raise HistoryError(f"{described(known)} below the order {kept.horizon}", f"the order {last.horizon}")
-        return last
+        if is_same_history(stored, known):
+            _check_horizon(known, kept, last)
+            # If another machine signed the same rows, its horizon is the database's word alone. Ours is not.
+            return Start(last, last.tree, last.horizon if kept.horizon is None else kept.horizon)
+        if known.epoch < await self.trail.epoch():
+            return Start(last, last.tree, last.horizon)
+        if kept.horizon is None or _place(stored) > _place(known):
+            raise _stale()
+        tree = await self._grown(last.tree, last.horizon, kept.horizon)
+        if (tree.size, tree.root()) != (known.tree_size, known.root_hash):
+            raise _stale()
+        return Start(last, tree, kept.horizon)
 
     async def catch_up(self, memory: OpenMemory, *, begins: bool = False) -> None:
         """Copy into the memory what it lacks, once its last note and what this process has seen are found in the database.
@@ -122,8 +141,8 @@ class History:
         there = await self.trail.at(known.tree_size)
         stored = None if there is None else self._stored(there)
         if there is not None and stored is not None and is_same_history(stored, known):
-            if kept is not None and kept.horizon not in {None, there.horizon}:
-                raise HistoryError(f"{described(known)} below the order {kept.horizon}", f"the order {there.horizon}")
+            if kept is not None:
+                _check_horizon(known, kept, there)
             self.seen.see(known)
             return known.tree_size
         # What this process has seen in the database was not lost on the way to it.
@@ -149,15 +168,23 @@ class History:
         tree = await self._grown(before.tree, before.horizon, kept.horizon)
         if (tree.size, tree.root()) != (known.tree_size, known.root_hash):
             return False
-        following = await self.trail.notes(before.tree.size, 1)
-        if not following:
+        place = before
+        while following := await self.trail.notes(place.tree.size, 1):
+            _, horizon, note = following[0]
+            later = self._read(note, described(known), "a checkpoint in the database that the audit key has not signed")
+            is_beyond = later.tree_size > known.tree_size
+            grown = await (
+                self._grown(tree, kept.horizon, horizon) if is_beyond else self._grown(place.tree, place.horizon, horizon)
+            )
+            if (grown.size, grown.root(), later.previous_size) != (later.tree_size, later.root_hash, place.tree.size):
+                return False
+            if is_beyond:
+                return True
+            place = StoredCheckpoint(grown, horizon, later.epoch, note)
+        if place is before:
             await self.trail.append(before.tree.size, StoredCheckpoint(tree, kept.horizon, known.epoch, kept.text))
             await self.events.record(HistoryEvent.RESTORED, {"tree_size": known.tree_size, "epoch": known.epoch})
-            return True
-        _, horizon, note = following[0]
-        later = self._read(note, described(known), "a checkpoint in the database that the audit key has not signed")
-        grown = await self._grown(tree, kept.horizon, horizon)
-        return (grown.size, grown.root(), later.previous_size) == (later.tree_size, later.root_hash, before.tree.size)
+        return True
 
     async def _grown(self, tree: Frontier, horizon: int, below: int) -> Frontier:
         place = place_before(horizon)
@@ -190,6 +217,12 @@ class History:
 def _place(checkpoint: Checkpoint) -> tuple[int, int]:
     """Return where a checkpoint stands among others."""
     return checkpoint.epoch, checkpoint.tree_size
+
+
+def _check_horizon(known: Checkpoint, kept: KeptNote, there: StoredCheckpoint) -> None:
+    """Raise `HistoryError` for a note of this machine that the database has with another horizon."""
+    if kept.text == there.note and kept.horizon not in {None, there.horizon}:
+        raise HistoryError(f"{described(known)} below the order {kept.horizon}", f"the order {there.horizon}")
 
 
 def _stale() -> KmsError:

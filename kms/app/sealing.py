@@ -62,9 +62,9 @@ class Sealing:
         `HistoryError`.
         """
         async with self._remembering() as memory:
-            last = await self._history().agreed(memory)
-            horizon = await self.trail.horizon()
-            tree, place, reached = last.tree, place_before(last.horizon), last.horizon
+            start = await self._history().agreed(memory)
+            horizon = max(await self.trail.horizon(), start.horizon)
+            last, tree, place, reached = start.last, start.tree, place_before(start.horizon), start.horizon
             while leaves := await self.trail.leaves(place, horizon, _ROWS_READ_MAX):
                 hashes: list[bytes] = []
                 for leaf in leaves:

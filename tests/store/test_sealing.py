@@ -2,8 +2,8 @@
 
 import asyncio
 import fcntl
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +14,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from kms.app import sealing as app_sealing
+from kms.app.trail_ports import StoredCheckpoint
 from kms.app.verifying import VerifyTrail
 from kms.dev.postgres import EmbeddedPostgres
 from kms.domain.errors import KmsError, Reason
@@ -37,6 +38,8 @@ from tests.store.records import RECORDS, mac
 from tests.store.sealing import EVENT, checked, lines_of, restarted, sealing_of, write
 
 OLD: Final = b"INSERT INTO audit.security_events (event_type, severity, created_at) VALUES ('old', 'low', '2024-01-05')"
+
+_LAST_HORIZON: Final = "SELECT max(horizon) FROM audit.checkpoints"
 
 
 @pytest.fixture
@@ -77,6 +80,86 @@ async def test_of_two_machines_that_seal_at_once_one_is_refused_and_the_trail_do
     assert sizes == sorted(sizes)
     report = await VerifyTrail(StoredSealedTrail(store), machines[0].key.reader).verify()
     assert (report.finding, report.unsealed) == (None, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Early(StoredSealedTrail):
+    """The trail as a machine sees it that asked for the horizon some time ago."""
+
+    early: int = 0
+
+    async def horizon(self) -> int:
+        return self.early
+
+
+@dataclass(frozen=True, slots=True)
+class _Overtaken(StoredSealedTrail):
+    """The trail as a machine sees it that has a checkpoint on disk, and whose write comes after that of another machine."""
+
+    faster: Callable[[], Awaitable[object]] = field(kw_only=True)
+
+    async def append(self, previous_size: int, checkpoint: StoredCheckpoint) -> None:
+        await self.faster()
+        await StoredSealedTrail.append(self, previous_size, checkpoint)
+
+
+@pytest.mark.parametrize("goes_on", ["the slow machine", "the fast machine"])
+@pytest.mark.parametrize("is_restarted", [False, True])
+async def test_a_machine_that_was_overtaken_by_one_that_had_seen_fewer_rows_goes_on(
+    store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], tmp_path: Path, goes_on: str, is_restarted: bool
+) -> None:
+    await check_epoch(store, RECORDS)
+    slow, fast = [await sealing_of(store, hsm, CheckpointFile(tmp_path / f"checkpoints-{number}")) for number in range(2)]
+    await slow.seal()
+    await fast.seal()
+    write(admin)
+    early = await StoredSealedTrail(store).horizon()
+    write(admin)
+    overtaking = replace(fast, trail=_Early(store, early=early))
+    with pytest.raises(KmsError) as caught:
+        await replace(slow, trail=_Overtaken(store, faster=overtaking.seal)).seal()
+    assert caught.value.reason is Reason.STALE
+    machines = [restarted(slow), restarted(fast)] if is_restarted else [slow, fast]
+    if goes_on == "the fast machine":
+        machines.reverse()
+    # Both sign all rows that are there, and those that come.
+    sizes = [await machine.seal() for machine in machines]
+    write(admin)
+    sizes += [await machine.seal() for machine in machines]
+    assert sizes == [sizes[0], sizes[0], sizes[0] + 6, sizes[0] + 6]
+    report = await VerifyTrail(StoredSealedTrail(store), slow.key.reader).verify()
+    assert (report.finding, report.unsealed) == (None, 0)
+
+
+@pytest.mark.parametrize("is_edited", [False, True])
+async def test_a_machine_whose_rows_another_one_has_signed_at_a_later_moment_goes_on(
+    store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], tmp_path: Path, is_edited: bool
+) -> None:
+    await check_epoch(store, RECORDS)
+    one, other = [await sealing_of(store, hsm, CheckpointFile(tmp_path / f"checkpoints-{number}")) for number in range(2)]
+    await one.seal()
+    await other.seal()
+    write(admin)
+
+    async def sign_later() -> None:
+        # A transaction that leaves no row in the trail moves the horizon.
+        admin.execute("CREATE TABLE public.moves_the_horizon ()")
+        admin.execute("DROP TABLE public.moves_the_horizon")
+        await other.seal()
+
+    with pytest.raises(KmsError) as caught:
+        await replace(one, trail=_Overtaken(store, faster=sign_later)).seal()
+    assert caught.value.reason is Reason.STALE
+    if is_edited:
+        # The other machine refuses it, the verifier names it, and no row is hidden from this machine.
+        admin.execute(f"UPDATE audit.checkpoints SET horizon = horizon + 4 WHERE horizon = ({_LAST_HORIZON})".encode())
+        with pytest.raises(HistoryError):
+            await other.seal()
+    write(admin, times=4)
+    await one.seal()
+    report = await VerifyTrail(StoredSealedTrail(store), one.key.reader).verify()
+    found = None if report.finding is None else report.finding.difference
+    assert (found, report.unsealed) == (Difference.ROW_INSERTED if is_edited else None, 0)
 
 
 async def test_processes_of_one_machine_wait_for_each_other(
