@@ -217,6 +217,26 @@ def test_a_grant_opens_no_key(attacked: RunningServer, superuser: Superuser, own
 _QUICK: Final = ("root_hash", "created_at")
 
 
+def edit_last_checkpoint(superuser: Superuser, column: str) -> None:
+    """Edit the last checkpoint. Keep its row in `public.kept`, and the number of checkpoints in `public.counted`."""
+    last = "tree_size = (SELECT max(tree_size) FROM audit.checkpoints)"
+    superuser(
+        "LOCK TABLE audit.checkpoints IN EXCLUSIVE MODE",  # none is signed between the two
+        f"CREATE TABLE public.kept AS SELECT * FROM audit.checkpoints WHERE {last}",
+        "CREATE TABLE IF NOT EXISTS public.counted (n BIGINT)",
+        "TRUNCATE public.counted",
+        "INSERT INTO public.counted SELECT count(*) FROM audit.checkpoints",
+        f"UPDATE audit.checkpoints SET {column} = {CHECKPOINT_EDITS[column]} WHERE {last}",
+    )
+
+
+def is_refused(attacked: RunningServer, superuser: Superuser) -> bool:
+    """Wait until the edited checkpoint is refused (True), or the next one was signed without a look at it (False)."""
+    grown = "SELECT (SELECT count(*) FROM audit.checkpoints) > (SELECT n FROM public.counted) AS is_grown"
+    eventually(lambda: refused(attacked) == 1 or superuser(grown)[0]["is_grown"])
+    return refused(attacked) == 1
+
+
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     "column", [c if c in _QUICK else pytest.param(c, marks=pytest.mark.slow) for c in columns_told("audit.checkpoints")]
@@ -229,13 +249,8 @@ def test_no_checkpoint_follows_one_that_was_edited(
         "SELECT format('ALTER TABLE audit.checkpoints DROP CONSTRAINT %I', conname) AS drop FROM pg_constraint "
         "WHERE conrelid = 'audit.checkpoints'::regclass AND contype = 'c'"
     )
-    last = "tree_size = (SELECT max(tree_size) FROM audit.checkpoints)"
     superuser(*(row["drop"] for row in drops))
-    superuser(
-        "LOCK TABLE audit.checkpoints IN EXCLUSIVE MODE",  # none is signed between the two
-        f"CREATE TABLE public.kept AS SELECT * FROM audit.checkpoints WHERE {last}",
-        f"UPDATE audit.checkpoints SET {column} = {CHECKPOINT_EDITS[column]} WHERE {last}",
-    )
+    edit_last_checkpoint(superuser, column)
     owner.crypto.Sign(SIGN, timeout=15)  # something to sign
     if told()["audit.checkpoints", column] == "harmless":
         size = superuser("SELECT tree_size FROM public.kept")[0]["tree_size"]
@@ -243,7 +258,14 @@ def test_no_checkpoint_follows_one_that_was_edited(
         superuser("DROP TABLE public.kept")
         return
     try:
-        eventually(lambda: refused(attacked) == 1)
+        while not is_refused(attacked, superuser):
+            # The worker had looked at the checkpoint before the edit, and signed the next one after it.
+            superuser(
+                f"UPDATE audit.checkpoints AS c SET {column} = k.{column} FROM public.kept AS k WHERE c.tree_size = k.tree_size",
+                "DROP TABLE public.kept",
+            )
+            edit_last_checkpoint(superuser, column)
+            owner.crypto.Sign(SIGN, timeout=15)
     finally:
         superuser(
             "DELETE FROM audit.checkpoints WHERE tree_size >= (SELECT tree_size FROM public.kept)",
