@@ -32,6 +32,7 @@ _FIELDS: Final = frozenset({"sequence", "event", "subject", "occurred_at", "reas
 class Event(StrEnum):
     """What is written down. The subject is the id of the key, certificate or user; of the first line that of the journal.
 
+    KEY_USED: a worker charged so many uses of the key since its last such line.
     KEY_CHANGED: the key may do less than before, or is to be destroyed; the reason begins with the version that it has then.
     FOLLOWED: the journal has every move of the epoch that is its subject, up to the place in its reason.
     EPOCH_SEEN: a service began to serve the epoch that is its subject; versions in lines before it are those of another.
@@ -44,6 +45,7 @@ class Event(StrEnum):
     KEY_COMPROMISED = "key_compromised"
     KEY_DESTROYED = "key_destroyed"
     KEY_CHANGED = "key_changed"
+    KEY_USED = "key_used"
     CERTIFICATE_REVOKED = "certificate_revoked"
     USER_DISABLED = "user_disabled"
 
@@ -69,6 +71,17 @@ class Line:
 def changed_line(key_id: UUID, version: int, *, occurred_at: datetime, what: str) -> Line:
     """Return the line of a key that is at *version* since *what* happened to it. The same version is the same change."""
     return Line(Event.KEY_CHANGED, key_id, occurred_at, f"version {version}, {what}")
+
+
+def used_line(key_id: UUID, uses: int, *, occurred_at: datetime) -> Line:
+    """Return the line of a key that a worker charged *uses* times since its last such line."""
+    return Line(Event.KEY_USED, key_id, occurred_at, f"uses {uses}")
+
+
+def uses_in(line: Line) -> int:
+    """Return the number of uses in a line that `used_line` made, 0 for another."""
+    number = line.reason.removeprefix("uses ")
+    return int(number) if number.isdecimal() else 0
 
 
 def epoch_number(line: Line) -> int:

@@ -5,7 +5,8 @@ worker or of another on the machine.
 """
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +19,7 @@ from kms.domain.key_row import record_invalid
 from kms.domain.keys import KeyFilter, KeyRecord, UsableKey
 from kms.domain.lifecycle import State
 from kms.store.errors import unavailable
-from kms.store.journal import Entry, Event, epoch_number, parse_line, version_in
+from kms.store.journal import Entry, Event, epoch_number, parse_line, uses_in, version_in
 
 _ENDS = (Event.KEY_COMPROMISED, Event.KEY_REVOKED, Event.KEY_DESTROYED)
 
@@ -48,18 +49,28 @@ class JournalKnowledge:
     _epoch: int = 0
     _ended: dict[UUID, set[Event]] = field(default_factory=dict, repr=False)
     _narrowed: dict[UUID, Narrowed] = field(default_factory=dict, repr=False)
+    _used: Counter[UUID] = field(default_factory=Counter, repr=False)
 
-    def check(self, key: KeyRecord) -> None:
+    def check(self, key: KeyRecord, *, uses: int = 0) -> None:
         """Raise RECORD_INVALID for a key that the journal knows to be revoked, compromised, destroyed or changed since.
 
-        Raises STORE_UNAVAILABLE where the journal cannot be read.
+        Raises it also for a key whose count lacks some of *uses*: what `uses` returned before the key was read. Raises
+        STORE_UNAVAILABLE where the journal cannot be read.
         """
         self.follow()
         key_id = key.identity.key_id
         narrowed = self._narrowed.get(key_id)
         shows = all(_shows(key, event) for event in self._ended.get(key_id, ()))
-        if not shows or (narrowed is not None and not narrowed.fits(key)):
+        if not shows or (narrowed is not None and not narrowed.fits(key)) or key.usage_counter < uses:
             raise record_invalid(key_id)
+
+    def uses(self, key_id: UUID) -> int:
+        """Return how often the workers of this machine have charged the key in this epoch, as far as the journal has it.
+
+        Raises STORE_UNAVAILABLE.
+        """
+        self.follow()
+        return self._used[key_id]
 
     def knows(self, key_id: UUID, version: int) -> bool:
         """Whether the journal has a change of the key that left it at *version* or a later one. Raises STORE_UNAVAILABLE."""
@@ -87,9 +98,12 @@ class JournalKnowledge:
 
     def _learn(self, line: Entry) -> None:
         if line.event is Event.EPOCH_SEEN and epoch_number(line) >= self._epoch:
-            # Versions of another epoch are those of other changes; what was ended stays so.
+            # Versions of another epoch are those of other changes, and its uses may be lost; what was ended stays so.
             self._epoch = epoch_number(line)
             self._narrowed.clear()
+            self._used.clear()
+        elif line.event is Event.KEY_USED:
+            self._used[line.subject] += uses_in(line)
         elif line.event in _ENDS:
             self._ended.setdefault(line.subject, set()).add(line.event)
         elif line.event is Event.KEY_CHANGED:
@@ -113,19 +127,21 @@ class KnownKeys:
         """Return the key, or None: see `Keys.find`. Raises RECORD_INVALID."""
         record = await self.keys.find(caller, ref, recent=recent)
         if record is not None and self._is_known_better(record):
-            # A move that was made meanwhile tells the journal before the cache: what is read now is after its line.
+            # What the journal knows by now shows in a read that begins now: each line is written after what it tells of.
+            uses = self._uses_of(record)
             record = await self.keys.find(caller, ref)
             if record is not None:
-                self.knowledge.check(record)
+                self.knowledge.check(record, uses=uses(record))
         return record
 
     async def find_usable(self, caller: UserId, ref: KeyRef, *, recent: bool = False) -> UsableKey | None:
         """Return the key with its envelope, or None: see `Keys.find_usable`. Raises RECORD_INVALID."""
         key = await self.keys.find_usable(caller, ref, recent=recent)
         if key is not None and self._is_known_better(key.record):
+            uses = self._uses_of(key.record)
             key = await self.keys.find_usable(caller, ref)
             if key is not None:
-                self.knowledge.check(key.record)
+                self.knowledge.check(key.record, uses=uses(key.record))
         return key
 
     async def predecessors(self, caller: UserId, name: KeyName) -> int:
@@ -140,12 +156,20 @@ class KnownKeys:
         return _without(page, invalid) if invalid else page
 
     async def _is_invalid(self, caller: UserId, key_id: KeyId) -> bool:
+        uses = self.knowledge.uses(key_id)
         record = await self.keys.find(caller, key_id)
-        return record is not None and self._is_known_better(record)
+        return record is not None and self._is_known_better(record, uses)
 
-    def _is_known_better(self, key: KeyRecord) -> bool:
+    def _uses_of(self, key: KeyRecord) -> Callable[[KeyRecord], int]:
+        """Return what gives the uses of *key* that the journal knows of now, and 0 for another key that has its name since."""
+        key_id = key.identity.key_id
+        uses = self.knowledge.uses(key_id)
+        return lambda read: uses if read.identity.key_id == key_id else 0
+
+    def _is_known_better(self, key: KeyRecord, uses: int | None = None) -> bool:
+        """Whether the journal knows better than *key* says. *uses* None: of all uses that it knows of now."""
         try:
-            self.knowledge.check(key)
+            self.knowledge.check(key, uses=self.knowledge.uses(key.identity.key_id) if uses is None else uses)
         except KmsError as error:
             if error.reason is not Reason.RECORD_INVALID:
                 raise

@@ -32,6 +32,7 @@ from kms.store import partitions
 from kms.store.disk import Disk
 from kms.store.journal import Journal
 from kms.store.journal_follower import JournalFollower
+from kms.store.journaled_uses import JournaledUses
 from kms.store.keys import StoredKeys
 from kms.store.pool import Pool
 from kms.store.repeats import FORGET_MAX, StoredRepeats
@@ -57,6 +58,7 @@ class JobParts:
     hsm: TokenHsm
     lifecycle: Lifecycle
     journal: Journal | None
+    uses: JournaledUses | None
     disk: Disk
     probe: DatabaseProbe
     condition: Condition
@@ -84,6 +86,8 @@ def upkeep_jobs(parts: JobParts) -> list[Job]:
     if parts.journal is not None:
         follower = JournalFollower(pool, parts.journal, parts.keys.records)
         jobs.append(Job("journal", 10.0, follower.catch_up, warns_after_seconds=5 * _MINUTE))
+    if parts.uses is not None:
+        jobs.append(Job("uses", 1.0, parts.uses.write, warns_after_seconds=_MINUTE))
     if parts.sealer is not None:
         # A round is a term: it lasts for as long as nothing fails. `SealWatch` warns of rows without a checkpoint.
         jobs.append(Job(CHECKPOINTS, 5.0, parts.sealer.serve_term))

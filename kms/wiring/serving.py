@@ -56,6 +56,7 @@ from kms.store.disk import Disk
 from kms.store.journal import Journal
 from kms.store.journal_knowledge import JournalKnowledge, KnownKeys
 from kms.store.journaled import JournaledLifecycle
+from kms.store.journaled_uses import JournaledUses
 from kms.store.keys import StoredKeys
 from kms.store.ledger import open_ledger
 from kms.store.lifecycle import StoredLifecycle
@@ -185,15 +186,14 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         history, probe, pulse = HistoryWatch(), DatabaseProbe(pool), Pulse()
         sealer = trail_sealer(config, dsn, pool, records, hsm, history, partial(runner.note_success, CHECKPOINTS))
         caches = {"keys": keys.status, "users": users.status}
-        advice = _advice(config)
-        for sentence in advice:
-            _LOG.warning("configuration", advice=sentence)
+        advice = _told_advice(config)
         watch = SealWatch(seal_seconds(config))
         condition = Condition(
             hsm, ledger, pool, records, disk, probe.answers, caches, watch, history, advice, jobs=runner.statuses
         )
         is_first = supervised is None or supervised.number == 1
-        parts = JobParts(pool, stored_keys, hsm, lifecycle, journal, disk, probe, condition, sealer, rotating, is_first)
+        uses = await stack.enter_async_context(_told_uses(journal, keys.counts))
+        parts = JobParts(pool, stored_keys, hsm, lifecycle, journal, uses, disk, probe, condition, sealer, rotating, is_first)
         await stack.enter_async_context(runner.running(*upkeep_jobs(parts)))
         await stack.enter_async_context(seen(seen_on, telemetry, condition, pulse))
         connections = Connections(connection_limits(server_config))
@@ -269,9 +269,23 @@ def _server(
     )
 
 
-def _advice(config: Config) -> list[str]:
-    """Return what should be configured otherwise, though the service can do without."""
-    return [*_without_memory(config), *_without_journal(config)]
+@asynccontextmanager
+async def _told_uses(journal: Journal | None, counts: Counts) -> AsyncIterator[JournaledUses | None]:
+    """Yield what tells the journal of uses. At the end, when no call is served any more, it tells the last of them."""
+    uses = None if journal is None else JournaledUses(journal, counts, host_clock)
+    try:
+        yield uses
+    finally:
+        if uses is not None:
+            await uses.write()
+
+
+def _told_advice(config: Config) -> list[str]:
+    """Return what should be configured otherwise, though the service can do without; the log has it too."""
+    advice = [*_without_memory(config), *_without_journal(config)]
+    for sentence in advice:
+        _LOG.warning("configuration", advice=sentence)
+    return advice
 
 
 def _without_journal(config: Config) -> list[str]:

@@ -21,7 +21,7 @@ from tests.fixtures.server import Caller, RunningServer
 from tests.hostile.conftest import Superuser
 
 SIGN: Final = cpb.SignRequest(key="k", message=b"m")
-_SAYS_OK: Final = """
+SAYS_OK: Final = """
     CREATE OR REPLACE FUNCTION cryptography.settle(writer UUID, number BIGINT, entries JSON) RETURNS TEXT[]
     LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
     AS $$ BEGIN RETURN ARRAY(SELECT 'OK' FROM json_array_elements(entries)); END $$
@@ -371,7 +371,7 @@ def test_a_limit_ends_many_clients_at_once_where_the_database_says_that_it_charg
                 return refusal_of(error).reason
         return "OK"
 
-    superuser(_SAYS_OK, _SLOW_READS)
+    superuser(SAYS_OK, _SLOW_READS)
     try:
         callers = [attacked.caller(owner.user_id) for _ in range(8)]
         with ThreadPoolExecutor(len(callers)) as pool:
@@ -413,7 +413,7 @@ def test_what_is_no_verdict_of_ours_gives_no_result(
 def test_one_bad_verdict_is_of_its_item_alone(superuser: Superuser, owner: Caller) -> None:
     made(owner, "ed25519")
     [kept] = superuser("SELECT pg_get_functiondef('cryptography.settle'::regproc) AS definition")
-    superuser(_SAYS_OK.replace("'OK'", "CASE WHEN value->'details'->>'input_bytes' = '1' THEN 'FINE' ELSE 'OK' END"))
+    superuser(SAYS_OK.replace("'OK'", "CASE WHEN value->'details'->>'input_bytes' = '1' THEN 'FINE' ELSE 'OK' END"))
     try:
         batch = owner.crypto.BatchSign(cpb.BatchSignRequest(items=[SIGN, cpb.SignRequest(key="k", message=b"other")]))
         assert [reason_of(item) for item in batch.items] == ["RECORD_INVALID", "OK"]

@@ -231,3 +231,27 @@ def test_an_old_row_without_the_limit_lifts_it_for_no_use() -> None:
     bounds = counts.of(record.identity.key_id)
     assert bounds is not None
     assert bounds.limit == 3
+
+
+def test_uses_of_a_key_with_a_limit_are_given_in_parts_of_a_hundredth() -> None:
+    counts, record, free = Counts(), replace(key(5), max_usage_count=1000), key(5)
+    for each in (record, free):
+        counts.check(each, Meanwhile())
+    used(counts, free, 1000)
+    used(counts, record, 9)
+    assert counts.take_due() == []
+    used(counts, record, 3)
+    assert counts.take_due() == [(record.identity.key_id, 12)]
+    assert counts.take_due() == []
+    used(counts, record, 10)
+    assert counts.take_due() == [(record.identity.key_id, 10)]
+
+
+def test_uses_are_given_of_a_key_that_was_forgotten_meanwhile_too() -> None:
+    counts, record = Counts(keys_max=1), replace(key(0), max_usage_count=100)
+    counts.check(record, Meanwhile())
+    used(counts, record, 2)
+    counts.check(key(0), Meanwhile())  # no room is left for the first
+    counts.check(replace(record, usage_counter=2), Meanwhile())
+    used(counts, record, 3)
+    assert sorted(counts.take_due()) == [(record.identity.key_id, 2), (record.identity.key_id, 3)]

@@ -1,5 +1,6 @@
 """The jobs of the service, and the work of some."""
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,19 +12,22 @@ from tests.fixtures.postgres import Database
 from tests.store.uses import a_repeat, make_key, make_user, rows, sign
 
 
-def named(parts: dict[str, object]) -> list[str]:
+def named(parts: Mapping[str, object]) -> list[str]:
     """Return the names of the jobs of a worker with *parts*; the rest of it is absent."""
-    absent = cast(Any, SimpleNamespace(opens=None, check=None, watch=None, ask=None, records=None, serve_term=None, do_due=None))
+    absent = cast(
+        Any, SimpleNamespace(opens=None, check=None, watch=None, ask=None, records=None, serve_term=None, do_due=None, write=None)
+    )
     fields = dict.fromkeys(JobParts.__dataclass_fields__, absent)
     return [job.name for job in upkeep_jobs(JobParts(**{**fields, **parts}))]
 
 
 def test_a_worker_has_the_jobs_that_its_parts_are_for() -> None:
     every = ["partitions", "destruction", "repeats", "condition", "disk", "rotations", "database"]
-    assert named({"is_first": False, "journal": None, "sealer": None}) == every
-    assert named({"is_first": True, "journal": None, "sealer": None}) == [*every, "residents"]
-    assert named({"is_first": False, "sealer": None}) == [*every, "journal"]
-    assert named({"is_first": False, "journal": None}) == [*every, "checkpoints"]
+    none = {"is_first": False, "journal": None, "uses": None, "sealer": None}
+    assert named(none) == every
+    assert named({**none, "is_first": True}) == [*every, "residents"]
+    assert named({"is_first": False, "sealer": None}) == [*every, "journal", "uses"]
+    assert named({"is_first": False, "journal": None, "uses": None}) == [*every, "checkpoints"]
 
 
 async def test_answers_that_are_no_longer_given_are_removed_all_of_them(database: Database, store: Pool) -> None:

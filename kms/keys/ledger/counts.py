@@ -10,6 +10,9 @@ A read need not show the uses that were charged while it was under way. It must 
 Each answer that is stored for a repeat has an id, which names the process that made it. An answer of this process that the
 ledger did not settle is remembered here. If such an answer is found stored later, it counts as a use: either the database
 charged it after all, or its owner lies. An answer of another process counts once as handed out.
+
+This process forgets all of it at its end. So `take_due` gives what should be remembered outside: the uses that this process
+charged of keys with a limit. It gives them in parts of a hundredth of the limit, so that a key has few of them in its life.
 """
 
 from collections import Counter, OrderedDict
@@ -29,6 +32,7 @@ from kms.domain.keys import KeyRecord
 _KEYS_MAX: Final = 10_000
 _ANSWERS_MAX: Final = 100_000
 _PROCESS_BYTES: Final = 8
+_PARTS_OF_A_LIMIT: Final = 100
 
 Meanwhile = Counter[KeyId]
 """How often each key was charged while a read was under way."""
@@ -38,7 +42,8 @@ Meanwhile = Counter[KeyId]
 class KeyCount:
     """The two bounds of one key, and the lowest limit that was read. None: no limit.
 
-    `forgotten`: of unsettled answers with this number or a lower one, some may be forgotten.
+    `forgotten`: of unsettled answers with this number or a lower one, some may be forgotten. `untold`: uses that this process
+    charged and `take_due` has not given yet.
     """
 
     key_id: KeyId
@@ -46,6 +51,12 @@ class KeyCount:
     least: int
     handed_out: int = 0
     forgotten: int = 0
+    untold: int = 0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether so many uses are untold that they should be remembered outside."""
+        return self.limit is not None and self.untold * _PARTS_OF_A_LIMIT >= self.limit
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +71,7 @@ class Counts:
     _reads: dict[int, Meanwhile] = field(default_factory=dict)  # by identity: two equal counters are two reads
     _unsettled: OrderedDict[bytes, KeyCount] = field(default_factory=OrderedDict)
     _of_others: OrderedDict[bytes, KeyCount] = field(default_factory=OrderedDict)
+    _due: set[KeyCount] = field(default_factory=set)
 
     @contextmanager
     def reading(self) -> Iterator[Meanwhile]:
@@ -103,10 +115,21 @@ class Counts:
     def _count(self, bounds: KeyCount) -> None:
         bounds.least += 1
         bounds.handed_out += 1
+        bounds.untold += 1
+        if bounds.is_due:
+            self._due.add(bounds)
         if bounds.key_id in self._of_keys:
             self._of_keys.move_to_end(bounds.key_id)
         for meanwhile in self._reads.values():
             meanwhile[bounds.key_id] += 1
+
+    def take_due(self) -> list[tuple[KeyId, int]]:
+        """Return keys whose uses should be remembered outside, with the number of uses since the last time."""
+        due, self._due = self._due, set()
+        taken = [(bounds.key_id, bounds.untold) for bounds in due]
+        for bounds in due:
+            bounds.untold = 0
+        return taken
 
     def new_answer_id(self) -> bytes:
         """Return the id of an answer that is about to be stored: 16 bytes that name this process."""
