@@ -16,6 +16,7 @@ from kms.domain.ids import parse_key_name, parse_key_ref
 from kms.domain.keys import KeyFilter, KeyRecord
 from kms.domain.lifecycle import Change, Use
 from kms.keys.crypto.encryption import DATA_KEY_BYTES_DEFAULT, Decrypted, Encrypted, ToDecrypt, ToEncrypt, ToGenerate
+from kms.keys.crypto.reencryption import ReEncrypted, ToReEncrypt
 from kms.keys.crypto.signing import Signature, ToSign, ToVerify, Verification
 from kms.keys.ledger.repeats import RepeatableRequest
 from kms.rpc import enums
@@ -167,6 +168,13 @@ def wire_decrypted(decrypted: Decrypted) -> crypto_pb2.DecryptResponse:
     return crypto_pb2.DecryptResponse(plaintext=decrypted.plaintext, key_id=str(decrypted.key_id))
 
 
+def wire_reencrypted(moved: ReEncrypted) -> crypto_pb2.ReEncryptResponse:
+    """Return a ciphertext that was moved to another key as a client sees it."""
+    return crypto_pb2.ReEncryptResponse(
+        ciphertext=moved.ciphertext, key_id=str(moved.key_id), source_key_id=str(moved.source_key_id)
+    )
+
+
 def to_encrypt(request: crypto_pb2.EncryptRequest) -> ToEncrypt:
     """Return what an Encrypt request is about."""
     oaep_hash = enums.optional(enums.HASHES, request.oaep_hash, "oaep_hash")
@@ -187,7 +195,20 @@ def to_decrypt(request: crypto_pb2.DecryptRequest) -> ToDecrypt:
     )
 
 
-def _uses(request: crypto_pb2.DecryptRequest) -> Iterator[Use]:
+def to_reencrypt(request: crypto_pb2.ReEncryptRequest) -> ToReEncrypt:
+    """Return what a ReEncrypt request is about."""
+    return ToReEncrypt(
+        ciphertext=request.ciphertext,
+        aad=request.aad,
+        source_key=parse_key_ref(request.source_key, field="source_key") if request.source_key else None,
+        key=parse_key_ref(request.key) if request.key else None,
+        new_aad=request.new_aad if request.HasField("new_aad") else None,
+        oaep_hash=enums.optional(enums.HASHES, request.oaep_hash, "oaep_hash"),
+        uses=tuple(_uses(request)),
+    )
+
+
+def _uses(request: crypto_pb2.DecryptRequest | crypto_pb2.ReEncryptRequest) -> Iterator[Use]:
     yield Use.PROCESS
     if request.allow_compromised:
         yield Use.PROCESS_COMPROMISED
@@ -204,6 +225,7 @@ def to_generate(request: crypto_pb2.GenerateDataKeyRequest) -> ToGenerate:
 def repeatable(
     request: crypto_pb2.SignRequest
     | crypto_pb2.EncryptRequest
+    | crypto_pb2.ReEncryptRequest
     | crypto_pb2.GenerateDataKeyRequest
     | keys_pb2.CreateKeyRequest
     | rotation_pb2.RotateKeyRequest,
