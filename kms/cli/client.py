@@ -13,7 +13,7 @@ from kms.config import ClientConfig
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
-from google.rpc import error_details_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from kms.v1 import admin_pb2_grpc, audit_pb2, audit_pb2_grpc, crypto_pb2_grpc, keys_pb2_grpc, rotation_pb2_grpc
@@ -103,10 +103,24 @@ def call_error(error: grpc.RpcError, server: str) -> CallError:
     code: grpc.StatusCode = call.code()
     message = str(call.details() or code.name)
     status = rpc_status.from_call(call)
-    for detail in status.details if status is not None else ():
-        info = error_details_pb2.ErrorInfo()
-        if detail.Unpack(info):
-            return CallError(code.name, info.reason, message, info.metadata)
+    info = _info(status) if status is not None else None
+    if info is not None:
+        return CallError(code.name, info.reason, message, info.metadata)
     if code is grpc.StatusCode.UNAVAILABLE:
         return CallError(code.name, _UNREACHABLE, f"{server} does not answer as a KMS server: {message}", {"server": server})
     return CallError(code.name, code.name, message, {})
+
+
+def status_error(status: status_pb2.Status) -> CallError:
+    """Return what the status of an item of a batch says."""
+    info = _info(status) or error_details_pb2.ErrorInfo()
+    code = code_pb2.Code.Name(status.code)  # type: ignore[arg-type]  # the field is a number of this enumeration
+    return CallError(code, info.reason or code, status.message, info.metadata)
+
+
+def _info(status: status_pb2.Status) -> error_details_pb2.ErrorInfo | None:
+    for detail in status.details:
+        info = error_details_pb2.ErrorInfo()
+        if detail.Unpack(info):
+            return info
+    return None
