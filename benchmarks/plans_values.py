@@ -193,6 +193,7 @@ CASES: Final[Mapping[str, Mapping[str, Make]]] = {
         "the user of a tenth, a type that he has not": _page(of_the_many=True, type="rsa"),
         "the user of a tenth, a state that no key has": _page(of_the_many=True, state="compromised"),
     },
+    "keys.PAGE_OF_LINEAGE": {"": _page(of_the_many=True, lineage=key_name(1))},
     "lifecycle.DESTROYED_OBJECTS": {"": _fixed(objects=["00ff", "00fe", "00fd", "00fc"])},
     "lifecycle.MOVE": {
         "update": _move("update", metadata={"a": "b"}),

@@ -12,7 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from kms.domain.errors import KmsError, malformed
 from kms.domain.fields import open_token, parse_moment, parse_number, parse_optional_number, token_of
-from kms.domain.ids import parse_key_name, parse_key_ref
+from kms.domain.ids import KeyName, parse_key_name, parse_key_ref
 from kms.domain.keys import KeyFilter, KeyRecord
 from kms.domain.lifecycle import Change, Use
 from kms.keys.crypto.encryption import DATA_KEY_BYTES_DEFAULT, Decrypted, Encrypted, ToDecrypt, ToEncrypt, ToGenerate
@@ -77,8 +77,8 @@ def der_of(pem: str) -> bytes:
     return base64.b64decode("".join(line for line in pem.splitlines() if not line.startswith("-----")))
 
 
-def page_request(request: keys_pb2.ListKeysRequest) -> tuple[KeyFilter, str, int]:
-    """Return the filter, the name to begin behind, and the page's size."""
+def page_request(request: keys_pb2.ListKeysRequest, lineage: KeyName | None) -> tuple[KeyFilter, str, int]:
+    """Return the filter, the name to begin behind, and the page's size. *lineage* is the name that `lineage` stands for."""
     page_size = parse_optional_number(request.page_size, field="page_size", most=PAGE_MAX)
     if request.name_prefix:
         parse_key_name(request.name_prefix, field="name_prefix")
@@ -87,6 +87,7 @@ def page_request(request: keys_pb2.ListKeysRequest) -> tuple[KeyFilter, str, int
         purpose=enums.optional(enums.PURPOSES, request.purpose, "purpose"),
         status=enums.optional(enums.STATES, request.state, "state"),
         name_prefix=request.name_prefix or None,
+        lineage=lineage,
     )
     return which, _parse_page_token(request.page_token, which), page_size or PAGE_DEFAULT
 
@@ -114,7 +115,7 @@ def _parse_page_token(token: str, which: KeyFilter) -> str:
 
 
 def _fingerprint(which: KeyFilter) -> str:
-    parts = [which.key_type, which.purpose, which.status, which.name_prefix]
+    parts = [which.key_type, which.purpose, which.status, which.name_prefix, which.lineage]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

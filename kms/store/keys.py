@@ -62,16 +62,14 @@ WALKED_MAX: Final = 1_000
 # One call looks at so many keys, or a filter that few fit would take it through all of them: the last of them tells where to
 # go on, whether it fits or not. Names are ASCII and compared byte by byte: DEL is behind every character of a name, so the
 # prefix is a range of the index.
-PAGE: Final = f"""
-    SELECT {COLUMNS}, now, fits, place
-    FROM (
-        SELECT {_RECORD}, {_STATE} AS state, row_number() OVER (ORDER BY key_name) AS place
+_WALK: Final = f"""
+        SELECT {_RECORD}, {_STATE} AS state
         FROM cryptography.keys
         WHERE user_id = %(caller)s AND key_name > %(after)s
             AND key_name >= %(prefix)s AND key_name < %(prefix)s || chr(127)
-        ORDER BY key_name
-        LIMIT %(walked_max)s
-    ) AS walked
+"""
+_IN_ORDER: Final = "ORDER BY key_name LIMIT %(walked_max)s"
+_FITTING: Final = """
     CROSS JOIN LATERAL (
         SELECT (%(type)s::text IS NULL OR key_type = %(type)s)
             AND (%(purpose)s::text IS NULL OR key_purpose = %(purpose)s)
@@ -80,6 +78,24 @@ PAGE: Final = f"""
     WHERE fits OR place = %(walked_max)s
     ORDER BY key_name
     LIMIT %(rows_max)s
+"""
+_NUMBERED: Final = f"SELECT {COLUMNS}, now, state, row_number() OVER (ORDER BY key_name) AS place"
+PAGE: Final = f"""
+    SELECT {COLUMNS}, now, fits, place
+    FROM ({_NUMBERED} FROM ({_WALK} {_IN_ORDER}) AS walk) AS walked {_FITTING}
+"""
+# A lineage is two ranges of the index: names such as `k-2` stand between `k` and `k@1`.
+PAGE_OF_LINEAGE: Final = f"""
+    SELECT {COLUMNS}, now, fits, place
+    FROM (
+        {_NUMBERED}
+        FROM (
+            ({_WALK} AND key_name = %(lineage)s)
+            UNION ALL
+            ({_WALK} AND key_name > %(lineage)s || '@' AND key_name < %(lineage)s || 'A' {_IN_ORDER})
+            {_IN_ORDER}
+        ) AS walk
+    ) AS walked {_FITTING}
 """
 
 
@@ -147,13 +163,15 @@ class StoredKeys:
             "caller": caller,
             "after": after,
             "prefix": which.name_prefix or "",
+            "lineage": which.lineage,
             "type": which.key_type,
             "purpose": which.purpose,
             "state": which.status,
             "walked_max": WALKED_MAX,
             "rows_max": limit + 1,
         }
-        rows = await self.pool.fetch(as_user(caller), PAGE, parameters)
+        query = PAGE if which.lineage is None else PAGE_OF_LINEAGE
+        rows = await self.pool.fetch(as_user(caller), query, parameters)
         fitting = [row for row in rows if row["fits"]]
         found, invalid = await self._listed(caller, fitting[:limit])
         if len(fitting) > limit:

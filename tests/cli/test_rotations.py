@@ -27,6 +27,8 @@ def test_a_key_is_rotated_and_its_log_is_shown(as_ada: Kms) -> None:
     predecessor = as_ada("key", "show", "k@1", "--json").json
     assert (predecessor["id"], predecessor["successor_id"], predecessor["state"]) == (created["id"], shown["id"], "inactive")
     assert "superseded_at" in predecessor
+    lineage = as_ada("key", "list", "--lineage", "k@1", "--json").json["keys"]
+    assert [key["id"] for key in lineage] == [shown["id"], predecessor["id"]]
     assert as_ada("rotation", "show", rotated["id"], "--json").json == rotated
     assert as_ada("rotation", "list", "--json").json == {"rotations": [rotated]}
     again = as_ada("key", "rotate", "k", "--reason", "again")

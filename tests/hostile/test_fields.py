@@ -130,6 +130,7 @@ KINDS: Final[dict[str, Kind]] = {
     "ListKeysRequest.purpose": ENUM,
     "ListKeysRequest.state": ENUM,
     "ListKeysRequest.name_prefix": PREFIX,
+    "ListKeysRequest.lineage": Kind(OPTIONAL_KEY.refused),
     "UpdateKeyRequest.max_usage_count": LIMIT,
     "UpdateKeyRequest.expires_at": MOMENT,
     "UpdateKeyRequest.metadata": KEY_METADATA,
