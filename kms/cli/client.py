@@ -48,18 +48,20 @@ class Client:
             raise call_error(error, self._config.server) from None
 
     def pages(self, method: _Method[Any, Any], request: Any, field: str, limit: int) -> Iterator[Any]:  # noqa: ANN401
-        """Yield what the pages of a list hold in *field*, at most *limit* items; 0: all. Raises `CallError`.
-
-        An empty page is not always the last: only a page without a token is.
-        """
+        """Yield what the pages of a list hold in *field*, at most *limit* items; 0: all. Raises `CallError`."""
         count = 0
-        while True:
-            page = self.call(method, request)
+        for page in self.whole_pages(method, request):
             for item in getattr(page, field):
                 yield item
                 count += 1
                 if count == limit:
                     return
+
+    def whole_pages(self, method: _Method[Any, Any], request: Any) -> Iterator[Any]:  # noqa: ANN401
+        """Yield the pages of a list. An empty page is not always the last: only a page without a token is."""
+        while True:
+            page = self.call(method, request)
+            yield page
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token

@@ -41,6 +41,8 @@ from kms.rotation.ports import Rotations
 from kms.rotation.postgres import StoredRotations
 from kms.rotation.rotating import Rotating, RotatingWorker
 from kms.rotation.rotation_service import RotationServicer
+from kms.rotation.usage import LineageUsage, Uses
+from kms.rotation.usage_postgres import StoredUses
 from kms.rpc.admin import AdminServicer
 from kms.rpc.audit import AuditServicer
 from kms.rpc.batches import run_batch
@@ -208,6 +210,7 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
             lifecycle,
             rotations,
             rotating,
+            StoredUses(pool),
             identity,
             telemetry,
             connections,
@@ -240,6 +243,7 @@ def _server(
     lifecycle: Lifecycle,
     rotations: Rotations,
     rotating: LeasedWorker,
+    uses: Uses,
     identity: ClientIdentity,
     telemetry: Telemetry,
     connections: Connections,
@@ -261,7 +265,8 @@ def _server(
         AuditServicer(auditing),
         AdminServicer(Administration(reports)),
         RotationServicer(
-            Rotating(keys, hsm, rotations, repeats, rotating.do_item, partial(asyncio.sleep, _ROTATION_LOOK_SECONDS))
+            Rotating(keys, hsm, rotations, repeats, rotating.do_item, partial(asyncio.sleep, _ROTATION_LOOK_SECONDS)),
+            LineageUsage(keys, uses),
         ),
         transport=transport_limits(config),
         faults=lambda: reports.condition.faults,

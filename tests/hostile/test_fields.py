@@ -54,6 +54,7 @@ GOOD: Final[dict[str, dict[str, Any]]] = {
     "MarkKeyCompromisedRequest": {"key": "ec", "reason": "test"},
     "ScheduleKeyDestructionRequest": {"key": "aes", "pending_days": 7},
     "RotateKeyRequest": {"key": "aes", "reason": "test"},
+    "GetLineageUsageRequest": {"key": "aes"},
     "GetRotationRequest": {"rotation_id": "00000000-0000-4000-8000-000000000000"},
 }
 
@@ -206,6 +207,10 @@ KINDS: Final[dict[str, Kind]] = {
     "ListRotationsRequest.status": ENUM,
     "ListRotationsRequest.page_size": Kind((201, 2**31, 2**32 - 1)),
     "ListRotationsRequest.page_token": TOKEN,
+    "GetLineageUsageRequest.key": KEY,
+    "GetLineageUsageRequest.since": MOMENT,
+    "GetLineageUsageRequest.page_size": Kind((51, 2**31, 2**32 - 1)),
+    "GetLineageUsageRequest.page_token": TOKEN,
 }
 
 
