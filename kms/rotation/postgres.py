@@ -105,17 +105,17 @@ class StoredRotations:
             "request_id": call.request_id,
             "peer": call.peer,
         }
-        try:
-            async with self.pool.transaction(as_user(call.user.user_id)) as connection:
+        async with self.pool.transaction(as_user(call.user.user_id)) as connection:
+            try:
                 row = await (await connection.execute(REQUEST, parameters)).fetchone()
-                if row is None or not isinstance(row["id"], UUID):
-                    raise record_invalid(request.key_id)
-                if repeat_of is not None:
-                    await keep_answer(connection, repeat_of(row["id"]))
-        except pg.InvalidAuthorizationSpecification:
-            raise credentials_invalid() from None
-        except pg.NoDataFound:
-            raise key_not_found() from None
+            except pg.InvalidAuthorizationSpecification:
+                raise credentials_invalid() from None
+            except pg.NoDataFound:
+                raise key_not_found() from None
+            if row is None or not isinstance(row["id"], UUID):
+                raise record_invalid(request.key_id)
+            if repeat_of is not None:
+                await keep_answer(connection, repeat_of(row["id"]))
         rotation_id: UUID = row["id"]
         return rotation_id
 

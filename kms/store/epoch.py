@@ -271,17 +271,17 @@ async def confirm_key(
         "version": rows[0]["version"],
         "mac": await records.mac_of_key(after),
     }
-    try:
-        async with pool.transaction(AS_ADMINISTRATOR) as connection:
+    async with pool.transaction(AS_ADMINISTRATOR) as connection:
+        try:
             row = await (await connection.execute(CONFIRM, parameters)).fetchone()
-    except pg.NoDataFound:
-        raise _waits_for_nothing() from None
-    except pg.SerializationFailure:
-        raise KmsError(Reason.STALE, "the key was changed meanwhile: run the command again") from None
-    except pg.InvalidParameterValue as error:
-        raise malformed("count", error.diag.message_primary or "") from None
-    except pg.NumericValueOutOfRange:
-        raise malformed("count", "expected a number of uses") from None
+        except pg.NoDataFound:
+            raise _waits_for_nothing() from None
+        except pg.SerializationFailure:
+            raise KmsError(Reason.STALE, "the key was changed meanwhile: run the command again") from None
+        except pg.InvalidParameterValue as error:
+            raise malformed("count", error.diag.message_primary or "") from None
+        except pg.NumericValueOutOfRange:
+            raise malformed("count", "expected a number of uses") from None
     assert row is not None  # noqa: S101  # a function that returns no set gives a row or raises
     return bool(row["is_active"])
 

@@ -12,6 +12,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
+from kms.app.records import Records
 from kms.dev.postgres import EmbeddedPostgres, temporary_postgres
 from kms.domain.algorithms import KeyType
 from kms.domain.errors import KmsError, Reason
@@ -483,6 +484,20 @@ async def test_an_administrator_confirms_a_key_with_a_count(
     found = states(admin)
     assert (found["limited"], found["aes"], found["limited-inactive"]) == ("active", "inactive", "inactive")
     assert admin.execute(b"SELECT usage_counter FROM cryptography.keys WHERE key_name = 'limited'").fetchone() == (7,)
+
+
+async def test_a_key_that_changes_while_it_is_confirmed_is_stale(database: Database, admin: psycopg.Connection[Any]) -> None:
+    key = add_key(admin, add_user(admin), "aes")
+    begin_epoch(admin, Cause.RECOVERED, [], is_complete=True, mac=mac)
+
+    async def change_and_mac(data: bytes) -> bytes:
+        admin.execute(b'UPDATE cryptography.keys SET metadata = \'{"a": "b"}\' WHERE id = %s', (key,))
+        return mac(data)
+
+    async with open_pool(database.dsn, 1) as pool:
+        with pytest.raises(KmsError) as caught:
+            await confirm_key(pool, Records(change_and_mac, RECORDS.clock), key, 0)
+    assert caught.value.reason is Reason.STALE
 
 
 async def test_what_a_restore_does_to_a_key_has_the_reason_restored(
