@@ -194,7 +194,10 @@ def filled_pair(directory: Path, size: Size) -> Iterator[tuple[Filled, Filled]]:
 
 
 def report(pair: tuple[Filled, Filled], only: str) -> bool:
-    """Print the table of the statements whose names begin with *only*; return whether a large table was read whole without that being the purpose."""
+    """Print the table of the statements whose names begin with *only*.
+
+    Return whether a large table was read whole without that being the purpose.
+    """
     wrong = False
     print("| statement | role | how it reads what is large | small, ms | large, ms | ratio |\n|---|---|---|---|---|---|")
     for case in [each for each in cases(pair[1].measuring) if each.name.startswith(only)]:
