@@ -111,27 +111,27 @@ class StoredKeys:
 
     async def insert(self, caller: UserId, key: NewKey, *, call: Call | None = None, repeat: Repeat | None = None) -> KeyRecord:
         """Store a key: see `Keys.insert`."""
-        try:
-            # Before a connection is held: the token may be slow.
-            row = _new_row(caller, key, (await self.pool.fetch(as_user(caller), NOW))[0]["now"])
-            parameters = {
-                **row,
-                "metadata": Jsonb(row["metadata"]),
-                "encrypted_private_key": key.material.envelope,
-                "record_mac": await self.records.mac_of_key(row),
-            }
-            async with self.pool.transaction(as_user(caller)) as connection:
-                if call is not None:
-                    await connection.execute(FOR_CALL, {"request_id": call.request_id, "peer": call.peer})
+        # Before a connection is held: the token may be slow.
+        row = _new_row(caller, key, (await self.pool.fetch(as_user(caller), NOW))[0]["now"])
+        parameters = {
+            **row,
+            "metadata": Jsonb(row["metadata"]),
+            "encrypted_private_key": key.material.envelope,
+            "record_mac": await self.records.mac_of_key(row),
+        }
+        async with self.pool.transaction(as_user(caller)) as connection:
+            if call is not None:
+                await connection.execute(FOR_CALL, {"request_id": call.request_id, "peer": call.peer})
+            try:
                 stored = await (await connection.execute(INSERT, parameters)).fetchone()
-                assert stored is not None  # noqa: S101  # INSERT … RETURNING gives a row or raises
-                record = await self._proven(stored, caller, key.identity.key_id)
-                if repeat is not None:
-                    await keep_answer(connection, repeat)
-        except pg.CheckViolation as error:
-            if error.diag.constraint_name != "key_expiration_logic":
-                raise
-            raise malformed("expires_at", "expected a moment ahead") from None
+            except pg.CheckViolation as error:
+                if error.diag.constraint_name != "key_expiration_logic":
+                    raise
+                raise malformed("expires_at", "expected a moment ahead") from None
+            assert stored is not None  # noqa: S101  # INSERT … RETURNING gives a row or raises
+            record = await self._proven(stored, caller, key.identity.key_id)
+            if repeat is not None:
+                await keep_answer(connection, repeat)
         return record
 
     async def find(self, caller: UserId, ref: KeyRef, *, recent: bool = False) -> KeyRecord | None:
