@@ -123,5 +123,6 @@ def test_verifying_the_empty_batch_is_malformed_in_every_form(caller: Caller) ->
         (caller.crypto.BatchSign, cpb.BatchSignRequest()),
         (caller.crypto.BatchVerify, cpb.BatchVerifyRequest()),
         (caller.crypto.BatchDecrypt, cpb.BatchDecryptRequest()),
+        (caller.crypto.BatchReEncrypt, cpb.BatchReEncryptRequest()),
     ):
         assert refusal(call, request).metadata == {"field": "items"}

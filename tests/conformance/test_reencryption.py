@@ -235,6 +235,17 @@ def test_a_ciphertext_of_another_key_is_incorrect_for_the_source_key_named(calle
     assert refused(caller, b"\x01" * 20)[0] == "CIPHERTEXT_INVALID"
 
 
+@pytest.mark.parametrize("field", ["ciphertext", "aad", "new_aad"])
+def test_a_batch_has_at_most_a_mebibyte_of_all_that_an_item_carries(caller: Caller, field: str) -> None:
+    carried: dict[str, Any] = {field: bytes(65_536)}
+    items = [cpb.ReEncryptRequest(**carried)] * 16
+    answers = caller.crypto.BatchReEncrypt(cpb.BatchReEncryptRequest(items=items)).items
+    assert {item_reason(each.error) for each in answers} == {"CIPHERTEXT_INVALID"}
+    items.append(cpb.ReEncryptRequest(ciphertext=b"x"))
+    found = refusal(caller.crypto.BatchReEncrypt, cpb.BatchReEncryptRequest(items=items))
+    assert (found.reason, found.metadata) == ("MALFORMED", {"field": "items"})
+
+
 def test_each_item_of_a_batch_has_its_own_outcome(caller: Caller, server: RunningServer) -> None:
     made(caller, "aes")
     old = [encrypted(caller, aad=bytes([number])) for number in range(3)]

@@ -82,6 +82,8 @@ def everything_said(caller: Caller) -> list[bytes]:
         if isinstance(sealed, cpb.EncryptResponse):
             call(caller.crypto.Decrypt, cpb.DecryptRequest(ciphertext=sealed.ciphertext))
             call(caller.crypto.Decrypt, cpb.DecryptRequest(ciphertext=sealed.ciphertext[:-1] + b"?"))
+            call(caller.crypto.ReEncrypt, cpb.ReEncryptRequest(ciphertext=sealed.ciphertext))
+            call(caller.crypto.ReEncrypt, cpb.ReEncryptRequest(ciphertext=sealed.ciphertext[:-1] + b"?"))
         call(caller.crypto.GenerateDataKey, cpb.GenerateDataKeyRequest(key=kind))
     call(caller.keys.ListKeys, kpb.ListKeysRequest())
     return said
