@@ -68,7 +68,7 @@ def watch(
 ) -> None:
     """Show how envelopes leave the old generations, until none is left that opens: a bar on a terminal, else lines.
 
-    The service does the work. Needs [database] too.
+    The service does the work. With --json each look is one object on a line. Needs [database] too.
     """
     config = invocation.operator_config("hsm", "database")
     from kms.wiring import kek as wiring

@@ -186,8 +186,12 @@ async def test_a_generation_is_destroyed_under_a_service_that_runs(
     kept = moved(kept, await rotated.rewrap(kept))
     lost = []
     monkeypatch.setattr(rotated._lanes, "after_loss", lambda: lost.append(1))
+    connection = rotated._link.last
+    before = connection.open_session()
     elsewhere(retire, soft_token, 1)
     elsewhere(destroy, soft_token, 1)
+    connection.look(before)
+    connection.close_session(before)
     for _ in range(3):
         with pytest.raises(KmsError) as caught:
             await use(rotated, key)
