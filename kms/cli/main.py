@@ -14,6 +14,7 @@ from kms.cli import (
     database,
     events,
     hsm,
+    kek,
     keys,
     moves,
     partitions,
@@ -58,7 +59,7 @@ def _global(
     ctx.obj = Invocation(config_file, as_json)
 
 
-for _part in (service, database, partitions, hsm, records, users, crypto, reencryption, status):
+for _part in (service, database, partitions, hsm, kek, records, users, crypto, reencryption, status):
     _part.register(app)
 _keys = keys.register(app)
 moves.register(_keys)

@@ -14,11 +14,11 @@ from typing import TypeVar
 import pkcs11
 
 from kms.domain.envelope import envelope_invalid, parse_envelope
-from kms.domain.errors import KmsError
+from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId
 from kms.domain.keys import HeldKey
 from kms.hsm.connection import Connection
-from kms.hsm.envelopes import Handle, open_key
+from kms.hsm.envelopes import Handle, open_key, rewrap
 from kms.hsm.errors import ALTERED_INPUT, UNSUPPORTED, Fate, MisfitError, fate_of, translate, unavailable, unsupported
 from kms.hsm.link import Link
 from kms.hsm.session import TokenSession
@@ -102,6 +102,21 @@ class Bench:
         with self._link.use() as connection:
             return self._twice(connection, attempt, mechanism)
 
+    def rewrap(self, held: HeldKey) -> str:
+        """Return the key's envelope under the generation that makes new ones. Raises as `use` does."""
+        with self._link.use() as connection:
+            return self._twice(connection, lambda: self._opened(connection, held, rewrap), "re-wrapping of keys")
+
+    def look_at_keys(self) -> None:
+        """Find out which keys of its own the token holds by now: whoever opens a session does. Raises HSM_UNAVAILABLE."""
+        with self._link.use() as connection:
+
+            def attempt() -> None:
+                with connection.spare_session():
+                    pass
+
+            self._twice(connection, attempt, "sessions")
+
     def drop(self, key_id: KeyId) -> None:
         """Forget a key that changed."""
         loaded = self._loaded.pop(key_id, None)
@@ -146,20 +161,35 @@ class Bench:
         if self._connection is not connection:
             self._forget()
             self._connection = connection
+        self._leave_outdated(connection)
         if self._session is None:
             self._session = connection.open_session()
         return self._session
 
+    def _leave_outdated(self, connection: Connection) -> None:
+        """Give the session up if the token's own keys have changed since it was opened."""
+        if self._session is not None and self._session.view is not connection.view:
+            self._recycle()
+
     def _load(self, connection: Connection, held: HeldKey) -> Handle:
-        session = self._open(connection)
+        return self._opened(connection, held, self._load_plainly)
+
+    def _opened(self, connection: Connection, held: HeldKey, opening: Callable[[TokenSession, HeldKey], T]) -> T:
+        """Return what *opening* makes of the key's envelope; where it fails, find out whether the envelope is at fault."""
         try:
-            return self._load_plainly(session, held)
+            return opening(self._open(connection), held)
         except MisfitError:
             self._blame(connection, held)
+        except KmsError as error:
+            if error.reason is not Reason.HSM_KEK_MISSING:
+                raise
+            # The envelope may be of a generation that another process has just made.
+            with connection.spare_session():
+                pass
         # The row is good: this session was at fault.
         self._recycle()
         try:
-            return self._load_plainly(self._open(connection), held)
+            return opening(self._open(connection), held)
         except MisfitError:
             raise unavailable() from None
 

@@ -8,9 +8,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Final
+from typing import Final
 
 import pkcs11
+import structlog
 
 from kms.domain.algorithms import Hash
 from kms.domain.envelope import Envelope
@@ -19,12 +20,14 @@ from kms.hsm.errors import MisfitError, translate, unavailable
 from kms.hsm.module import Module
 from kms.hsm.session import TokenSession
 from kms.hsm.settings import HsmSettings
-from kms.hsm.wrapping_keys import Canary, Inventory, Kind, WrappingKey, check_attributes, check_canary, take_inventory
+from kms.hsm.wrapping_keys import Inventory, Kind, TokenKeys, TokenView, check_attributes, check_canary, take_inventory
 
 _SPARE_WAIT_SECONDS: Final = 2.0
 _CANARY_SHARED_SECONDS: Final = 0.02
 _LOOK_ATTEMPTS: Final = 3
 _LOOK_PAUSE_SECONDS: Final = 0.02
+
+_log = structlog.get_logger(__name__)
 
 
 class Connection:
@@ -34,10 +37,7 @@ class Connection:
         self.module = module
         self.token = token
         self._login = login
-        self.wrapping_keys: tuple[WrappingKey, ...] = tuple(inventory.keys)
-        self.own_keys = inventory.own
-        self.says_records_have_macs = inventory.says_records_have_macs
-        self.canaries: tuple[Canary, ...] = inventory.canaries
+        self.view = TokenView(inventory.names, first_maker(inventory.names))
         self.oaep_hashes: frozenset[Hash] = frozenset()
         self.sessions = 1
         self._counting = threading.Lock()
@@ -50,6 +50,11 @@ class Connection:
         """The token's serial number as text."""
         return self.token.serial.decode("ascii", errors="replace")
 
+    @property
+    def names(self) -> TokenKeys:
+        """What is known of the token's own keys. It changes while the connection lives."""
+        return self.view.names
+
     @contextmanager
     def token_objects(self) -> Iterator[None]:
         """Hold this while searching for or writing token objects: SoftHSM fails a search during another session's write."""
@@ -57,17 +62,18 @@ class Connection:
             yield
 
     def open_session(self) -> TokenSession:
-        """Open a session that sees the token's keys. Raises HSM_UNAVAILABLE or the binding's errors."""
+        """Open a session that sees the token's keys, and note keys that are new or gone. Sessions from before are outdated then.
+
+        Raises HSM_UNAVAILABLE or the binding's errors.
+        """
         raw = self.token.open(rw=True)
         with self._counting:
             self.sessions += 1
         try:
             with self.token_objects():
                 inventory = take_inventory(raw)
-            # SoftHSM opens sessions on a token whose files are gone; they see no keys.
-            if not inventory.own >= self.own_keys:
-                raise unavailable("the token no longer shows its keys")
-            return as_token_session(raw, inventory, self.oaep_hashes)
+                view = self._seen(raw, inventory)
+            return as_token_session(raw, inventory, view, self.oaep_hashes)
         except BaseException:
             self._close(raw)
             raise
@@ -90,10 +96,31 @@ class Connection:
         finally:
             self._spare.release()
 
+    def make_under(self, generation: int) -> None:
+        """Make new envelopes under *generation* from now on. Does nothing if the token lacks it, or says that it is retired."""
+        with self.token_objects():
+            if generation != self.view.generation and generation in self.names.makers:
+                self.view = TokenView(self.names, generation)
+
+    def _seen(self, raw: pkcs11.Session, inventory: Inventory) -> TokenView:
+        names = inventory.names
+        if names == self.names:
+            return self.view
+        # SoftHSM opens sessions on a token whose files are gone; they see no keys.
+        if not names.covers(self.names):
+            raise unavailable("the token no longer shows its keys")
+        check_attributes(inventory)
+        generation = self.view.generation if self.view.generation in names.makers else first_maker(names)
+        view = TokenView(names, generation)
+        self.check_canaries(as_token_session(raw, inventory, view, self.oaep_hashes), None)
+        self.view = view
+        _log.info("hsm_keys_changed", generations=names.generations, retired=sorted(names.retired), makes=generation)
+        return view
+
     def check_canaries(self, session: TokenSession, envelope: Envelope | None) -> None:
         """Raise HSM_UNAVAILABLE unless the canaries open that *envelope*'s keys concern; None means all of them."""
         try:
-            for canary in self.canaries:
+            for canary in session.view.names.canaries:
                 if envelope is None or canary.names(envelope.kek_id, envelope.sealing_key_id):
                     check_canary(session, canary)
         except MisfitError:
@@ -124,7 +151,12 @@ class Connection:
                 if attempt == _LOOK_ATTEMPTS:
                     raise translate(error) from None
                 time.sleep(_LOOK_PAUSE_SECONDS)
-        self.check_canaries(session, None)
+        try:
+            self.check_canaries(session, None)
+        except KmsError:
+            # Keys of a retired generation may have been removed since this session was opened.
+            with self.spare_session() as fresh:
+                self.check_canaries(fresh, None)
 
     def close(self) -> None:
         """Log out and end the module. No thread may be inside a call."""
@@ -180,30 +212,38 @@ def connect(module: Module, settings: HsmSettings) -> Connection:
     try:
         inventory = take_inventory(session)
         check_attributes(inventory)
-        connection = Connection(module, token, session, inventory)
-        connection.check_canaries(as_token_session(session, inventory, frozenset()), None)
         check_complete(inventory)
+        connection = Connection(module, token, session, inventory)
+        connection.check_canaries(as_token_session(session, inventory, connection.view, frozenset()), None)
     except pkcs11.PKCS11Error as error:
         raise translate(error) from None
     return connection
 
 
 def check_complete(inventory: Inventory) -> None:
-    """Raise HSM_KEK_MISSING unless each KEK and sealing key has a canary, and there is one of each."""
-    for keys in (inventory.of(Kind.KEK), inventory.of(Kind.SEALING)):
-        if not keys or not all(any(c.names(key, key) for c in inventory.canaries) for key in keys):
-            raise _not_initialised()
+    """Raise HSM_KEK_MISSING unless there is a generation that makes envelopes, and no key has lost its canary."""
+    first_maker(inventory.names)
+    if inventory.names.lacks_a_canary():
+        raise _not_initialised()
 
 
-def as_token_session(raw: pkcs11.Session, inventory: Inventory, oaep_hashes: frozenset[Hash]) -> TokenSession:
+def first_maker(names: TokenKeys) -> int:
+    """Return the oldest generation that makes envelopes: the one until another is named. Raises HSM_KEK_MISSING."""
+    if not names.makers:
+        raise _not_initialised()
+    return names.makers[0]
+
+
+def as_token_session(raw: pkcs11.Session, inventory: Inventory, view: TokenView, oaep_hashes: frozenset[Hash]) -> TokenSession:
     """Return *raw* with the keys of *inventory*, which it took. Raises HSM_KEK_MISSING where one is not there."""
-    kek, sealing, mac_key = inventory.newest(Kind.KEK), inventory.newest(Kind.SEALING), inventory.newest_mac()
-    if kek is None or sealing is None:
+    keks, sealing_keys = inventory.of(Kind.KEK), inventory.of(Kind.SEALING)
+    made = {key.kind: key.key_id for key in inventory.keys if key.generation == view.generation}
+    mac_key = inventory.newest_mac()
+    if made.keys() != set(Kind):
         raise _not_initialised()
     if mac_key is None:
         raise _no_mac_key()
-    keks: dict[Any, Any] = inventory.of(Kind.KEK)
-    return TokenSession(raw, keks, inventory.of(Kind.SEALING), kek.key_id, sealing.key_id, mac_key, oaep_hashes)
+    return TokenSession(raw, keks, sealing_keys, made[Kind.KEK], made[Kind.SEALING], mac_key, oaep_hashes, view)
 
 
 def _not_initialised() -> KmsError:

@@ -10,12 +10,11 @@ from enum import StrEnum
 
 import pkcs11
 
-from kms.domain.envelope import associated_data, parse_envelope
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId
 from kms.domain.keys import Custody, HeldKey
 from kms.hsm.connection import connect
-from kms.hsm.envelopes import unwrap_for_use
+from kms.hsm.envelopes import unsealed, unwrap_for_use
 from kms.hsm.errors import ALTERED_INPUT, MisfitError, translate
 from kms.hsm.module import load_module
 from kms.hsm.residents import find_resident
@@ -80,19 +79,8 @@ def outcome_of(session: TokenSession, key: HeldKey) -> Outcome:
 
 
 def _open(session: TokenSession, key: HeldKey) -> None:
-    identity, material = key.identity, key.material
-    envelope = parse_envelope(material.envelope)
-    if envelope.custody is not material.custody:
-        raise MisfitError
-    aad = associated_data(
-        identity,
-        custody=material.custody,
-        public_key=material.public_key,
-        sealing_key_id=envelope.sealing_key_id,
-        kek_id=envelope.kek_id,
-    )
-    inner = session.unseal(envelope.sealing_key_id, envelope.nonce, envelope.sealed, aad)
+    envelope, inner = unsealed(session, key)
     if envelope.custody is Custody.WRAPPED:
-        unwrap_for_use(session, identity.spec, envelope.kek_id, inner).destroy()
+        unwrap_for_use(session, key.identity.spec, envelope.kek_id, inner).destroy()
     elif envelope.custody is Custody.RESIDENT and len(find_resident(session.raw, inner)) != 1:
         raise MisfitError

@@ -67,23 +67,66 @@ def open_key(session: TokenSession, held: HeldKey) -> Handle:
     Raises HSM_KEK_MISSING, ENVELOPE_INVALID for what is no envelope, `MisfitError` for one that does not open or does not
     fit, and the binding's errors for everything else.
     """
-    identity, material = held.identity, held.material
-    envelope = parse_envelope(material.envelope)
-    if envelope.custody is not material.custody:
-        raise MisfitError
-    aad = associated_data(
-        identity,
-        custody=material.custody,
-        public_key=material.public_key,
-        sealing_key_id=envelope.sealing_key_id,
-        kek_id=envelope.kek_id,
-    )
     try:
-        inner = session.unseal(envelope.sealing_key_id, envelope.nonce, envelope.sealed, aad)
-        handle = _load(session, identity, envelope, inner)
+        envelope, inner = unsealed(session, held)
+        handle = _load(session, held.identity, envelope, inner)
     except ALTERED_INPUT:
         raise MisfitError from None
     return _proven(handle, session, held)
+
+
+def unsealed(session: TokenSession, held: HeldKey) -> tuple[Envelope, bytes]:
+    """Return the envelope of the key and its inner layer, which the seal proves to be of this record.
+
+    Raises HSM_KEK_MISSING, ENVELOPE_INVALID, `MisfitError`, and the binding's errors: `ALTERED_INPUT` for a wrong tag.
+    """
+    envelope = parse_envelope(held.material.envelope)
+    if envelope.custody is not held.material.custody:
+        raise MisfitError
+    aad = _data_of(held, envelope.kek_id, envelope.sealing_key_id)
+    return envelope, session.unseal(envelope.sealing_key_id, envelope.nonce, envelope.sealed, aad)
+
+
+def rewrap(session: TokenSession, held: HeldKey) -> str:
+    """Return an envelope of the key under the generation that makes new ones, bound to the same record.
+
+    A WRAPPED key goes from one KEK to the other inside the token. Raises as `open_key` does.
+    """
+    try:
+        envelope, inner = unsealed(session, held)
+        if envelope.custody is Custody.WRAPPED:
+            inner = _under_new_kek(session, held.identity.spec, envelope.kek_id, inner)
+    except ALTERED_INPUT:
+        raise MisfitError from None
+    kek_id = session.kek_id if envelope.custody is Custody.WRAPPED else _NO_KEK
+    nonce, sealed = session.seal(inner, _data_of(held, kek_id, session.sealing_key_id))
+    return Envelope(envelope.custody, kek_id, session.sealing_key_id, nonce, sealed).encode()
+
+
+def _under_new_kek(session: TokenSession, spec: KeySpec, kek_id: UUID, wrapped: bytes) -> bytes:
+    key = session.kek(kek_id).unwrap_key(
+        ObjectClass.SECRET_KEY if spec.is_symmetric else ObjectClass.PRIVATE_KEY,
+        mechanisms.P11_TYPE[spec.key_type],
+        wrapped,
+        mechanism=mechanisms.WRAP,
+        capabilities=templates.REWRAP_CAPABILITIES,
+        template=dict(templates.REWRAP if spec.is_symmetric else templates.REWRAP_PRIVATE),
+    )
+    try:
+        return bytes(session.kek(session.kek_id).wrap_key(key, mechanism=mechanisms.WRAP))
+    finally:
+        key.destroy()
+
+
+def _data_of(held: HeldKey, kek_id: UUID, sealing_key_id: UUID) -> bytes:
+    material = held.material
+    return associated_data(
+        held.identity,
+        custody=material.custody,
+        public_key=material.public_key,
+        sealing_key_id=sealing_key_id,
+        kek_id=kek_id,
+    )
 
 
 def _proven(handle: Handle, session: TokenSession, held: HeldKey) -> Handle:

@@ -30,7 +30,8 @@ class InlineBench(Bench):
         """Whether there is a session of the current connection, or one is on offer."""
         offered = self._offered
         current = self._link.last if self._link.is_up else None
-        mine = self._connection if self._session is not None else None
+        session = self._session
+        mine = self._connection if session is not None and current is not None and session.view is current.view else None
         return current is not None and (mine is current or (offered is not None and offered[0] is current))
 
     def offer(self, connection: Connection, session: TokenSession) -> None:
@@ -62,6 +63,7 @@ class InlineBench(Bench):
         if self._connection is not connection:
             self._forget()
             self._connection = connection
+        self._leave_outdated(connection)
         if self._session is None and self._offered is not None:
             # In this order, so that the watch never sees neither and brings a second one.
             self._session = self._offered[1] if self._offered[0] is connection else None

@@ -82,11 +82,12 @@ class Link:
 
     def _connect(self) -> bool:
         fresh = connect(self._module, self._settings)
-        if not fresh.own_keys >= self._last.own_keys:
+        if not fresh.names.covers(self._last.names):
             raise kek_missing()
         if fresh.token.serial != self._last.token.serial:
             _log.warning("hsm_serial_changed", before=self._last.serial, now=fresh.serial)
         fresh.oaep_hashes = self._last.oaep_hashes
+        fresh.make_under(self._last.view.generation)
         with self._changed:
             self._current = self._last = fresh
         return True

@@ -102,7 +102,7 @@ def _examine(connection: Connection, settings: HsmSettings) -> Report:
         serial=connection.serial,
         model=token.model,
         module=connection.module.library.library_description,
-        wrapping_keys=connection.wrapping_keys,
+        wrapping_keys=tuple(sorted(connection.names.wrapping_keys, key=lambda key: (key.kind, key.generation))),
         keys=keys,
         oaep_hashes=tuple(sorted(capabilities.oaep_hashes)),
         short_p99_microseconds=capabilities.short_p99_seconds * 1e6,

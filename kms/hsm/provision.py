@@ -1,4 +1,4 @@
-"""`kms hsm init` and what goes with it: making the token's own keys, describing a token, trying a copy of one.
+"""`kms hsm init`, `kms kek` and what goes with them: making and removing the token's own keys, trying a copy of a token.
 
 Each function has the module to itself while it runs: they are for commands, not for a process that serves.
 """
@@ -14,22 +14,26 @@ from uuid import UUID
 import pkcs11
 
 from kms.domain.errors import KmsError, Reason
-from kms.hsm.connection import as_token_session, check_complete, login
+from kms.hsm.connection import as_token_session, check_complete, first_maker, login
 from kms.hsm.errors import MisfitError, translate, unavailable
 from kms.hsm.hardening import protect_memory
 from kms.hsm.module import load_module
+from kms.hsm.session import TokenSession
 from kms.hsm.settings import HsmSettings
 from kms.hsm.wrapping_keys import (
     Inventory,
     Kind,
     MacKey,
+    TokenView,
     WrappingKey,
     check_attributes,
     check_canary,
+    destroy_generation,
     make_canary,
     make_mac_key,
     make_wrapping_key,
     say_records_have_macs,
+    say_retired,
     take_inventory,
 )
 
@@ -39,7 +43,7 @@ _FIRST: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class TokenDescription:
-    """What a token says of itself, and what of ours it holds."""
+    """What a token says of itself, and what of ours it holds: of the wrapping keys those of `generations`, which are complete."""
 
     label: str
     serial: str
@@ -48,7 +52,8 @@ class TokenDescription:
     module: str
     wrapping_keys: tuple[WrappingKey, ...]
     mac_keys: tuple[MacKey, ...]
-    canaries: int
+    generations: tuple[int, ...]
+    retired: frozenset[int]
 
 
 def init(settings: HsmSettings) -> TokenDescription:
@@ -64,10 +69,7 @@ def init(settings: HsmSettings) -> TokenDescription:
         if inventory.canaries and inventory.mac_keys:
             raise KmsError(Reason.NAME_TAKEN, "the token already has all keys of ours: they are never overwritten")
         _add_missing(session, inventory)
-        made = take_inventory(session)
-        check_attributes(made)
-        check_complete(made)
-        return _described(settings, token, made)
+        return _described(settings, token, _checked(session))
 
     # PKCS #11 has no lock that outlives a call, and two that look at once would both make.
     with _alone(settings):
@@ -86,10 +88,8 @@ def check_copy(settings: HsmSettings) -> TokenDescription:
     """
 
     def check(token: pkcs11.Token, session: pkcs11.Session) -> TokenDescription:
-        inventory = take_inventory(session)
-        check_attributes(inventory)
-        check_complete(inventory)
-        opened = as_token_session(session, inventory, frozenset())
+        inventory = _checked(session)
+        opened = _opened(session, inventory, first_maker(inventory.names))
         try:
             for canary in inventory.canaries:
                 check_canary(opened, canary)
@@ -107,9 +107,53 @@ def token_mac(settings: HsmSettings) -> Iterator[Callable[[bytes], bytes]]:
         try:
             inventory = take_inventory(session)
             check_attributes(inventory)
-            yield as_token_session(session, inventory, frozenset()).mac
+            yield _opened(session, inventory, first_maker(inventory.names)).mac
         except pkcs11.PKCS11Error as error:
             raise translate(error) from None
+
+
+def rotate(settings: HsmSettings) -> TokenDescription:
+    """Make the next generation of KEK and sealing key with their canary, and return what the token holds then.
+
+    A generation that an interrupted run began is completed. Raises HSM_UNAVAILABLE, HSM_KEK_MISSING for a token without keys.
+    """
+
+    def make(token: pkcs11.Token, session: pkcs11.Session) -> TokenDescription:
+        inventory = _checked(session)
+        # Retired generations count, too: a number is never given twice.
+        _make_generation(session, inventory, max(*inventory.names.generations, *inventory.retired, 0) + 1)
+        return _described(settings, token, _checked(session))
+
+    with _alone(settings):
+        return _with_token(settings, make)
+
+
+def retire(settings: HsmSettings, generation: int) -> None:
+    """Have the token say, once, that *generation* makes no new envelopes. Raises KEK_IN_USE unless a later one does."""
+
+    def record(_: pkcs11.Token, session: pkcs11.Session) -> None:
+        names = take_inventory(session).names
+        if generation in names.retired:
+            return
+        if generation not in names.makers or generation == names.makers[-1]:
+            raise KmsError(Reason.KEK_IN_USE, "only a generation that the token holds is retired, and never the newest")
+        say_retired(session, generation)
+
+    with _alone(settings):
+        _with_token(settings, record)
+
+
+def destroy(settings: HsmSettings, generation: int) -> None:
+    """Remove the keys of *generation* from the token, for ever. Raises KEK_IN_USE unless the token says that it is retired."""
+
+    def remove(_: pkcs11.Token, session: pkcs11.Session) -> None:
+        inventory = take_inventory(session)
+        if generation not in inventory.retired:
+            raise KmsError(Reason.KEK_IN_USE, f"generation {generation} is not retired: run `kms kek retire {generation}` first")
+        destroy_generation(session, generation)
+
+    with _alone(settings):
+        _with_token(settings, remove)
 
 
 def records_have_macs(settings: HsmSettings) -> bool:
@@ -130,18 +174,35 @@ def record_that_records_have_macs(settings: HsmSettings) -> None:
 
 def _add_missing(session: pkcs11.Session, inventory: Inventory) -> None:
     # First of all: of a token that has nothing yet there are no records, and there never will be any without a MAC.
-    if not inventory.own and not inventory.canaries and not inventory.says_records_have_macs:
+    if not inventory.keys and not inventory.mac_keys and not inventory.canaries and not inventory.says_records_have_macs:
         say_records_have_macs(session)
     if not inventory.mac_keys:
         make_mac_key(session, _new_id(session), _FIRST)
     # A canary is made last: where there is one, its keys are there or were lost, and lost keys are not made anew.
-    for kind in Kind if not inventory.canaries else ():
-        if inventory.newest(kind) is None:
-            make_wrapping_key(session, kind, _new_id(session), _FIRST)
+    if not inventory.canaries:
+        _make_generation(session, inventory, _FIRST)
+
+
+def _make_generation(session: pkcs11.Session, inventory: Inventory, generation: int) -> None:
+    """Make what *generation* lacks: its KEK, its sealing key, and last their canary."""
+    for kind in Kind:
+        if not inventory.has(kind, generation):
+            make_wrapping_key(session, kind, _new_id(session), generation)
     made = take_inventory(session)
     check_attributes(made)
-    if not inventory.canaries:
-        make_canary(as_token_session(session, made, frozenset()), _FIRST)
+    make_canary(_opened(session, made, generation), generation)
+
+
+def _checked(session: pkcs11.Session) -> Inventory:
+    """Return what the token holds, with the attributes it must have, and complete."""
+    inventory = take_inventory(session)
+    check_attributes(inventory)
+    check_complete(inventory)
+    return inventory
+
+
+def _opened(session: pkcs11.Session, inventory: Inventory, generation: int) -> TokenSession:
+    return as_token_session(session, inventory, TokenView(inventory.names, generation), frozenset())
 
 
 @contextmanager
@@ -169,9 +230,10 @@ def _described(settings: HsmSettings, token: pkcs11.Token, inventory: Inventory)
         model=token.model,
         manufacturer=token.manufacturer_id,
         module=load_module(settings.module).library.library_description,
-        wrapping_keys=tuple(sorted(inventory.keys, key=lambda key: (key.kind, key.generation))),
+        wrapping_keys=tuple(sorted(inventory.names.wrapping_keys, key=lambda key: (key.kind, key.generation))),
         mac_keys=tuple(sorted(inventory.mac_keys, key=lambda key: key.generation)),
-        canaries=len(inventory.canaries),
+        generations=inventory.names.generations,
+        retired=inventory.retired,
     )
 
 

@@ -6,7 +6,7 @@ it came from). Methods raise the binding's errors; the callers in this package t
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import pkcs11
@@ -16,10 +16,16 @@ from kms.domain.envelope import NONCE_BYTES
 from kms.hsm import mechanisms
 from kms.hsm.errors import kek_missing
 
+if TYPE_CHECKING:
+    from kms.hsm.wrapping_keys import TokenView
+
 
 @dataclass(frozen=True, slots=True)
 class TokenSession:
-    """A session, the KEKs and sealing keys by id, which of them new envelopes are made with, and the MAC key."""
+    """A session, the KEKs and sealing keys by id, which of them new envelopes are made with, and the MAC key.
+
+    `view` is what the connection knew of the token's keys when the session was opened.
+    """
 
     raw: pkcs11.Session
     keks: Mapping[UUID, Any]
@@ -28,6 +34,7 @@ class TokenSession:
     sealing_key_id: UUID
     mac_key: Any
     oaep_hashes: frozenset[Hash]
+    view: "TokenView"
 
     def kek(self, key_id: UUID) -> Any:  # noqa: ANN401  # the binding makes a class for each object
         """Return the KEK, or raise HSM_KEK_MISSING."""

@@ -1,7 +1,7 @@
 """Attribute templates, as constants: an attribute that the binding cannot encode crashes the interpreter.
 
 Names follow the life of a key: `WRAPPING`, `SEALING` and `MAC` are the token's own keys, `CREATION` is a key on its way into its
-envelope, `USE` is one taken out of it, `RESIDENT` is a key that stays.
+envelope, `USE` is one taken out of it, `REWRAP` is one that another KEK wraps again, `RESIDENT` is a key that stays.
 """
 
 from collections.abc import Mapping
@@ -18,6 +18,7 @@ Template = Mapping[Attribute, Any]
 WRAPPING_CAPABILITIES: Final = MechanismFlag.WRAP | MechanismFlag.UNWRAP
 SEALING_CAPABILITIES: Final = MechanismFlag.ENCRYPT | MechanismFlag.DECRYPT
 MAC_CAPABILITIES: Final = MechanismFlag.SIGN | MechanismFlag.VERIFY
+REWRAP_CAPABILITIES: Final = MechanismFlag(0)
 RESIDENT_LABEL: Final = "neo-kms resident"
 
 # Of a key of the token's own when it is made. Without MODIFIABLE and COPYABLE false, C_SetAttributeValue or a copy would
@@ -79,6 +80,9 @@ _NOT_OF_A_PRIVATE_KEY: Final[Template] = {
     Attribute.WRAP: DEFAULT,
 }
 USE_PRIVATE: Final[Template] = {**USE, **_NOT_OF_A_PRIVATE_KEY}
+# A key on its way from one KEK to the next: it can be wrapped, and does nothing else. It is destroyed at once.
+REWRAP: Final[Template] = CREATION
+REWRAP_PRIVATE: Final[Template] = {**REWRAP, **_NOT_OF_A_PRIVATE_KEY}
 RESIDENT: Final[Template] = {**TOKEN_KEY, Attribute.TOKEN: True}
 SESSION_PUBLIC: Final[Template] = {Attribute.TOKEN: False}
 

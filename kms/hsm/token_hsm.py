@@ -76,10 +76,16 @@ class HsmStatus:
 
 @dataclass(frozen=True, slots=True)
 class WrappingKeys:
-    """The token's own keys, for registration. The serial is recorded and warned about when it changes, never required."""
+    """The token's own keys, for registration. The serial is recorded and warned about when it changes, never required.
+
+    `makers` are the generations that may make new envelopes, `current` is the one that does.
+    """
 
     token_serial: str
     keys: tuple[WrappingKey, ...]
+    makers: tuple[int, ...]
+    retired: frozenset[int]
+    current: int
 
 
 class TokenHsm:
@@ -134,17 +140,34 @@ class TokenHsm:
             runs_short_operations_inline=self._lanes.inline_wanted,
             is_memory_locked=self._is_memory_locked,
             resident_keys=self._places.count,
-            wrapping_keys=connection.wrapping_keys,
+            wrapping_keys=tuple(connection.names.wrapping_keys),
         )
 
     def wrapping_keys(self) -> WrappingKeys:
         """Return the KEKs and sealing keys that the token holds, and its serial."""
-        return WrappingKeys(self._link.last.serial, self._link.last.wrapping_keys)
+        view = self._link.last.view
+        keys = tuple(view.names.wrapping_keys)
+        return WrappingKeys(self._link.last.serial, keys, view.names.makers, view.names.retired, view.generation)
+
+    async def look_at_keys(self) -> WrappingKeys:
+        """Look which keys of its own the token holds by now, and return them. Raises HSM_UNAVAILABLE."""
+        self._refuse_if_away()
+        await _result(self._lanes.submit(Bench.look_at_keys))
+        return self.wrapping_keys()
+
+    async def make_under(self, generation: int) -> None:
+        """Make new envelopes under *generation* from now on, unless the token lacks it or says that it is retired."""
+        await asyncio.to_thread(self._link.last.make_under, generation)
+
+    async def rewrap(self, key: HeldKey) -> str:
+        """Return the key's envelope under the generation that makes new ones. Raises as every method with a `HeldKey` does."""
+        self._refuse_if_away()
+        return await _result(self._lanes.submit(lambda bench: bench.rewrap(key)))
 
     @property
     def says_records_have_macs(self) -> bool:
         """Whether the token says that every record of the database has a MAC."""
-        return self._link.last.says_records_have_macs
+        return self._link.last.names.says_records_have_macs
 
     @property
     def is_sealed_allowed(self) -> bool:

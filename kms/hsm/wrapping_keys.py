@@ -1,8 +1,10 @@
 """The token's own keys: KEKs, sealing keys, MAC keys, and the canaries that tell a broken token from an altered envelope.
 
-They are token objects named `neo-kms <kek, seal, mac, canary or records> <generation>`; a key is named in envelopes by its
-CKA_ID, a UUID of ours. The newest generation makes new envelopes and MACs. The object `records` says that every record of the
-database has a MAC: from then on one without it is refused.
+They are token objects named `neo-kms <kek, seal, mac, canary, retired or records> <generation>`. An envelope names a key by its
+CKA_ID, a UUID of ours. A generation is a KEK and a sealing key with the canary of both. The canary is made last: until then the
+generation does not exist for a service, which is told which generation makes new envelopes. The object `retired` says that a
+generation makes none, whatever the database says, and that its keys may be removed. The newest MAC key makes MACs. The object
+`records` says that every record of the database has a MAC: from then on one without it is refused.
 """
 
 import re
@@ -25,7 +27,7 @@ from kms.hsm.session import TokenSession
 from kms.hsm.templates import Template
 
 APPLICATION: Final = "neo-kms"
-_LABEL: Final = re.compile(r"neo-kms (kek|seal|mac|canary|records) ([1-9][0-9]{0,5})")
+_LABEL: Final = re.compile(r"neo-kms (kek|seal|mac|canary|retired|records) ([1-9][0-9]{0,5})")
 _KEY_BITS: Final = 256
 
 
@@ -44,6 +46,8 @@ _RECORDS: Final = "records"
 _RECORDS_LABEL: Final = "neo-kms records 1"
 _CANARY: Final = "canary"
 _CANARY_LABEL: Final = "neo-kms canary {}"
+_RETIRED: Final = "retired"
+_RETIRED_LABEL: Final = "neo-kms retired {}"
 _DEMANDS: Final[dict[Kind, Template]] = {Kind.KEK: templates.WRAPPING_DEMANDS, Kind.SEALING: templates.SEALING_DEMANDS}
 _CAPABILITIES: Final[dict[Kind, MechanismFlag]] = {
     Kind.KEK: templates.WRAPPING_CAPABILITIES,
@@ -86,27 +90,75 @@ class Canary:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenKeys:
+    """The names of the keys that a token holds, and what it says of them. A generation without its canary is not among them."""
+
+    wrapping_keys: frozenset[WrappingKey]
+    mac_keys: frozenset[MacKey]
+    canaries: tuple[Canary, ...]
+    retired: frozenset[int] = frozenset()
+    says_records_have_macs: bool = False
+
+    @property
+    def generations(self) -> tuple[int, ...]:
+        """Return the complete generations, the oldest first: those with a KEK, a sealing key and the canary of both."""
+        return tuple(canary.generation for canary in self.canaries if self._is_of_its_generation(canary))
+
+    @property
+    def makers(self) -> tuple[int, ...]:
+        """Return the generations that may make new envelopes, the oldest first: complete and not retired."""
+        return tuple(generation for generation in self.generations if generation not in self.retired)
+
+    def key_id(self, kind: Kind, generation: int) -> UUID | None:
+        """Return the id of the key of a kind and generation, or None."""
+        return next((key.key_id for key in self.wrapping_keys if key.kind is kind and key.generation == generation), None)
+
+    def lacks_a_canary(self) -> bool:
+        """Whether a key has no canary: it was lost, since a canary is made last. A retired generation may lack its keys, too."""
+        return not {key.generation for key in self.wrapping_keys} - self.retired <= set(self.generations)
+
+    def covers(self, earlier: "TokenKeys") -> bool:
+        """Whether the token still holds every key that it held *earlier*, apart from generations that are retired now."""
+        removable = {key for key in earlier.wrapping_keys if key.generation in self.retired}
+        return self.wrapping_keys >= earlier.wrapping_keys - removable and self.mac_keys >= earlier.mac_keys
+
+    def _is_of_its_generation(self, canary: Canary) -> bool:
+        kek, sealing = (self.key_id(kind, canary.generation) for kind in (Kind.KEK, Kind.SEALING))
+        return (canary.envelope.kek_id, canary.envelope.sealing_key_id) == (kek, sealing)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenView:
+    """What a connection knows of the token's keys, and the generation that makes new envelopes. It is replaced as a whole."""
+
+    names: TokenKeys
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class Inventory:
-    """What of ours the token holds, as one session sees it: keys with their objects, and canaries."""
+    """What of ours the token holds, as one session sees it: keys with their objects, canaries, retired generations."""
 
     keys: dict[WrappingKey, Any]
     mac_keys: dict[MacKey, Any]
     canaries: tuple[Canary, ...]
+    retired: frozenset[int] = frozenset()
     says_records_have_macs: bool = False
 
     @property
-    def own(self) -> frozenset[WrappingKey | MacKey]:
-        """The names of all keys of ours."""
-        return frozenset((*self.keys, *self.mac_keys))
+    def names(self) -> TokenKeys:
+        """Return the names alone, without a generation that is not finished yet."""
+        newest = max((canary.generation for canary in self.canaries), default=0)
+        finished = frozenset(key for key in self.keys if key.generation <= newest)
+        return TokenKeys(finished, frozenset(self.mac_keys), self.canaries, self.retired, self.says_records_have_macs)
 
     def of(self, kind: Kind) -> dict[UUID, Any]:
         """Return the objects of one kind by id."""
         return {key.key_id: item for key, item in self.keys.items() if key.kind is kind}
 
-    def newest(self, kind: Kind) -> WrappingKey | None:
-        """Return the key of the highest generation, or None."""
-        found = [key for key in self.keys if key.kind is kind]
-        return max(found, key=lambda key: key.generation, default=None)
+    def has(self, kind: Kind, generation: int) -> bool:
+        """Whether there is a key of this kind and generation."""
+        return any(key.kind is kind and key.generation == generation for key in self.keys)
 
     def newest_mac(self) -> Any | None:  # noqa: ANN401  # the binding makes a class for each object
         """Return the object of the newest MAC key, or None."""
@@ -123,15 +175,17 @@ def take_inventory(session: pkcs11.Session) -> Inventory:
             keys[WrappingKey(_WORDS[named[0]], _uuid(item), named[1])] = item
         elif named is not None and named[0] == _MAC:
             mac_keys[MacKey(_uuid(item), named[1])] = item
-    canaries, says_records_have_macs = [], False
-    for item in list(session.get_objects({Attribute.CLASS: ObjectClass.DATA, Attribute.TOKEN: True})):
-        named = _name(item)
-        if named is not None and named[0] == _CANARY:
+    canaries, retired, says_records_have_macs = [], set(), False
+    for named, item in _data_objects(session):
+        if named[0] == _CANARY:
             canaries.append(_read_canary(named[1], bytes(item[Attribute.VALUE])))
-        says_records_have_macs = says_records_have_macs or (named is not None and named[0] == _RECORDS)
+        elif named[0] == _RETIRED:
+            retired.add(named[1])
+        says_records_have_macs = says_records_have_macs or named[0] == _RECORDS
     _refuse_doubles([(key.kind, key.generation, key.key_id) for key in keys])
     _refuse_doubles([(_MAC, key.generation, key.key_id) for key in mac_keys])
-    return Inventory(keys, mac_keys, tuple(sorted(canaries, key=lambda canary: canary.generation)), says_records_have_macs)
+    canaries.sort(key=lambda canary: canary.generation)
+    return Inventory(keys, mac_keys, tuple(canaries), frozenset(retired), says_records_have_macs)
 
 
 def check_attributes(inventory: Inventory) -> None:
@@ -185,31 +239,31 @@ def make_canary(session: TokenSession, generation: int) -> Canary:
     nonce, sealed = session.seal(wrapped, _canary_data(session.kek_id, session.sealing_key_id))
     envelope = Envelope(Custody.WRAPPED, session.kek_id, session.sealing_key_id, nonce, sealed)
     canary = Canary(generation, envelope, value)
-    session.raw.create_object(
-        {
-            Attribute.CLASS: ObjectClass.DATA,
-            Attribute.TOKEN: True,
-            Attribute.PRIVATE: True,
-            Attribute.APPLICATION: APPLICATION,
-            Attribute.LABEL: _CANARY_LABEL.format(generation),
-            Attribute.VALUE: canary.encode(),
-        }
-    )
+    _write(session.raw, _CANARY_LABEL.format(generation), canary.encode())
     return canary
 
 
 def say_records_have_macs(session: pkcs11.Session) -> None:
     """Record in the token that every record of the database has a MAC."""
-    session.create_object(
-        {
-            Attribute.CLASS: ObjectClass.DATA,
-            Attribute.TOKEN: True,
-            Attribute.PRIVATE: True,
-            Attribute.APPLICATION: APPLICATION,
-            Attribute.LABEL: _RECORDS_LABEL,
-            Attribute.VALUE: b"1",
-        }
-    )
+    _write(session, _RECORDS_LABEL, b"1")
+
+
+def say_retired(session: pkcs11.Session, generation: int) -> None:
+    """Record in the token that a generation makes no new envelopes, and that its keys may be removed."""
+    _write(session, _RETIRED_LABEL.format(generation), b"1")
+
+
+def destroy_generation(session: pkcs11.Session, generation: int) -> None:
+    """Remove the keys and the canary of a generation from the token, for ever. What says that it is retired stays.
+
+    The canary goes first, so that nobody takes its failure for that of the token. What an interrupted run left is removed, too.
+    """
+    for named, item in _data_objects(session):
+        if named == (_CANARY, generation):
+            item.destroy()
+    for key, item in take_inventory(session).keys.items():
+        if key.generation == generation:
+            item.destroy()
 
 
 def check_canary(session: TokenSession, canary: Canary) -> None:
@@ -233,6 +287,25 @@ def check_canary(session: TokenSession, canary: Canary) -> None:
             raise MisfitError
     finally:
         key.destroy()
+
+
+def _write(session: pkcs11.Session, label: str, value: bytes) -> None:
+    session.create_object(
+        {
+            Attribute.CLASS: ObjectClass.DATA,
+            Attribute.TOKEN: True,
+            Attribute.PRIVATE: True,
+            Attribute.APPLICATION: APPLICATION,
+            Attribute.LABEL: label,
+            Attribute.VALUE: value,
+        }
+    )
+
+
+def _data_objects(session: pkcs11.Session) -> list[tuple[tuple[str, int], Any]]:
+    """Return the data objects of ours with what their labels say."""
+    found = list(session.get_objects({Attribute.CLASS: ObjectClass.DATA, Attribute.TOKEN: True}))
+    return [(named, item) for item in found if (named := _name(item)) is not None]
 
 
 def _canary_data(kek_id: UUID, sealing_key_id: UUID) -> bytes:

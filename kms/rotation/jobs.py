@@ -1,4 +1,4 @@
-"""The job that does rotations which are due."""
+"""The jobs that do rotations which are due, and that move envelopes to a new generation."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -7,13 +7,17 @@ from typing import Final
 from kms.jobs.job import Job
 from kms.jobs.leases import LeasePolicy
 from kms.jobs.leasing import LeasedWorker
+from kms.rotation.envelopes import StoredEnvelopes, rewrapping_leases
 from kms.rotation.leases import rotation_leases
+from kms.rotation.rewrapping import Rewrapping, Token
 from kms.rotation.rotating import FINAL_REASONS, RotatingWorker
 from kms.store.pool import Pool
 
 ROTATIONS: Final = "rotations"
+REWRAPPING: Final = "rewrapping"
 # A worker that dies holds a rotation up for as long. The same key is not used less meanwhile.
 POLICY: Final = LeasePolicy(lease_seconds=15.0, backoff_seconds_min=2.0, backoff_seconds_max=600.0, attempts_max=10)
+REWRAPPING_POLICY: Final = LeasePolicy(lease_seconds=30.0, backoff_seconds_min=2.0, backoff_seconds_max=300.0)
 _INTERVAL_SECONDS: Final = 2.0
 _WARNS_AFTER_SECONDS: Final = 300.0
 
@@ -31,3 +35,15 @@ async def rotation_worker(pool: Pool, worker: RotatingWorker) -> AsyncIterator[L
 def rotation_job(worker: LeasedWorker) -> Job:
     """Return the job of each worker: they share what is due."""
     return Job(ROTATIONS, _INTERVAL_SECONDS, worker.do_due, warns_after_seconds=_WARNS_AFTER_SECONDS)
+
+
+def rewrapping_job(pool: Pool, token: Token) -> Job:
+    """Return the job of each worker that moves envelopes to the generation that makes new ones: they share the slices."""
+    rewrapping = Rewrapping(token, StoredEnvelopes(pool))
+    worker = LeasedWorker(rewrapping_leases(pool), rewrapping.rewrap, REWRAPPING_POLICY)
+
+    async def move() -> None:
+        if await rewrapping.plan():
+            await worker.do_due()
+
+    return Job(REWRAPPING, _INTERVAL_SECONDS, move)

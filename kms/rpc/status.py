@@ -32,6 +32,7 @@ def code_of(reason: Reason) -> code_pb2.Code.ValueType:  # noqa: C901 - one flat
             | Reason.KEY_DESTROYED
             | Reason.USAGE_LIMIT_REACHED
             | Reason.CUSTODY_UNAVAILABLE
+            | Reason.KEK_IN_USE
         ):
             return code_pb2.FAILED_PRECONDITION
         case Reason.ENVELOPE_INVALID | Reason.RECORD_INVALID:

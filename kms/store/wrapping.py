@@ -11,7 +11,7 @@ from kms.store.errors import unavailable
 from kms.store.pool import AS_JOB, Pool
 
 READ: Final = """
-    SELECT id, kind, generation, token_serial, created_at, backup_confirmed_at
+    SELECT id, kind, generation, token_serial, created_at, backup_confirmed_at, retired_at, destroyed_at
     FROM cryptography.wrapping_keys
     ORDER BY kind, generation
 """
@@ -23,6 +23,17 @@ REGISTER: Final = """
     RETURNING id
 """
 CONFIRM_BACKUP: Final = "UPDATE cryptography.wrapping_keys SET backup_confirmed_at = clock_timestamp() RETURNING id"
+
+RETIRE: Final = "SELECT cryptography.retire_wrapping_keys(%(generation)s) AS used"
+NOTE_DESTROYED: Final = "SELECT cryptography.note_wrapping_keys_destroyed(%(generation)s)"
+COUNT: Final = "SELECT wrapping_key_id, envelopes FROM cryptography.count_envelopes()"
+PROGRESS: Final = """
+    SELECT sealing_key_id, sum(moved)::bigint AS moved, sum(moved_sealed)::bigint AS moved_sealed,
+        sum(not_opened)::bigint AS not_opened, max(last_moved_at) AS last_moved_at,
+        (array_agg(error_message ORDER BY slice) FILTER (WHERE error_message IS NOT NULL))[1] AS error_message
+    FROM cryptography.rewrapping
+    GROUP BY sealing_key_id
+"""
 
 Kind = Literal["kek", "sealing"]
 
@@ -46,6 +57,22 @@ class WrappingKey:
     token_serial: str
     created_at: datetime
     backup_confirmed_at: datetime | None
+    retired_at: datetime | None = None
+    destroyed_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far envelopes have left a sealing key. Of those that were moved `moved_sealed` passed through the host.
+
+    `not_opened` did not open when they were last tried. `last_moved_at` is when the last one left.
+    """
+
+    moved: int
+    moved_sealed: int
+    not_opened: int
+    last_moved_at: datetime | None
+    error_message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +86,39 @@ class StoredWrappingKeys:
         rows = await self.pool.fetch(AS_JOB, READ)
         return [
             WrappingKey(
-                row["id"], row["kind"], row["generation"], row["token_serial"], row["created_at"], row["backup_confirmed_at"]
+                row["id"],
+                row["kind"],
+                row["generation"],
+                row["token_serial"],
+                row["created_at"],
+                row["backup_confirmed_at"],
+                row["retired_at"],
+                row["destroyed_at"],
             )
             for row in rows
         ]
+
+    async def retire(self, generation: int) -> int:
+        """Have no envelope name *generation* from now on, unless one does. Return how many keys have an envelope that does."""
+        return int((await self.pool.fetch(AS_JOB, RETIRE, {"generation": generation}))[0]["used"])
+
+    async def note_destroyed(self, generation: int) -> None:
+        """Record that the keys of *generation*, which is retired, were removed from the token."""
+        await self.pool.fetch(AS_JOB, NOTE_DESTROYED, {"generation": generation})
+
+    async def envelopes(self) -> dict[UUID, int]:
+        """Return how many envelopes name each wrapping key, whether it is known or not. Reads all envelopes."""
+        return {row["wrapping_key_id"]: row["envelopes"] for row in await self.pool.fetch(AS_JOB, COUNT)}
+
+    async def progress(self) -> dict[UUID, Progress]:
+        """Return how far envelopes have left each sealing key from which they are moved."""
+        rows = await self.pool.fetch(AS_JOB, PROGRESS)
+        return {
+            row["sealing_key_id"]: Progress(
+                row["moved"], row["moved_sealed"], row["not_opened"], row["last_moved_at"], row["error_message"] or ""
+            )
+            for row in rows
+        }
 
     async def register(self, found: Sequence[TokenKey], serial: str) -> None:
         """Record the keys of the token with *serial*: all of them, or none and an error.

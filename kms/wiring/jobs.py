@@ -25,7 +25,8 @@ from kms.hsm.token_hsm import TokenHsm
 from kms.jobs.job import Job
 from kms.jobs.leasing import LeasedWorker
 from kms.pki.client_identity import host_clock
-from kms.rotation.jobs import rotation_job
+from kms.rotation.jobs import rewrapping_job, rotation_job
+from kms.rotation.master_keys import MasterKeys
 from kms.rpc.connections import Connections
 from kms.rpc.server import Server
 from kms.store import partitions
@@ -64,6 +65,7 @@ class JobParts:
     condition: Condition
     sealer: Sealer | None
     rotations: LeasedWorker
+    master_keys: MasterKeys
     is_first: bool
 
 
@@ -78,6 +80,8 @@ def upkeep_jobs(parts: JobParts) -> list[Job]:
         Job("condition", 5.0, parts.condition.check, warns_after_seconds=_MINUTE),
         Job("disk", 5.0, parts.disk.watch),
         rotation_job(parts.rotations),
+        parts.master_keys.job(),
+        rewrapping_job(pool, hsm),
         Job("database", 1.0, parts.probe.ask),
     ]
     if parts.is_first:

@@ -163,7 +163,7 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         pool = await stack.enter_async_context(ready_pool(config, dsn))
         hsm = await open_hsm(hsm_settings(config))
         stack.push_async_callback(hsm.close)
-        await check_token(config, hsm, StoredWrappingKeys(pool))
+        master_keys = await check_token(config, hsm, StoredWrappingKeys(pool))
         records = Records(hsm.mac, host_clock)
         epoch = await epochs.check_epoch(pool, records, was_served=_was_served(config))
         telemetry = Telemetry(stack.enter_context(_tracing(config)))
@@ -195,7 +195,9 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         )
         is_first = supervised is None or supervised.number == 1
         uses = await stack.enter_async_context(_told_uses(journal, keys.counts))
-        parts = JobParts(pool, stored_keys, hsm, lifecycle, journal, uses, disk, probe, condition, sealer, rotating, is_first)
+        parts = JobParts(
+            pool, stored_keys, hsm, lifecycle, journal, uses, disk, probe, condition, sealer, rotating, master_keys, is_first
+        )
         await stack.enter_async_context(runner.running(*upkeep_jobs(parts)))
         await stack.enter_async_context(seen(seen_on, telemetry, condition, pulse))
         connections = Connections(connection_limits(server_config))

@@ -17,6 +17,7 @@ from kms.hsm.one_session import one_session
 from kms.hsm.token_hsm import TokenHsm
 from kms.hsm.wrapping_keys import Kind, WrappingKey
 from kms.pki.client_identity import host_clock
+from kms.rotation.master_keys import MasterKeys, choose_maker
 from kms.store.keys import StoredKeys
 from kms.store.pool import Pool
 from kms.store.resident_rows import StoredResidentRows
@@ -70,35 +71,46 @@ def confirm_backup(config: Config) -> None:
     asyncio.run(_confirm_backup(config, found))
 
 
-async def check_token(config: Config, hsm: TokenHsm, known: StoredWrappingKeys) -> None:
-    """Record the token's keys. Raises HSM_KEK_MISSING for another token, and in production for one without a tested copy."""
+async def check_token(config: Config, hsm: TokenHsm, known: StoredWrappingKeys) -> MasterKeys:
+    """Record the token's keys, and choose the generation that makes new envelopes. Return what follows it from now on.
+
+    Raises HSM_KEK_MISSING for another token, and HSM_UNAVAILABLE in production for one without a tested copy.
+    """
     if not hsm.says_records_have_macs:
         raise KmsError(
             Reason.HSM_UNAVAILABLE,
             "the token does not say that the records of the database have their MACs: run `kms records adopt` once, with a "
             "database that you trust",
         )
-    serial, found = hsm.wrapping_keys().token_serial, _token_keys(hsm.wrapping_keys().keys)
+    token = hsm.wrapping_keys()
     serials = {key.token_serial for key in await known.read()}
-    if serials - {serial}:
-        _LOG.warning("another token serial", seen=serial, before=sorted(serials - {serial}))
-    await known.register(found, serial)
-    unconfirmed = [key for key in await known.read() if key.backup_confirmed_at is None]
-    if unconfirmed and config.mode == "production":
+    if serials - {token.token_serial}:
+        _LOG.warning("another token serial", seen=token.token_serial, before=sorted(serials - {token.token_serial}))
+    await known.register(token_keys(token.keys), token.token_serial)
+    generation = choose_maker(token, await known.read(), needs_copy=needs_copy(config))
+    if generation is None:
         raise KmsError(
             Reason.HSM_UNAVAILABLE,
             "no tested copy of the token is on record, and losing the token loses every key: copy it, then run "
             "`kms hsm backup-confirmed` with the copy in the configuration",
         )
+    await hsm.make_under(generation)
+    return MasterKeys(hsm, known, needs_copy(config))
+
+
+def needs_copy(config: Config) -> bool:
+    """Whether a generation makes new envelopes only after a copy of it was confirmed."""
+    return config.mode == "production"
 
 
 async def _confirm_backup(config: Config, found: provision.TokenDescription) -> None:
     async with ready_pool(config, database_dsn(config)) as pool:
         known = StoredWrappingKeys(pool)
-        before = {key.key_id for key in await known.read()}
+        # What the copy itself says is retired may be gone from it.
+        before = {key.key_id for key in await known.read() if key.generation not in found.retired}
         # A copy may have a serial of its own; only where the database knows nothing yet is it written down.
         if not before:
-            await known.register(_token_keys(found.wrapping_keys), found.serial)
+            await known.register(token_keys(found.wrapping_keys), found.serial)
         elif not before <= {key.key_id for key in found.wrapping_keys}:
             raise KmsError(
                 Reason.HSM_KEK_MISSING,
@@ -108,5 +120,6 @@ async def _confirm_backup(config: Config, found: provision.TokenDescription) -> 
         await known.confirm_backup()
 
 
-def _token_keys(keys: tuple[WrappingKey, ...]) -> list[TokenKey]:
+def token_keys(keys: tuple[WrappingKey, ...]) -> list[TokenKey]:
+    """Return keys of the token as the database knows them."""
     return [TokenKey(key.key_id, _STORED_KINDS[key.kind], key.generation) for key in keys]

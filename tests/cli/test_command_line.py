@@ -35,6 +35,7 @@ COMMANDS = _commands()
 def test_the_command_has_what_the_readme_names() -> None:
     assert {" ".join(command) for command in COMMANDS} == {
         *("serve", "migrate", "dev", "demo", "version", "hsm init", "hsm probe", "hsm check"),
+        *("kek rotate", "kek list", "kek watch", "kek retire", "kek destroy"),
         *("hsm backup-confirmed", "user add-service", "key rotate", "rotation list", "rotation show", "rotation usage"),
         *(
             "key create",

@@ -14,10 +14,13 @@ from kms.domain.algorithms import KeySpec, KeyType, Purpose, key_spec
 from kms.domain.envelope import parse_envelope
 from kms.domain.errors import KmsError, Reason
 from kms.domain.keys import Custody, HeldKey
+from kms.hsm import connection
 from kms.hsm.capabilities import Capabilities
 from kms.hsm.public_keys import to_pem
+from kms.hsm.session import TokenSession
 from kms.hsm.settings import HsmSettings
 from kms.hsm.token_hsm import TokenHsm, open_hsm
+from kms.hsm.wrapping_keys import Canary, check_canary
 from tests.fixtures.softhsm import OpenHsm, settings_of
 from tests.hsm.keys import identity_of, new_key, use
 from tests.hsm.tokens import KnownKey, kcv, prepare, put_canary, put_kek, put_sealing_key, sealed, session_on, wrapped
@@ -152,9 +155,12 @@ async def test_the_token_is_blamed_when_its_canary_does_not_open_either(
     key = await new_key(hsm, AES)
     bad = replace(key, identity=identity_of(AES))
     assert await reason_of_use(hsm, bad) is Reason.ENVELOPE_INVALID
-    connection = hsm._link.last
+
     # As if the KEK's value had changed in the token: its canary has another check value.
-    monkeypatch.setattr(connection, "canaries", tuple(replace(c, check_value="kcv:000000") for c in connection.canaries))
+    def check_other(session: TokenSession, canary: Canary) -> None:
+        check_canary(session, replace(canary, check_value="kcv:000000"))
+
+    monkeypatch.setattr(connection, "check_canary", check_other)
     assert await reason_of_use(hsm, bad) is Reason.HSM_UNAVAILABLE
     sealed_data = await hsm.encrypt(key, b"x", b"aad")
     with pytest.raises(KmsError) as caught:
@@ -163,7 +169,7 @@ async def test_the_token_is_blamed_when_its_canary_does_not_open_either(
     await use(hsm, key)
 
 
-async def test_old_generations_open_and_the_newest_makes(
+async def test_old_generations_open_and_the_one_that_is_named_makes(
     blank_token: SoftToken, opened: OpenHsm, enter_blank: Callable[[], None]
 ) -> None:
     enter_blank()
@@ -178,6 +184,7 @@ async def test_old_generations_open_and_the_newest_makes(
         put_canary(session, new_kek, new_sealing, 2)
     hsm = await opened(pin=settings_of(blank_token).pin)
     await use(hsm, old)
+    await hsm.make_under(2)
     made = parse_envelope((await new_key(hsm, AES)).material.envelope)
     assert (made.custody, made.kek_id, made.sealing_key_id) == (Custody.WRAPPED, new_kek.key_id, new_sealing.key_id)
     assert sorted((key.kind.value, key.generation) for key in hsm.wrapping_keys().keys) == [

@@ -65,7 +65,7 @@ def test_a_second_run_is_refused_and_changes_nothing(blank_token: SoftToken) -> 
     assert provision.describe(settings_of(blank_token)) == first
     assert [(key.kind, key.generation) for key in first.wrapping_keys] == [(Kind.KEK, 1), (Kind.SEALING, 1)]
     assert [key.generation for key in first.mac_keys] == [1]
-    assert first.canaries == 1
+    assert first.generations == (1,)
 
 
 def test_an_interrupted_run_is_completed(blank_token: SoftToken) -> None:
@@ -196,11 +196,15 @@ async def test_a_mac_is_hmac_sha_256_under_the_newest_mac_key(
         assert await hsm.mac(data) == hmac.digest(newest.value, data, "sha256")
 
 
-async def test_a_kek_without_its_canary_is_not_used(blank_token: SoftToken) -> None:
+async def test_a_token_that_lost_a_canary_is_not_used(blank_token: SoftToken) -> None:
     kek, sealing = KnownKey(), KnownKey()
-    prepare(blank_token, kek, sealing)
     with session_on(blank_token) as session:
-        put_kek(session, KnownKey(), 2)
+        put_kek(session, KnownKey())
+        put_sealing_key(session, KnownKey())
+        put_kek(session, kek, 2)
+        put_sealing_key(session, sealing, 2)
+        put_mac_key(session, KnownKey())
+        put_canary(session, kek, sealing, 2)
     with pytest.raises(KmsError) as caught:
         await open_hsm(settings_of(blank_token))
     assert caught.value.reason is Reason.HSM_KEK_MISSING

@@ -49,6 +49,7 @@ GOOD: Final[list[tuple[str, Row]]] = [
     ("cryptography.key_rotations", {**ROTATION, "migration_status": "in_progress", "lease_owner": OTHER, "step": "s" * 50}),
     ("cryptography.certificates", CERTIFICATE),
     ("cryptography.wrapping_keys", WRAPPING),
+    ("cryptography.wrapping_keys", {**WRAPPING, "retired_at": PAST, "destroyed_at": PAST}),
 ]
 BAD_KEYS: Final[tuple[Row, ...]] = (
     {"usage_counter": -1},
@@ -113,6 +114,7 @@ BAD: Final[list[tuple[str, Row, Row]]] = [
     ("cryptography.certificates", CERTIFICATE, {"revocation_status": "lost"}),
     ("cryptography.wrapping_keys", WRAPPING, {"kind": "other"}),
     ("cryptography.wrapping_keys", WRAPPING, {"generation": 0}),
+    ("cryptography.wrapping_keys", WRAPPING, {"destroyed_at": PAST}),
 ]
 FOREIGN: Final[list[tuple[str, Row]]] = [
     ("cryptography.keys", {**AES, "user_id": "00000000-0000-4000-8000-00000000dead"}),
@@ -200,6 +202,7 @@ ONE_OF_EACH: Final[dict[str, Row]] = {
     "cryptography.key_rotations": {**ROTATION, "id": ONE, "old_key_id": KEY, "new_key_id": None, "initiated_by": OWNER},
     "cryptography.certificates": {**CERTIFICATE, "id": ONE, "key_id": KEY},
     "cryptography.wrapping_keys": WRAPPING,
+    "cryptography.rewrapping": {"id": ONE, "sealing_key_id": OWNER, "slice": 0},
     "cryptography.epochs": EPOCH,
     "cryptography.restored_keys": RESTORED_KEY,
     "cryptography.key_grants": GRANT,
@@ -253,6 +256,7 @@ SECOND: Final[dict[str, Row]] = {
     "cryptography.key_grants": {"key_id": THIRD_KEY},
     "cryptography.key_rotations": {"old_key_id": THIRD_KEY},
     "cryptography.wrapping_keys": {"kind": "sealing"},
+    "cryptography.rewrapping": {"slice": 1},
     "cryptography.request_records": {"user_id": OTHER},
     "configuration.service_configs": {"environment": "testing"},
     "blockchain.addresses": {"address": "N2", "user_id": OTHER, "key_id": OTHER},
@@ -287,6 +291,15 @@ BAD_REST: Final[list[tuple[str, Row]]] = [
     ("configuration.service_configs", {"version": 0}),
     ("configuration.service_configs", {"environment": "laptop"}),
     ("cryptography.ledger_writers", {"batch": 0}),
+    ("cryptography.rewrapping", {"slice": -1}),
+    ("cryptography.rewrapping", {"slice": 16}),
+    ("cryptography.rewrapping", {"moved": -1}),
+    ("cryptography.rewrapping", {"moved_sealed": -1}),
+    ("cryptography.rewrapping", {"not_opened": -1}),
+    ("cryptography.rewrapping", {"claim_number": -1}),
+    ("cryptography.rewrapping", {"attempts": -1}),
+    ("cryptography.rewrapping", {"step": "s" * 51}),
+    ("cryptography.rewrapping", {"step_state": "[]"}),
     ("cryptography.epochs", {"number": 0}),
     ("cryptography.epochs", {"cause": "WHIM"}),
     ("cryptography.epochs", {"timeline": "1"}),

@@ -40,6 +40,7 @@ NOBODYS: Final = {
     "authentication.roles": {"authenticated_users", "admin_users", "auditor_users"},
     "cryptography.ledger_writers": set(),
     "cryptography.epochs": {"job_runner", "admin_users"},
+    "cryptography.rewrapping": {"job_runner"},
     "cryptography.wrapping_keys": {"job_runner"},
 }
 # Of a row that names no user, the table whose row does.
@@ -57,23 +58,33 @@ ENTRANCES: Final = {
     "authentication.assign_role": {"admin_users"},
     "authentication.create_service_user": {"admin_users"},
     "cryptography.begin_first_epoch": {"job_runner"},
+    "cryptography.claim_rewrapping": {"job_runner"},
     "cryptography.claim_rotations": {"job_runner"},
+    "cryptography.complete_rewrapping": {"job_runner"},
     "cryptography.complete_rotation": {"job_runner"},
     "cryptography.confirm_restored_key": {"admin_users"},
     "cryptography.copy_grants": {"job_runner"},
     "cryptography.destroy_keys": {"job_runner"},
+    "cryptography.extend_rewrapping_lease": {"job_runner"},
     "cryptography.extend_rotation_lease": {"job_runner"},
+    "cryptography.fail_rewrapping": {"job_runner"},
     "cryptography.fail_rotation": {"job_runner"},
+    "cryptography.finish_rewrapping_step": {"job_runner"},
     "cryptography.finish_rotation_step": {"job_runner"},
     "cryptography.forget_answers": {"job_runner"},
     "cryptography.grant_key": {"authenticated_users"},
     "cryptography.keep_answer": {"authenticated_users"},
     "cryptography.move_key": {"authenticated_users"},
+    "cryptography.note_wrapping_keys_destroyed": {"job_runner"},
+    "cryptography.plan_rewrapping": {"job_runner"},
+    "cryptography.release_rewrapping": {"job_runner"},
     "cryptography.release_rotation": {"job_runner"},
     "cryptography.request_rotation": {"authenticated_users"},
+    "cryptography.retire_wrapping_keys": {"job_runner"},
     "cryptography.revoke_grant": {"authenticated_users"},
     "cryptography.settle": {"kms_service"},
     "cryptography.settled": {"kms_service"},
+    "cryptography.store_rewrapped": {"job_runner"},
     "cryptography.switch_key": {"job_runner"},
 }
 HIDDEN: Final = {
@@ -268,6 +279,7 @@ def service(database: Database, admin: psycopg.Connection[Any]) -> Iterator[psyc
         psycopg.ClientCursor(admin).execute(ROWS_OF_A_USER, {"user": user, "name": name, "key": user, "carol": CAROL})
     admin.execute(b"""
         INSERT INTO cryptography.wrapping_keys VALUES (gen_random_uuid(), 'kek', 1, 'serial');
+        INSERT INTO cryptography.rewrapping (sealing_key_id, slice) SELECT id, 0 FROM cryptography.wrapping_keys;
         INSERT INTO audit.checkpoints SELECT 1, hash, 1, ARRAY[hash], 1, '' FROM sha256('') AS hash;
         INSERT INTO audit.archived_partitions VALUES ('security_events_2020_01', 1);
         INSERT INTO blockchain.networks (name, network_type, native_currency) VALUES ('another', 'private', '{}');

@@ -16,6 +16,8 @@ from tests.store.test_statements import numbered, statements
 
 # Tables that stay small, whatever the service does: read whole.
 SMALL_ROWS_MAX: Final = 100
+# What an operator's command does, now and then, with every envelope.
+READ_ALL: Final = {"kms.store.wrapping.COUNT", "kms.store.wrapping.RETIRE"}
 ROLES: Final = ("authenticated_users", "admin_users", "auditor_users", "job_runner")
 ROWS: Final = b"""
     INSERT INTO authentication.users (id, username, email, password_hash, salt)
@@ -157,7 +159,7 @@ def test_every_statement_within_a_called_function_uses_an_index(filled: psycopg.
             continue
         for plan in nested_plans(filled, planned[0], statement):
             nested += 1
-            wrong += [f"{name} reads all of {table}" for table in large(filled, scanned_whole(plan))]
+            wrong += [f"{name} reads all of {table}" for table in large(filled, scanned_whole(plan)) if name not in READ_ALL]
     assert wrong == []
     assert nested >= 2
 

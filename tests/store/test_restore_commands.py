@@ -150,6 +150,37 @@ def test_a_backup_from_before_a_rotation_lets_the_predecessor_wait_and_names_the
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_backup_from_before_a_rotation_of_the_master_keys_restores_until_the_old_ones_are_destroyed(
+    elsewhere: Deployment, tmp_path: Path
+) -> None:
+    deployment = elsewhere
+    with deployment.serving() as server:
+        caller = server.caller()
+        made(caller, "aes", name="aes")
+        decrypt = cpb.DecryptRequest(ciphertext=caller.crypto.Encrypt(cpb.EncryptRequest(key="aes", plaintext=b"p")).ciphertext)
+        await_signing_key(deployment)
+        file = run(deployment, "backup", "--out", str(tmp_path / "one"))["file"]
+        run(deployment, "kek", "rotate")
+        watched = deployment.run("kek", "watch", "--seconds", "0.2")
+        assert watched.stdout.splitlines()[-1] == "2 of 2 done, 0 do not open"
+    run(deployment, "kek", "retire", "1")
+    assert run(deployment, "restore", "--drill", file) == {"opened": 2, "kek_missing": [], "invalid": []}
+    move(deployment)
+    run(deployment, "restore", file)
+    with deployment.serving() as server:
+        caller = server.caller(caller.user_id)
+        assert caller.crypto.Decrypt(decrypt).plaintext == b"p"
+        deadline = time.monotonic() + 60
+        while (old := run(deployment, "kek", "list")["generations"][0])["envelopes"]:
+            assert time.monotonic() < deadline
+        assert (old["state"], old["moved"]) == ("retired", 2)
+        assert run(deployment, "kek", "destroy", "1", "--yes") == {"destroyed": 1}
+        assert caller.crypto.Decrypt(decrypt).plaintext == b"p"
+    assert len(run(deployment, "restore", "--drill", file, code=1)["kek_missing"]) == 2
+
+
+@pytest.mark.slow
 def test_a_database_that_pg_restore_made_is_not_served(postgres: EmbeddedPostgres, elsewhere: Deployment) -> None:
     deployment = elsewhere
     with deployment.serving():

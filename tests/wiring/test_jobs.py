@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, cast
 
+from kms.rotation.master_keys import MasterKeys
 from kms.store.ledger import open_ledger
 from kms.store.pool import Pool
 from kms.store.repeats import StoredRepeats
@@ -17,12 +18,13 @@ def named(parts: Mapping[str, object]) -> list[str]:
     absent = cast(
         Any, SimpleNamespace(opens=None, check=None, watch=None, ask=None, records=None, serve_term=None, do_due=None, write=None)
     )
-    fields = dict.fromkeys(JobParts.__dataclass_fields__, absent)
+    fields = dict.fromkeys(JobParts.__dataclass_fields__, absent) | {"master_keys": MasterKeys(absent, absent, needs_copy=False)}
     return [job.name for job in upkeep_jobs(JobParts(**{**fields, **parts}))]
 
 
 def test_a_worker_has_the_jobs_that_its_parts_are_for() -> None:
-    every = ["partitions", "destruction", "repeats", "condition", "disk", "rotations", "database"]
+    leased = ["rotations", "master_keys", "rewrapping"]
+    every = ["partitions", "destruction", "repeats", "condition", "disk", *leased, "database"]
     none = {"is_first": False, "journal": None, "uses": None, "sealer": None}
     assert named(none) == every
     assert named({**none, "is_first": True}) == [*every, "residents"]
