@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 _PAGE: Final = 200
 _COLUMNS: Final = ("created_at", "status", "old_key_id", "new_key_id", "affected_records_count", "reason", "id")
 
+RotationArgument = Annotated[str, typer.Argument(metavar="ROTATION", help="A rotation's id.", show_default=False)]
+
 
 class Status(StrEnum):
     """How far a rotation is."""
@@ -47,13 +49,20 @@ def rotate(
         request = rotation_pb2.RotateKeyRequest(
             key=key, reason=reason, allow_compromised=allow_compromised, request_id=request_id
         )
-        rotation = client.call(client.rotation.RotateKey, request).rotation
-        _print(invocation, rotation)
-        if rotation.status == rotation_pb2.ROTATION_STATUS_FAILED:
-            raise CallError("FAILED_PRECONDITION", "ROTATION_FAILED", f"the rotation failed: {rotation.error_message}", {})
-        if rotation.status != rotation_pb2.ROTATION_STATUS_COMPLETED:
-            message = f"the rotation is tried again later: {rotation.error_message}; see kms rotation show {rotation.id}"
-            raise CallError("UNAVAILABLE", "ROTATION_PENDING", message, {})
+        _print_ended(invocation, client.call(client.rotation.RotateKey, request).rotation)
+
+
+def retry(invocation: Invocation, rotation: RotationArgument) -> None:
+    """Try a rotation again that failed, or that waits for its next attempt.
+
+    A rotation that failed after the switch is completed. Before the switch, a rotation can be tried again for a day. Fails as kms
+    key rotate does.
+    """
+    with invocation.client() as client:
+        from kms.v1 import rotation_pb2
+
+        request = rotation_pb2.RetryRotationRequest(rotation_id=rotation)
+        _print_ended(invocation, client.call(client.rotation.RetryRotation, request).rotation)
 
 
 def list_rotations(
@@ -62,7 +71,7 @@ def list_rotations(
     status: Annotated[Status | None, typer.Option(help="Only rotations that are so far.")] = None,
     limit: Annotated[int, typer.Option(min=0, help="At most so many; 0: all.")] = 0,
 ) -> None:
-    """List the rotations of your keys, the newest first.
+    """List the rotations of your keys, or for a rotator those of all keys, the newest first.
 
     Into a pipe: when, status, old key, new key, dependents, reason and id, with tabs between.
     """
@@ -78,10 +87,7 @@ def list_rotations(
         print_table(_COLUMNS, [[str(rotation.get(column, "")) for column in _COLUMNS] for rotation in found])
 
 
-def show(
-    invocation: Invocation,
-    rotation: Annotated[str, typer.Argument(metavar="ROTATION", help="A rotation's id.", show_default=False)],
-) -> None:
+def show(invocation: Invocation, rotation: RotationArgument) -> None:
     """Show a rotation."""
     with invocation.client() as client:
         from kms.v1 import rotation_pb2
@@ -93,9 +99,22 @@ def show(
 def register(app: typer.Typer, keys: typer.Typer) -> None:
     """Add `rotate` to *keys*, the group `kms key`, and the group `kms rotation` to *app*."""
     command(keys, "rotate", "kms key rotate payments --reason 'a year old'")(rotate)
-    rotations = group(app, "rotation", "Look at the rotations of your keys.")
+    rotations = group(app, "rotation", "Look at rotations, and try them again.")
     command(rotations, "list", "kms rotation list", "kms rotation list --key payments --status failed --json")(list_rotations)
     command(rotations, "show", "kms rotation show 3b3c7a53-8d2c-4d4c-9a4e-0c8f2d1a6b57")(show)
+    command(rotations, "retry", "kms rotation retry 3b3c7a53-8d2c-4d4c-9a4e-0c8f2d1a6b57")(retry)
+
+
+def _print_ended(invocation: Invocation, rotation: "rotation_pb2.Rotation") -> None:
+    """Print a rotation of which an attempt has ended, and raise `CallError` unless it is completed."""
+    from kms.v1 import rotation_pb2
+
+    _print(invocation, rotation)
+    if rotation.status == rotation_pb2.ROTATION_STATUS_FAILED:
+        raise CallError("FAILED_PRECONDITION", "ROTATION_FAILED", f"the rotation failed: {rotation.error_message}", {})
+    if rotation.status != rotation_pb2.ROTATION_STATUS_COMPLETED:
+        message = f"the rotation is tried again later: {rotation.error_message}; see kms rotation show {rotation.id}"
+        raise CallError("UNAVAILABLE", "ROTATION_PENDING", message, {})
 
 
 def _print(invocation: Invocation, rotation: "rotation_pb2.Rotation") -> None:

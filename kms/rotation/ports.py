@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Protocol
 from uuid import UUID
 
-from kms.app.ports import Call, Repeat
+from kms.app.ports import Call, Repeat, User
 from kms.domain.ids import KeyId, UserId
 from kms.domain.keys import KeyIdentity, KeyMaterial, KeyRecord
 from kms.jobs.leasing import Lease
@@ -36,12 +36,23 @@ class Rotations(Protocol):
         """
         ...
 
-    async def find(self, caller: UserId, rotation_id: UUID) -> Rotation | None:
-        """Return a rotation of a key of *caller*, or None."""
+    async def owner_of(self, caller: User, key_id: KeyId) -> UserId | None:
+        """Return who owns a key that *caller* may rotate, or None. Only the record of the key proves it."""
         ...
 
-    async def page(self, caller: UserId, which: RotationFilter, *, after: RotationPlace | None, limit: int) -> Sequence[Rotation]:
-        """Return at most *limit* rotations that come after the place *after*, the newest first."""
+    async def retry(self, call: Call, rotation_id: UUID) -> bool:
+        """Make a rotation due at once, with new attempts. Return False if it, or another rotation of the key, is under way.
+
+        Raises ROTATION_NOT_FOUND, CREDENTIALS_INVALID.
+        """
+        ...
+
+    async def find(self, caller: User, rotation_id: UUID) -> Rotation | None:
+        """Return a rotation of a key that *caller* may rotate, or None."""
+        ...
+
+    async def page(self, caller: User, which: RotationFilter, *, after: RotationPlace | None, limit: int) -> Sequence[Rotation]:
+        """Return at most *limit* rotations of keys that *caller* may rotate, after the place *after*, the newest first."""
         ...
 
     async def proven_request(self, lease: Lease) -> RotationRequest:

@@ -15,16 +15,25 @@ from typing import Final
 from uuid import UUID
 
 from kms.app.keyring import require_key
-from kms.app.ports import Call, Hsm, Keys, Repeat
+from kms.app.ports import Call, Hsm, Keys, Repeat, User
 from kms.domain.errors import KmsError, Reason, about_key
-from kms.domain.ids import KeyId, KeyRef, UserId
+from kms.domain.ids import KeyId, KeyRef
 from kms.domain.key_row import record_invalid
-from kms.domain.keys import Custody, KeyIdentity
+from kms.domain.keys import Custody, KeyIdentity, KeyRecord
 from kms.jobs.leases import LeaseLostError
 from kms.jobs.leasing import Lease
 from kms.keys.ledger.repeats import Answers, RepeatableRequest, Repeats, StoredAnswer
 from kms.rotation.ports import OldKey, Rotations, ServedKeys
-from kms.rotation.rotation import Rotation, RotationRequest, RotationStatus, check_rotatable, parse_reason
+from kms.rotation.rotation import (
+    Rotation,
+    RotationRequest,
+    RotationStatus,
+    check_rotatable,
+    check_still_wanted,
+    parse_reason,
+    rotates_any,
+    rotation_not_found,
+)
 
 # Refusals that no later attempt changes.
 FINAL_REASONS: Final = frozenset(
@@ -107,7 +116,7 @@ class RotatingWorker:
 
 @dataclass(frozen=True, slots=True)
 class Rotating:
-    """RotateKey: asks for a rotation, and helps until its first attempt has ended."""
+    """RotateKey and RetryRotation: ask for a rotation, and help until an attempt has ended."""
 
     keys: Keys
     hsm: Hsm
@@ -119,7 +128,7 @@ class Rotating:
     async def rotate(
         self, call: Call, ref: KeyRef, reason: str, repeatable: RepeatableRequest | None, *, allow_compromised: bool
     ) -> Rotation:
-        """Rotate a key of the caller, and return the rotation when its first attempt has ended.
+        """Rotate a key of the caller, or for a rotator of any user, and return the rotation when its first attempt has ended.
 
         If the key is being rotated already, return that rotation. Raises KEY_NOT_FOUND, why the key must not be rotated,
         MALFORMED for the reason, REQUEST_ID_REUSED.
@@ -128,7 +137,7 @@ class Rotating:
         answers = None if repeatable is None else await self.repeats.answers(call, repeatable)
         stored = None if answers is None else await answers.find()
         if stored is not None:
-            return await self._ended(call.user.user_id, *_ids(stored))
+            return await self._ended(call.user, *_ids(stored))
         try:
             rotation_id, key_id = await self._request(call, ref, reason, answers, allow_compromised=allow_compromised)
         except KmsError as refusal:
@@ -137,18 +146,37 @@ class Rotating:
             if stored is None:
                 raise
             rotation_id, key_id = _ids(stored)
-        return await self._ended(call.user.user_id, rotation_id, key_id)
+        return await self._ended(call.user, rotation_id, key_id)
+
+    async def retry(self, call: Call, rotation_id: UUID) -> Rotation:
+        """Make a rotation that failed, or that waits for its next attempt, due again. Return it when an attempt has ended.
+
+        A rotation that is completed is returned as it is. Raises ROTATION_NOT_FOUND; STALE if another rotation of the key is
+        under way; for a key that has no successor yet, why it must not be rotated, and DEADLINE_EXCEEDED a day after the request.
+        """
+        rotation = await self.find(call.user, rotation_id)
+        with about_key(rotation.old_key_id):
+            if rotation.status is not RotationStatus.COMPLETED and rotation.new_key_id is None:
+                key = await require_key(self.keys, rotation.owner_id, rotation.old_key_id)
+                check_rotatable(key, allow_compromised=rotation.allows_compromised)
+                check_still_wanted(key, rotation.created_at, await self.rotations.now())
+            if rotation.was_tried and rotation.status is not RotationStatus.COMPLETED:
+                is_due = await self.rotations.retry(call, rotation_id)
+                rotation = await self.find(call.user, rotation_id)
+                if not is_due and rotation.status is RotationStatus.FAILED:
+                    raise KmsError(Reason.STALE, "another rotation of the key is under way")
+            return await self._ended(call.user, rotation_id, rotation.old_key_id)
 
     async def _request(
         self, call: Call, ref: KeyRef, reason: str, answers: Answers | None, *, allow_compromised: bool
     ) -> tuple[UUID, KeyId]:
         """Write the request into the log, and return the id of its rotation and that of the key."""
-        key = await require_key(self.keys, call.user.user_id, ref)
+        key = await self.key(call.user, ref)
         with about_key(key.identity.key_id):
             check_rotatable(key, allow_compromised=allow_compromised)
             request = RotationRequest(
                 rotation_id=UUID(bytes=await self.hsm.random(16), version=4),
-                owner_id=call.user.user_id,
+                owner_id=key.identity.owner_id,
                 key_id=key.identity.key_id,
                 reason=reason,
                 initiated_by=call.user.user_id,
@@ -162,14 +190,21 @@ class Rotating:
 
             return await self.rotations.request(call, request, None if answers is None else repeat_of), request.key_id
 
-    async def find(self, caller: UserId, rotation_id: UUID) -> Rotation:
-        """Return a rotation of a key of *caller*, or raise ROTATION_NOT_FOUND."""
+    async def key(self, caller: User, ref: KeyRef) -> KeyRecord:
+        """Return a key that *caller* may rotate, proven, or raise KEY_NOT_FOUND. A rotator names the key of another by its id."""
+        owner = caller.user_id
+        if rotates_any(caller) and isinstance(ref, UUID):
+            owner = await self.rotations.owner_of(caller, ref) or owner
+        return await require_key(self.keys, owner, ref)
+
+    async def find(self, caller: User, rotation_id: UUID) -> Rotation:
+        """Return a rotation of a key that *caller* may rotate, or raise ROTATION_NOT_FOUND."""
         found = await self.rotations.find(caller, rotation_id)
         if found is None:
-            raise KmsError(Reason.ROTATION_NOT_FOUND, "there is no rotation of this id of a key of yours")
+            raise rotation_not_found()
         return found
 
-    async def _ended(self, caller: UserId, rotation_id: UUID, key_id: KeyId) -> Rotation:
+    async def _ended(self, caller: User, rotation_id: UUID, key_id: KeyId) -> Rotation:
         """Do the rotation of the key, or wait for the worker that does, until an attempt has ended.
 
         Raises RECORD_INVALID if the log says that the rotation is completed, and the records of the keys do not prove it.
@@ -183,7 +218,7 @@ class Rotating:
         if rotation.status is RotationStatus.COMPLETED:
             if rotation.old_key_id != key_id or rotation.new_key_id is None:
                 raise record_invalid(key_id)
-            await self.rotations.proven_successor(caller, key_id, rotation.new_key_id)
+            await self.rotations.proven_successor(rotation.owner_id, key_id, rotation.new_key_id)
         return rotation
 
 

@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Any, Final
 from uuid import UUID
 
+from kms.app.ports import User
 from kms.domain.envelope import lengths_prefixed
 from kms.domain.errors import KmsError, Reason
 from kms.domain.fields import parse_text
@@ -14,6 +15,7 @@ from kms.domain.ids import KeyId, KeyName, UserId, base_name
 from kms.domain.key_row import Row
 from kms.domain.keys import KeyMaterial, KeyRecord, Origin
 from kms.domain.lifecycle import State, check_rotation
+from kms.domain.permissions import Permission
 
 REASON_CHARACTERS_MAX: Final = 100
 FORMAT_VERSION: Final = 1
@@ -67,10 +69,12 @@ class Rotation:
     """A rotation as its caller sees it. Moments are aware datetimes by the database's clock."""
 
     rotation_id: UUID
+    owner_id: UserId
     old_key_id: KeyId
     new_key_id: KeyId | None
     reason: str
     initiated_by: UserId | None
+    allows_compromised: bool
     status: RotationStatus
     affected_records_count: int
     error_message: str
@@ -87,7 +91,7 @@ class Rotation:
 
 @dataclass(frozen=True, slots=True)
 class RotationFilter:
-    """Which of the caller's rotations to list; None does not restrict."""
+    """Which rotations to list; None does not restrict."""
 
     key_id: KeyId | None = None
     status: RotationStatus | None = None
@@ -99,6 +103,16 @@ class RotationPlace:
 
     created_at: datetime
     rotation_id: UUID
+
+
+def rotates_any(user: User) -> bool:
+    """Whether *user* may rotate the keys of all users. Such a user uses none."""
+    return Permission.KEYS_ROTATE in user.permissions
+
+
+def rotation_not_found() -> KmsError:
+    """Return the answer for a rotation that the caller may not see, or that is not there."""
+    return KmsError(Reason.ROTATION_NOT_FOUND, "there is no rotation of this id of a key of yours")
 
 
 def parse_reason(text: str) -> str:
@@ -115,15 +129,15 @@ def check_rotatable(key: KeyRecord, *, allow_compromised: bool) -> None:
     check_rotation(key.state, allow_compromised=allow_compromised)
 
 
-def check_still_wanted(request: RotationRequest, key: KeyRecord, now: datetime) -> None:
-    """Raise unless *request* still asks for a successor of *key*.
+def check_still_wanted(key: KeyRecord, asked_at: datetime, now: datetime) -> None:
+    """Raise unless a request of the moment *asked_at* still asks for a successor of *key*.
 
     Raises DEADLINE_EXCEEDED for a request of more than a day ago: nobody waits for it, and somebody may have put it back. Raises
     KEY_INACTIVE for a key that was deactivated since: its owner wants it to stop.
     """
-    if now - request.created_at > _REQUEST_AGE_MAX:
+    if now - asked_at > _REQUEST_AGE_MAX:
         raise KmsError(Reason.DEADLINE_EXCEEDED, "the rotation was asked for more than a day ago: ask again")
-    if key.deactivated_at is not None and key.deactivated_at > request.created_at:
+    if key.deactivated_at is not None and key.deactivated_at > asked_at:
         raise KmsError(Reason.KEY_INACTIVE, "the key was deactivated after the rotation was asked for", state=State.INACTIVE)
 
 

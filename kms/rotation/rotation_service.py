@@ -6,7 +6,6 @@ from datetime import datetime
 from typing import Final
 from uuid import UUID
 
-from kms.app.keyring import require_key
 from kms.app.ports import Call
 from kms.domain.errors import malformed
 from kms.domain.fields import open_token, parse_optional_number, token_of
@@ -43,18 +42,23 @@ class RotationServicer:
         )
         return pb.RotateKeyResponse(rotation=wire_rotation(rotation))
 
+    async def RetryRotation(self, request: pb.RetryRotationRequest, call: Call) -> pb.RetryRotationResponse:
+        """Try a rotation again."""
+        rotation_id = parse_uuid(request.rotation_id, field="rotation_id")
+        return pb.RetryRotationResponse(rotation=wire_rotation(await self.rotating.retry(call, rotation_id)))
+
     async def GetRotation(self, request: pb.GetRotationRequest, call: Call) -> pb.GetRotationResponse:
         """Return a rotation."""
         rotation_id = parse_uuid(request.rotation_id, field="rotation_id")
-        return pb.GetRotationResponse(rotation=wire_rotation(await self.rotating.find(call.user.user_id, rotation_id)))
+        return pb.GetRotationResponse(rotation=wire_rotation(await self.rotating.find(call.user, rotation_id)))
 
     async def ListRotations(self, request: pb.ListRotationsRequest, call: Call) -> pb.ListRotationsResponse:
         """List rotations, the newest first."""
         limit = parse_optional_number(request.page_size, field="page_size", most=PAGE_MAX) or PAGE_DEFAULT
         status = enums.optional(STATUSES, request.status, "status")
-        caller, key_id = call.user.user_id, None
+        caller, key_id = call.user, None
         if request.key:
-            key_id = (await require_key(self.rotating.keys, caller, parse_key_ref(request.key))).identity.key_id
+            key_id = (await self.rotating.key(caller, parse_key_ref(request.key))).identity.key_id
         which = RotationFilter(key_id, status)
         place = _parse_page_token(request.page_token, which)
         found = await self.rotating.rotations.page(caller, which, after=place, limit=limit + 1)

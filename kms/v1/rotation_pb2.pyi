@@ -158,6 +158,45 @@ class RotateKeyResponse(_message.Message):
 Global___RotateKeyResponse: _TypeAlias = RotateKeyResponse  # noqa: Y015
 
 @_typing.final
+class RetryRotationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROTATION_ID_FIELD_NUMBER: _builtins.int
+    rotation_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        rotation_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rotation_id", b"rotation_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryRotationRequest: _TypeAlias = RetryRotationRequest  # noqa: Y015
+
+@_typing.final
+class RetryRotationResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROTATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def rotation(self) -> Global___Rotation: ...
+    def __init__(
+        self,
+        *,
+        rotation: Global___Rotation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rotation", b"rotation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rotation", b"rotation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryRotationResponse: _TypeAlias = RetryRotationResponse  # noqa: Y015
+
+@_typing.final
 class GetRotationRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -29,7 +29,9 @@ class RotationServiceStub:
     """Gives keys successors. The successor takes the name of the key; the predecessor becomes `name@1`, `name@2`, …, and is superseded:
     it still decrypts and verifies, and it never signs or encrypts again. Callers who use the name go on without an error.
 
-    A caller sees the rotations of their own keys only. The conventions of KeyService hold here too.
+    A caller rotates their own keys, and sees the rotations of these only. A caller with the permission `keys:rotate` (the role rotator)
+    rotates the keys of all users, which they name by id, sees all rotations, and does nothing else: they use no key.
+    The conventions of KeyService hold here too.
     """
 
     def __init__(self, channel):
@@ -42,6 +44,11 @@ class RotationServiceStub:
                 '/kms.v1.RotationService/RotateKey',
                 request_serializer=kms_dot_v1_dot_rotation__pb2.RotateKeyRequest.SerializeToString,
                 response_deserializer=kms_dot_v1_dot_rotation__pb2.RotateKeyResponse.FromString,
+                _registered_method=True)
+        self.RetryRotation = channel.unary_unary(
+                '/kms.v1.RotationService/RetryRotation',
+                request_serializer=kms_dot_v1_dot_rotation__pb2.RetryRotationRequest.SerializeToString,
+                response_deserializer=kms_dot_v1_dot_rotation__pb2.RetryRotationResponse.FromString,
                 _registered_method=True)
         self.GetRotation = channel.unary_unary(
                 '/kms.v1.RotationService/GetRotation',
@@ -59,7 +66,9 @@ class RotationServiceServicer:
     """Gives keys successors. The successor takes the name of the key; the predecessor becomes `name@1`, `name@2`, …, and is superseded:
     it still decrypts and verifies, and it never signs or encrypts again. Callers who use the name go on without an error.
 
-    A caller sees the rotations of their own keys only. The conventions of KeyService hold here too.
+    A caller rotates their own keys, and sees the rotations of these only. A caller with the permission `keys:rotate` (the role rotator)
+    rotates the keys of all users, which they name by id, sees all rotations, and does nothing else: they use no key.
+    The conventions of KeyService hold here too.
     """
 
     def RotateKey(self, request, context):
@@ -73,8 +82,19 @@ class RotationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RetryRotation(self, request, context):
+        """Makes a rotation that is FAILED, or that is PENDING after a failed attempt, due again with new attempts, and returns it as RotateKey
+        does. A rotation that failed after the switch is completed: its dependents are taken along. One that is COMPLETED is returned.
+
+        Before the switch: FAILED_PRECONDITION as in RotateKey, also for a key that was deactivated since; DEADLINE_EXCEEDED for a rotation
+        that was asked for more than a day ago. ABORTED (STALE) while another rotation of the key is under way.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetRotation(self, request, context):
-        """Returns a rotation. NOT_FOUND (ROTATION_NOT_FOUND) for one that is not of a key of the caller.
+        """Returns a rotation. NOT_FOUND (ROTATION_NOT_FOUND) for one that is not of a key of the caller, but for a rotator.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -94,6 +114,11 @@ def add_RotationServiceServicer_to_server(servicer, server):
                     servicer.RotateKey,
                     request_deserializer=kms_dot_v1_dot_rotation__pb2.RotateKeyRequest.FromString,
                     response_serializer=kms_dot_v1_dot_rotation__pb2.RotateKeyResponse.SerializeToString,
+            ),
+            'RetryRotation': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryRotation,
+                    request_deserializer=kms_dot_v1_dot_rotation__pb2.RetryRotationRequest.FromString,
+                    response_serializer=kms_dot_v1_dot_rotation__pb2.RetryRotationResponse.SerializeToString,
             ),
             'GetRotation': grpc.unary_unary_rpc_method_handler(
                     servicer.GetRotation,
@@ -117,7 +142,9 @@ class RotationService:
     """Gives keys successors. The successor takes the name of the key; the predecessor becomes `name@1`, `name@2`, …, and is superseded:
     it still decrypts and verifies, and it never signs or encrypts again. Callers who use the name go on without an error.
 
-    A caller sees the rotations of their own keys only. The conventions of KeyService hold here too.
+    A caller rotates their own keys, and sees the rotations of these only. A caller with the permission `keys:rotate` (the role rotator)
+    rotates the keys of all users, which they name by id, sees all rotations, and does nothing else: they use no key.
+    The conventions of KeyService hold here too.
     """
 
     @staticmethod
@@ -137,6 +164,33 @@ class RotationService:
             '/kms.v1.RotationService/RotateKey',
             kms_dot_v1_dot_rotation__pb2.RotateKeyRequest.SerializeToString,
             kms_dot_v1_dot_rotation__pb2.RotateKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetryRotation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kms.v1.RotationService/RetryRotation',
+            kms_dot_v1_dot_rotation__pb2.RetryRotationRequest.SerializeToString,
+            kms_dot_v1_dot_rotation__pb2.RetryRotationResponse.FromString,
             options,
             channel_credentials,
             insecure,

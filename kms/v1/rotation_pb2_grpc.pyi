@@ -30,7 +30,9 @@ class RotationServiceStub:
     """Gives keys successors. The successor takes the name of the key; the predecessor becomes `name@1`, `name@2`, …, and is superseded:
     it still decrypts and verifies, and it never signs or encrypts again. Callers who use the name go on without an error.
 
-    A caller sees the rotations of their own keys only. The conventions of KeyService hold here too.
+    A caller rotates their own keys, and sees the rotations of these only. A caller with the permission `keys:rotate` (the role rotator)
+    rotates the keys of all users, which they name by id, sees all rotations, and does nothing else: they use no key.
+    The conventions of KeyService hold here too.
     """
 
     @_typing.overload
@@ -44,8 +46,15 @@ class RotationServiceStub:
     FAILED_PRECONDITION with the reason of the state for a key that must not be rotated: pre-active, revoked, pending destruction,
     destroyed, superseded (KEY_INACTIVE), compromised without `allow_compromised`; WRONG_PURPOSE for a key of the service itself.
     """
+    RetryRotation: _grpc.UnaryUnaryMultiCallable[_rotation_pb2.RetryRotationRequest, _rotation_pb2.RetryRotationResponse]
+    """Makes a rotation that is FAILED, or that is PENDING after a failed attempt, due again with new attempts, and returns it as RotateKey
+    does. A rotation that failed after the switch is completed: its dependents are taken along. One that is COMPLETED is returned.
+
+    Before the switch: FAILED_PRECONDITION as in RotateKey, also for a key that was deactivated since; DEADLINE_EXCEEDED for a rotation
+    that was asked for more than a day ago. ABORTED (STALE) while another rotation of the key is under way.
+    """
     GetRotation: _grpc.UnaryUnaryMultiCallable[_rotation_pb2.GetRotationRequest, _rotation_pb2.GetRotationResponse]
-    """Returns a rotation. NOT_FOUND (ROTATION_NOT_FOUND) for one that is not of a key of the caller."""
+    """Returns a rotation. NOT_FOUND (ROTATION_NOT_FOUND) for one that is not of a key of the caller, but for a rotator."""
     ListRotations: _grpc.UnaryUnaryMultiCallable[_rotation_pb2.ListRotationsRequest, _rotation_pb2.ListRotationsResponse]
     """Lists the rotations of the caller's keys, the newest first."""
 
@@ -54,7 +63,9 @@ class RotationServiceAsyncStub(RotationServiceStub):
     """Gives keys successors. The successor takes the name of the key; the predecessor becomes `name@1`, `name@2`, …, and is superseded:
     it still decrypts and verifies, and it never signs or encrypts again. Callers who use the name go on without an error.
 
-    A caller sees the rotations of their own keys only. The conventions of KeyService hold here too.
+    A caller rotates their own keys, and sees the rotations of these only. A caller with the permission `keys:rotate` (the role rotator)
+    rotates the keys of all users, which they name by id, sees all rotations, and does nothing else: they use no key.
+    The conventions of KeyService hold here too.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -65,8 +76,15 @@ class RotationServiceAsyncStub(RotationServiceStub):
     FAILED_PRECONDITION with the reason of the state for a key that must not be rotated: pre-active, revoked, pending destruction,
     destroyed, superseded (KEY_INACTIVE), compromised without `allow_compromised`; WRONG_PURPOSE for a key of the service itself.
     """
+    RetryRotation: _aio.UnaryUnaryMultiCallable[_rotation_pb2.RetryRotationRequest, _rotation_pb2.RetryRotationResponse]  # type: ignore[assignment]
+    """Makes a rotation that is FAILED, or that is PENDING after a failed attempt, due again with new attempts, and returns it as RotateKey
+    does. A rotation that failed after the switch is completed: its dependents are taken along. One that is COMPLETED is returned.
+
+    Before the switch: FAILED_PRECONDITION as in RotateKey, also for a key that was deactivated since; DEADLINE_EXCEEDED for a rotation
+    that was asked for more than a day ago. ABORTED (STALE) while another rotation of the key is under way.
+    """
     GetRotation: _aio.UnaryUnaryMultiCallable[_rotation_pb2.GetRotationRequest, _rotation_pb2.GetRotationResponse]  # type: ignore[assignment]
-    """Returns a rotation. NOT_FOUND (ROTATION_NOT_FOUND) for one that is not of a key of the caller."""
+    """Returns a rotation. NOT_FOUND (ROTATION_NOT_FOUND) for one that is not of a key of the caller, but for a rotator."""
     ListRotations: _aio.UnaryUnaryMultiCallable[_rotation_pb2.ListRotationsRequest, _rotation_pb2.ListRotationsResponse]  # type: ignore[assignment]
     """Lists the rotations of the caller's keys, the newest first."""
 
@@ -74,7 +92,9 @@ class RotationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Gives keys successors. The successor takes the name of the key; the predecessor becomes `name@1`, `name@2`, …, and is superseded:
     it still decrypts and verifies, and it never signs or encrypts again. Callers who use the name go on without an error.
 
-    A caller sees the rotations of their own keys only. The conventions of KeyService hold here too.
+    A caller rotates their own keys, and sees the rotations of these only. A caller with the permission `keys:rotate` (the role rotator)
+    rotates the keys of all users, which they name by id, sees all rotations, and does nothing else: they use no key.
+    The conventions of KeyService hold here too.
     """
 
     @_abc_1.abstractmethod
@@ -91,12 +111,25 @@ class RotationServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def RetryRotation(
+        self,
+        request: _rotation_pb2.RetryRotationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_rotation_pb2.RetryRotationResponse, _abc.Awaitable[_rotation_pb2.RetryRotationResponse]]:
+        """Makes a rotation that is FAILED, or that is PENDING after a failed attempt, due again with new attempts, and returns it as RotateKey
+        does. A rotation that failed after the switch is completed: its dependents are taken along. One that is COMPLETED is returned.
+
+        Before the switch: FAILED_PRECONDITION as in RotateKey, also for a key that was deactivated since; DEADLINE_EXCEEDED for a rotation
+        that was asked for more than a day ago. ABORTED (STALE) while another rotation of the key is under way.
+        """
+
+    @_abc_1.abstractmethod
     def GetRotation(
         self,
         request: _rotation_pb2.GetRotationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_rotation_pb2.GetRotationResponse, _abc.Awaitable[_rotation_pb2.GetRotationResponse]]:
-        """Returns a rotation. NOT_FOUND (ROTATION_NOT_FOUND) for one that is not of a key of the caller."""
+        """Returns a rotation. NOT_FOUND (ROTATION_NOT_FOUND) for one that is not of a key of the caller, but for a rotator."""
 
     @_abc_1.abstractmethod
     def ListRotations(

@@ -53,6 +53,7 @@ GOOD: Final[dict[str, dict[str, Any]]] = {
     "MarkKeyCompromisedRequest": {"key": "ec", "reason": "test"},
     "ScheduleKeyDestructionRequest": {"key": "aes", "pending_days": 7},
     "RotateKeyRequest": {"key": "aes", "reason": "test"},
+    "RetryRotationRequest": {"rotation_id": "00000000-0000-4000-8000-000000000000"},
     "GetRotationRequest": {"rotation_id": "00000000-0000-4000-8000-000000000000"},
 }
 
@@ -190,6 +191,7 @@ KINDS: Final[dict[str, Kind]] = {
     "RotateKeyRequest.reason": Kind((*REASON.refused, "x" * 101)),
     "RotateKeyRequest.allow_compromised": FLAG,
     "RotateKeyRequest.request_id": REQUEST_ID,
+    "RetryRotationRequest.rotation_id": Kind((*ID.refused, "")),
     "GetRotationRequest.rotation_id": Kind((*ID.refused, "")),
     "ListRotationsRequest.key": OPTIONAL_KEY,
     "ListRotationsRequest.status": ENUM,

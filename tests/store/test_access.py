@@ -71,6 +71,7 @@ ENTRANCES: Final = {
     "cryptography.move_key": {"authenticated_users"},
     "cryptography.release_rotation": {"job_runner"},
     "cryptography.request_rotation": {"authenticated_users"},
+    "cryptography.retry_rotation": {"authenticated_users"},
     "cryptography.revoke_grant": {"authenticated_users"},
     "cryptography.settle": {"kms_service"},
     "cryptography.settled": {"kms_service"},
@@ -216,7 +217,7 @@ ROWS_OF_A_USER: Final = """
     INSERT INTO authentication.users (id, username, email, password_hash, salt)
         VALUES (%(user)s, %(name)s, %(name)s || '@example.org', '!', '!');
     INSERT INTO authentication.user_profiles (user_id) VALUES (%(user)s);
-    INSERT INTO authentication.user_roles (user_id, role_id) SELECT %(user)s, id FROM authentication.roles;
+    INSERT INTO authentication.user_roles (user_id, role_id) SELECT %(user)s, id FROM authentication.roles WHERE name <> 'rotator';
     INSERT INTO authentication.user_sessions (user_id, session_token, refresh_token, expires_at)
         VALUES (%(user)s, repeat('0', 64), repeat('1', 64), now() + interval '1 hour');
     INSERT INTO authentication.login_history (user_id, login_method, success) VALUES (%(user)s, 'password', true);

@@ -1,0 +1,162 @@
+-- Rotations that are tried again, users who rotate the keys of others, dependents of each kind, and rotation by policy.
+--
+--   the owner, a rotator ──► request_rotation ─┐
+--   a policy that is due ──► request_due ──────┴─► pending ──► switch ──► dependents, kind by kind ──► completed
+--                                                   ▲                        │
+--                                                   └─ retry_rotation ◄─ failed
+
+-- Who rotates ----------------------------------------------------------------------------------------------------------------
+
+-- The migrator owns the table, and its row security is forced.
+ALTER TABLE authentication.roles NO FORCE ROW LEVEL SECURITY;
+INSERT INTO authentication.roles (name, description, permissions, is_system_role)
+VALUES ('rotator', 'rotates the keys of any user, and uses none', '["keys:rotate"]', TRUE);
+ALTER TABLE authentication.roles FORCE ROW LEVEL SECURITY;
+
+GRANT EXECUTE ON FUNCTION authentication.find_user_by_uri(UUID) TO kms_lifecycle;
+
+-- Whether the user for whom the transaction acts may, at this moment, rotate the keys of any user.
+CREATE FUNCTION cryptography.rotates_any() RETURNS BOOLEAN
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    RETURN EXISTS (
+        SELECT FROM authentication.find_user_by_uri(authentication.current_user_id()) AS f
+        WHERE 'keys:rotate' = ANY (f.permissions)
+    );
+END;
+$$;
+
+-- Who owns a key that the user for whom the transaction acts may rotate; NULL for every other key. The service proves the answer
+-- by the key's record.
+CREATE FUNCTION cryptography.owner_for_rotation(rotated_key UUID) RETURNS UUID
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    RETURN (
+        SELECT k.user_id
+        FROM cryptography.keys AS k
+        WHERE k.id = rotated_key AND (k.user_id = authentication.current_user_id() OR (SELECT cryptography.rotates_any()))
+    );
+END;
+$$;
+
+-- Raise invalid_authorization_specification unless the user for whom the transaction acts is in good standing, and at user_version.
+CREATE FUNCTION cryptography.check_standing(user_version INTEGER) RETURNS VOID
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    IF NOT EXISTS (
+        SELECT FROM authentication.users AS u
+        WHERE u.id = authentication.current_user_id() AND u.version = user_version AND u.deleted_at IS NULL
+            AND (u.locked_until IS NULL OR u.locked_until <= clock_timestamp())
+    ) THEN
+        RAISE EXCEPTION 'the user who acts is not in good standing' USING ERRCODE = 'invalid_authorization_specification';
+    END IF;
+END;
+$$;
+REVOKE ALL ON FUNCTION
+    cryptography.rotates_any(), cryptography.owner_for_rotation(UUID), cryptography.check_standing(INTEGER)
+    FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION cryptography.rotates_any(), cryptography.owner_for_rotation(UUID) TO authenticated_users;
+GRANT EXECUTE ON FUNCTION cryptography.check_standing(INTEGER) TO kms_lifecycle;
+
+-- A rotator sees the rotations of all keys, the newest first.
+CREATE POLICY key_rotations_rotator_read ON cryptography.key_rotations
+    FOR SELECT TO authenticated_users
+    USING ((SELECT cryptography.rotates_any()));
+-- squawk-ignore require-concurrent-index-creation
+CREATE INDEX idx_key_rotations_newest ON cryptography.key_rotations (created_at DESC, id DESC);
+
+GRANT CREATE ON SCHEMA cryptography TO kms_lifecycle;
+ALTER FUNCTION cryptography.rotates_any() OWNER TO kms_lifecycle;
+ALTER FUNCTION cryptography.owner_for_rotation(UUID) OWNER TO kms_lifecycle;
+
+-- Only its owner replaces a function.
+SET LOCAL ROLE kms_lifecycle;
+
+-- Ask for a rotation of a key of the user for whom the transaction acts, who is at user_version, or, for a rotator, of any user.
+-- Returns the id of the rotation: rotation, or that of the rotation of this key which has not ended. Raises
+-- invalid_authorization_specification for a user who is not in good standing, no_data_found for a key that is not there for him.
+CREATE OR REPLACE FUNCTION cryptography.request_rotation(
+    rotation UUID, rotated_key UUID, reason TEXT, with_compromised BOOLEAN, moment TIMESTAMPTZ, new_mac BYTEA,
+    user_version INTEGER, request_id TEXT, peer TEXT
+) RETURNS UUID
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    acting_user CONSTANT UUID := authentication.current_user_id();
+    owner CONSTANT UUID := cryptography.owner_for_rotation(rotated_key);
+    unfinished UUID;
+BEGIN
+    PERFORM cryptography.check_standing(user_version);
+    -- Whoever asks at the same moment waits here, and finds the rotation of the first.
+    PERFORM FROM cryptography.keys AS k WHERE k.id = rotated_key AND k.user_id = owner FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'there is no such key' USING ERRCODE = 'no_data_found';
+    END IF;
+    SELECT r.id INTO unfinished
+    FROM cryptography.key_rotations AS r
+    WHERE r.old_key_id = rotated_key AND r.migration_status IN ('pending', 'in_progress');
+    IF FOUND THEN
+        RETURN unfinished;
+    END IF;
+    INSERT INTO cryptography.key_rotations (
+        id, user_id, old_key_id, rotation_reason, initiated_by, allows_compromised, request_mac, created_at
+    ) VALUES (rotation, owner, rotated_key, reason, acting_user, with_compromised, new_mac, moment);
+    PERFORM audit.record_security_event(
+        'key.rotation_requested', 'medium', NULL, CASE WHEN pg_input_is_valid(peer, 'inet') THEN peer::INET END, NULL, 'key',
+        rotated_key, 'request_rotation', 'success', 30,
+        jsonb_build_object('rotation', rotation, 'reason', reason, 'request_id', request_id)
+    );
+    RETURN rotation;
+END;
+$$;
+
+-- Make a rotation due at once: one that has failed is pending again, with new attempts, and one that waits for its next attempt
+-- waits no longer. For the user for whom the transaction acts, who is at user_version and owns the key or is a rotator. Returns
+-- FALSE where the rotation is under way or completed, and where another rotation of the key is under way.
+CREATE FUNCTION cryptography.retry_rotation(rotation UUID, user_version INTEGER, request_id TEXT, peer TEXT) RETURNS BOOLEAN
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    asked RECORD;
+BEGIN
+    PERFORM cryptography.check_standing(user_version);
+    SELECT r.old_key_id, r.rotation_reason INTO asked
+    FROM cryptography.key_rotations AS r
+    WHERE r.id = rotation AND r.user_id = cryptography.owner_for_rotation(r.old_key_id);
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'there is no such rotation' USING ERRCODE = 'no_data_found';
+    END IF;
+    -- Whoever asks for a rotation of this key meanwhile waits here.
+    PERFORM FROM cryptography.keys AS k WHERE k.id = asked.old_key_id FOR NO KEY UPDATE;
+    IF EXISTS (
+        SELECT FROM cryptography.key_rotations AS o
+        WHERE o.old_key_id = asked.old_key_id AND o.id <> rotation AND o.migration_status IN ('pending', 'in_progress')
+    ) THEN
+        RETURN FALSE;
+    END IF;
+    -- A worker may have the row, and wait for the key: it is left alone.
+    PERFORM FROM cryptography.key_rotations AS r
+    WHERE r.id = rotation AND r.migration_status IN ('pending', 'failed')
+    FOR NO KEY UPDATE SKIP LOCKED;
+    IF NOT FOUND THEN
+        RETURN FALSE;
+    END IF;
+    UPDATE cryptography.key_rotations AS r
+    SET migration_status = 'pending', attempts = 0, error_message = NULL, next_attempt_at = clock_timestamp()
+    WHERE r.id = rotation;
+    PERFORM audit.record_security_event(
+        'key.rotation_retried', 'medium', NULL, CASE WHEN pg_input_is_valid(peer, 'inet') THEN peer::INET END, NULL, 'key',
+        asked.old_key_id, 'retry_rotation', 'success', 30,
+        jsonb_build_object('rotation', rotation, 'reason', asked.rotation_reason, 'request_id', request_id)
+    );
+    RETURN TRUE;
+END;
+$$;
+
+RESET ROLE;
+REVOKE ALL ON FUNCTION cryptography.retry_rotation(UUID, INTEGER, TEXT, TEXT) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION cryptography.retry_rotation(UUID, INTEGER, TEXT, TEXT) TO authenticated_users;
+REVOKE CREATE ON SCHEMA cryptography FROM kms_lifecycle;
