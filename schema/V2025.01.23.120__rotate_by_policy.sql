@@ -160,3 +160,129 @@ RESET ROLE;
 REVOKE ALL ON FUNCTION cryptography.retry_rotation(UUID, INTEGER, TEXT, TEXT) FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION cryptography.retry_rotation(UUID, INTEGER, TEXT, TEXT) TO authenticated_users;
 REVOKE CREATE ON SCHEMA cryptography FROM kms_lifecycle;
+
+-- Dependents -----------------------------------------------------------------------------------------------------------------
+--
+-- Each kind has a function of its own, which a worker that holds the claim of the rotation calls after the switch. Each bears being
+-- called again.
+
+GRANT SELECT (parent_key_id), UPDATE (parent_key_id) ON cryptography.keys TO kms_lifecycle;
+-- squawk-ignore require-concurrent-index-creation
+CREATE INDEX idx_keys_parent ON cryptography.keys (parent_key_id) WHERE parent_key_id IS NOT NULL;
+
+-- When the key of the address got a successor. The address stays; no new transaction should use it.
+ALTER TABLE blockchain.addresses ADD COLUMN superseded_at TIMESTAMPTZ;
+-- squawk-ignore require-concurrent-index-creation
+CREATE INDEX idx_addresses_key ON blockchain.addresses (key_id) WHERE key_id IS NOT NULL;
+GRANT USAGE ON SCHEMA blockchain TO kms_lifecycle;
+GRANT SELECT (key_id, superseded_at), UPDATE (superseded_at) ON blockchain.addresses TO kms_lifecycle;
+CREATE POLICY addresses_lifecycle_read ON blockchain.addresses
+    FOR SELECT TO kms_lifecycle
+    USING (TRUE);
+CREATE POLICY addresses_lifecycle_change ON blockchain.addresses
+    FOR UPDATE TO kms_lifecycle
+    USING (TRUE)
+    WITH CHECK (TRUE);
+
+GRANT CREATE ON SCHEMA cryptography TO kms_lifecycle;
+SET LOCAL ROLE kms_lifecycle;
+
+-- Give the successor the live grants of its predecessor, for the worker that holds the claim of the rotation, and return how many
+-- the two have in common. The grants of the predecessor stay: its ciphertexts must still be opened. NULL where the claim is void.
+CREATE OR REPLACE FUNCTION cryptography.copy_grants(rotation UUID, worker UUID, claim BIGINT) RETURNS BIGINT
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    asked RECORD;
+    moment CONSTANT TIMESTAMPTZ := clock_timestamp();
+    in_common BIGINT;
+BEGIN
+    SELECT r.user_id, r.old_key_id, r.new_key_id, r.initiated_by INTO asked
+    FROM cryptography.key_rotations AS r
+    WHERE r.id = rotation AND r.lease_owner = worker AND r.claim_number = claim AND r.new_key_id IS NOT NULL
+    FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RETURN NULL;
+    END IF;
+    INSERT INTO cryptography.key_grants (id, owner_id, key_id, grantee_id, operations, granted_by, created_at, expires_at)
+    SELECT gen_random_uuid(), g.owner_id, asked.new_key_id, g.grantee_id, g.operations, g.granted_by, moment, g.expires_at
+    FROM cryptography.key_grants AS g
+    WHERE g.key_id = asked.old_key_id AND g.revoked_at IS NULL AND (g.expires_at IS NULL OR g.expires_at > moment)
+        AND NOT EXISTS (SELECT FROM cryptography.key_grants AS o WHERE o.key_id = asked.new_key_id AND o.grantee_id = g.grantee_id);
+    -- Whoever may use the key is read again. In the order of their ids: two rotations may have grantees in common.
+    PERFORM FROM authentication.users AS u
+    WHERE u.id IN (SELECT o.grantee_id FROM cryptography.key_grants AS o WHERE o.key_id = asked.new_key_id AND o.created_at = moment)
+    ORDER BY u.id
+    FOR NO KEY UPDATE;
+    UPDATE authentication.users AS u SET version = u.version + 1
+    WHERE u.id IN (SELECT o.grantee_id FROM cryptography.key_grants AS o WHERE o.key_id = asked.new_key_id AND o.created_at = moment);
+    PERFORM set_config('app.user_id', coalesce(asked.initiated_by::TEXT, ''), TRUE);
+    PERFORM audit.record_security_event(
+        'key.granted', 'medium', NULL, NULL, NULL, 'key', asked.new_key_id, 'copy_grants', 'success', 30, jsonb_build_object(
+            'grant', o.id, 'grantee', o.grantee_id, 'operations', o.operations, 'expires_at', o.expires_at, 'rotation', rotation
+        )
+    )
+    FROM cryptography.key_grants AS o
+    WHERE o.key_id = asked.new_key_id AND o.created_at = moment;
+    SELECT count(*) INTO in_common
+    FROM cryptography.key_grants AS o
+    WHERE o.key_id = asked.new_key_id AND o.revoked_at IS NULL AND EXISTS (
+        SELECT FROM cryptography.key_grants AS g WHERE g.key_id = asked.old_key_id AND g.grantee_id = o.grantee_id
+    );
+    RETURN in_common;
+END;
+$$;
+
+-- Make the successor the parent of a child of its predecessor that is at expected_version; new_mac is that of the row as it is then.
+-- Returns 'OK', 'STALE' where the child is another meanwhile, or 'LEASE_LOST'.
+CREATE FUNCTION cryptography.adopt_child(
+    rotation UUID, worker UUID, claim BIGINT, child UUID, expected_version BIGINT, new_mac BYTEA
+) RETURNS TEXT
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    asked RECORD;
+BEGIN
+    SELECT r.user_id, r.old_key_id, r.new_key_id, r.rotation_reason, r.initiated_by INTO asked
+    FROM cryptography.key_rotations AS r
+    WHERE r.id = rotation AND r.lease_owner = worker AND r.claim_number = claim AND r.new_key_id IS NOT NULL
+    FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RETURN 'LEASE_LOST';
+    END IF;
+    PERFORM set_config('app.reason', asked.rotation_reason, TRUE), set_config('app.request_id', rotation::TEXT, TRUE),
+        set_config('app.peer', '', TRUE), set_config('app.user_id', coalesce(asked.initiated_by::TEXT, ''), TRUE);
+    UPDATE cryptography.keys AS k SET parent_key_id = asked.new_key_id, record_mac = new_mac
+    WHERE k.id = child AND k.user_id = asked.user_id AND k.parent_key_id = asked.old_key_id AND k.version = expected_version;
+    RETURN CASE WHEN FOUND THEN 'OK' ELSE 'STALE' END;
+END;
+$$;
+
+-- Mark the addresses of the predecessor, which stay, and return how many there are. NULL where the claim is void.
+CREATE FUNCTION cryptography.mark_addresses(rotation UUID, worker UUID, claim BIGINT) RETURNS BIGINT
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    asked RECORD;
+BEGIN
+    SELECT r.old_key_id INTO asked
+    FROM cryptography.key_rotations AS r
+    WHERE r.id = rotation AND r.lease_owner = worker AND r.claim_number = claim AND r.new_key_id IS NOT NULL
+    FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RETURN NULL;
+    END IF;
+    UPDATE blockchain.addresses AS a SET superseded_at = clock_timestamp()
+    WHERE a.key_id = asked.old_key_id AND a.superseded_at IS NULL;
+    RETURN (SELECT count(*) FROM blockchain.addresses AS a WHERE a.key_id = asked.old_key_id);
+END;
+$$;
+
+RESET ROLE;
+REVOKE ALL ON FUNCTION
+    cryptography.adopt_child(UUID, UUID, BIGINT, UUID, BIGINT, BYTEA), cryptography.mark_addresses(UUID, UUID, BIGINT)
+    FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION
+    cryptography.adopt_child(UUID, UUID, BIGINT, UUID, BIGINT, BYTEA), cryptography.mark_addresses(UUID, UUID, BIGINT)
+    TO job_runner;
+REVOKE CREATE ON SCHEMA cryptography FROM kms_lifecycle;

@@ -78,8 +78,16 @@ class Rotations(Protocol):
         """Whether *owner* has a key of this id."""
         ...
 
-    async def copy_grants(self, lease: Lease) -> int:
-        """Give the successor the grants of its predecessor, and return how many they have in common. Raises LeaseLostError."""
+    @property
+    def kinds(self) -> Sequence[str]:
+        """The kinds of dependents: the names of what is taken along."""
+        ...
+
+    async def take_along(self, kind: str, lease: Lease, request: RotationRequest, key_id: KeyId) -> int:
+        """Give the successor *key_id* all dependents of a kind, and return how many there are. Raises LeaseLostError.
+
+        Raises STORE_UNAVAILABLE, HSM_UNAVAILABLE, RECORD_INVALID, STALE.
+        """
         ...
 
 

@@ -21,6 +21,7 @@ from kms.domain.key_row import AUTHENTICATED, record_invalid
 from kms.domain.keys import KeyMaterial, KeyRecord
 from kms.jobs.leases import LeaseLostError
 from kms.jobs.leasing import Lease
+from kms.rotation.dependents import DEPENDENTS, Dependent, Handover
 from kms.rotation.ports import OldKey
 from kms.rotation.rotation import (
     Rotation,
@@ -78,7 +79,6 @@ SWITCH: Final = """
         %(rotation)s, %(worker)s, %(claim)s, %(version)s, %(name)s, %(mac)s, %(successor)s, %(moment)s
     ) AS verdict
 """
-COPY_GRANTS: Final = "SELECT cryptography.copy_grants(%(rotation)s, %(worker)s, %(claim)s) AS copied"
 # How far ahead we date a switch. SQL takes the key's lock before that moment, so every use of the key has an earlier date.
 _MARGINS: Final = (timedelta(milliseconds=20), timedelta(milliseconds=100), timedelta(milliseconds=500), timedelta(seconds=2))
 
@@ -91,6 +91,12 @@ class StoredRotations:
     records: Records
     knowledge: JournalKnowledge | None = None
     journal: Journal | None = None
+    dependents: Sequence[Dependent] = DEPENDENTS
+
+    @property
+    def kinds(self) -> Sequence[str]:
+        """See `Rotations.kinds`."""
+        return [dependent.name for dependent in self.dependents]
 
     async def now(self) -> datetime:
         """See `Rotations.now`."""
@@ -272,15 +278,11 @@ class StoredRotations:
             self.knowledge.check(record)
         return record
 
-    async def copy_grants(self, lease: Lease) -> int:
-        """See `Rotations.copy_grants`."""
-        parameters = {"rotation": lease.claim.item_id, "worker": lease.worker, "claim": lease.claim.number}
-        copied = (await self.pool.fetch(AS_JOB, COPY_GRANTS, parameters))[0]["copied"]
-        if copied is None:
-            raise LeaseLostError
-        if not isinstance(copied, int) or copied < 0:
-            raise record_invalid()
-        return copied
+    async def take_along(self, kind: str, lease: Lease, request: RotationRequest, key_id: KeyId) -> int:
+        """See `Rotations.take_along`."""
+        handover = Handover(lease, request.owner_id, request.key_id, key_id)
+        [dependent] = (each for each in self.dependents if each.name == kind)
+        return await dependent.take_along(self.pool, self.records, handover)
 
 
 def _rotation(row: DictRow, caller: User) -> Rotation:

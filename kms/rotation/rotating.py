@@ -3,7 +3,7 @@
     RotateKey ──► log row: pending ──► a worker claims it ──► make the successor in the token
                                                           ──► switch (one transaction): name, states, both MACs
                                                           ──► confirm a RESIDENT successor in the token
-                                                          ──► take the dependents along ──► completed
+                                                          ──► take the dependents along, kind by kind ──► completed
 
 When a worker dies, its lease on the row runs out. The next worker continues after the last finished step. It makes another
 successor if the switch did not happen. Of the first only a RESIDENT one is left in the token, and reconciliation removes it.
@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
+
+import structlog
 
 from kms.app.keyring import require_key
 from kms.app.ports import Call, Hsm, Keys, Repeat, User
@@ -30,6 +32,7 @@ from kms.rotation.rotation import (
     RotationStatus,
     check_rotatable,
     check_still_wanted,
+    not_taken_along,
     parse_reason,
     rotates_any,
     rotation_not_found,
@@ -51,7 +54,9 @@ FINAL_REASONS: Final = frozenset(
         Reason.DEADLINE_EXCEEDED,
     }
 )
+TAKEN_ALONG: Final = "dependents"
 _SWITCHES_MAX: Final = 3
+_LOG = structlog.get_logger("kms")
 _AFTER_A_TWIN: Final = frozenset({Reason.REQUEST_ID_REUSED, Reason.KEY_INACTIVE})
 
 
@@ -75,7 +80,27 @@ class RotatingWorker:
         key = await self.rotations.proven_successor(request.owner_id, request.key_id, key_id)
         if key.custody is Custody.RESIDENT:
             await self.hsm.confirm(key_id)
-        return {"successor": key_id, "affected": await self.rotations.copy_grants(lease)}
+        return {"successor": key_id, "affected": await self._take_along(lease, request, key_id)}
+
+    async def _take_along(self, lease: Lease, request: RotationRequest, key_id: KeyId) -> int:
+        """Take the dependents along, kind by kind, and return how many there are. A kind that fails holds up no other."""
+        taken = {kind: count for kind, count in lease.claim.step_state.items() if isinstance(count, int) and count >= 0}
+        failures = dict[str, Exception]()
+        for kind in self.rotations.kinds:
+            if kind in taken:
+                continue
+            try:
+                taken[kind] = await self.rotations.take_along(kind, lease, request, key_id)
+            except LeaseLostError:
+                raise
+            except Exception as error:  # noqa: BLE001  # also a bug in one kind
+                _LOG.warning("not taken along", rotation=str(lease.claim.item_id), kind=kind, exc_info=_is_bug(error))
+                failures[kind] = error
+            else:
+                await lease.finish_step(TAKEN_ALONG, taken)
+        if failures:
+            raise not_taken_along(failures)
+        return sum(taken[kind] for kind in self.rotations.kinds)
 
     async def _switch(self, lease: Lease, request: RotationRequest) -> KeyId:
         """Make the successor and switch to it. Return its id."""
@@ -220,6 +245,10 @@ class Rotating:
                 raise record_invalid(key_id)
             await self.rotations.proven_successor(rotation.owner_id, key_id, rotation.new_key_id)
         return rotation
+
+
+def _is_bug(error: Exception) -> bool:
+    return not isinstance(error, KmsError)
 
 
 def _ids(stored: StoredAnswer) -> tuple[UUID, KeyId]:

@@ -9,7 +9,7 @@ from uuid import UUID
 
 from kms.app.ports import User
 from kms.domain.envelope import lengths_prefixed
-from kms.domain.errors import KmsError, Reason
+from kms.domain.errors import INTERNAL, KmsError, Reason
 from kms.domain.fields import parse_text
 from kms.domain.ids import KeyId, KeyName, UserId, base_name
 from kms.domain.key_row import Row
@@ -181,6 +181,21 @@ def successor(row: Row, key_id: KeyId, material: KeyMaterial, moment: datetime) 
     }
     never = ("compromised_at", "revoked_at", "deactivated_at", "superseded_at", "destruction_scheduled_at", "destroyed_at")
     return {**row, **dict.fromkeys(never), "compromise_occurred_at": None, **made}
+
+
+def adopted(row: Row, parent: KeyId) -> Row:
+    """Return *row* as `cryptography.adopt_child` leaves a child of a key whose successor is *parent*."""
+    return {**row, "parent_key_id": parent, "version": row["version"] + 1}
+
+
+def not_taken_along(failures: Mapping[str, Exception]) -> KmsError:
+    """Return the error of an attempt that has taken along all dependents but these kinds. A later attempt takes up the rest."""
+    told = [
+        f"{kind} ({error.reason}: {error.message})" if isinstance(error, KmsError) else f"{kind} ({INTERNAL})"
+        for kind, error in failures.items()
+    ]
+    first = next((error.reason for error in failures.values() if isinstance(error, KmsError)), Reason.STORE_UNAVAILABLE)
+    return KmsError(first, f"the key has its successor, and not taken along are: {', '.join(told)}")
 
 
 def _expiry(row: Row, moment: datetime) -> datetime | None:

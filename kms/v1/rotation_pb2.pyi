@@ -71,7 +71,7 @@ class Rotation(_message.Message):
     """The user who asked for it; empty: a policy did."""
     status: Global___RotationStatus.ValueType
     affected_records_count: _builtins.int
-    """Dependents that were taken along: grants."""
+    """Dependents that were taken along: grants, child keys, addresses."""
     error_message: _builtins.str
     attempts: _builtins.int
     """At the step that the rotation is at."""

@@ -55,6 +55,20 @@ def retry_refused(caller: Caller, rotation: rpb.Rotation) -> str:
     return refusal(caller.rotation.RetryRotation, rpb.RetryRotationRequest(rotation_id=rotation.id)).reason
 
 
+def asked_for(key: kpb.Key) -> apb.SearchEventsRequest:
+    return apb.SearchEventsRequest(resource_id=key.id)
+
+
+def grant(server: RunningServer, key: kpb.Key, owner: Caller, grantee: Caller) -> None:
+    """Let *grantee* sign with a key of *owner*."""
+    with psycopg.connect(server.deployment.database.admin_dsn) as connection:
+        connection.execute("SELECT set_config('app.user_id', %s, true)", (str(owner.user_id),))
+        connection.execute(
+            "SELECT cryptography.grant_key(%s, %s, '{sign}', NULL, (SELECT version FROM authentication.users WHERE id = %s))",
+            (key.id, grantee.user_id, owner.user_id),
+        )
+
+
 def test_a_rotation_that_failed_is_done_when_it_is_tried_again(server: RunningServer) -> None:
     caller = server.caller()
     made(caller, "ed25519")
@@ -179,17 +193,3 @@ def test_a_rotator_uses_no_key_and_learns_of_none_by_name(server: RunningServer)
     assert refusal(rotator.rotation.RotateKey, rotation_of(key="k")).reason == "KEY_NOT_FOUND"
     assert refusal(rotator.rotation.RotateKey, rotation_of(key=str(uuid4()))).reason == "KEY_NOT_FOUND"
     assert rotate(rotator, key="own").old_key_id == own.id, "their own, as any owner"
-
-
-def asked_for(key: kpb.Key) -> apb.SearchEventsRequest:
-    return apb.SearchEventsRequest(resource_id=key.id)
-
-
-def grant(server: RunningServer, key: kpb.Key, owner: Caller, grantee: Caller) -> None:
-    """Let *grantee* sign with a key of *owner*."""
-    with psycopg.connect(server.deployment.database.admin_dsn) as connection:
-        connection.execute("SELECT set_config('app.user_id', %s, true)", (str(owner.user_id),))
-        connection.execute(
-            "SELECT cryptography.grant_key(%s, %s, '{sign}', NULL, (SELECT version FROM authentication.users WHERE id = %s))",
-            (key.id, grantee.user_id, owner.user_id),
-        )

@@ -56,6 +56,7 @@ ENTRANCES: Final = {
     "audit.record_refusals": {"kms_service"},
     "authentication.assign_role": {"admin_users"},
     "authentication.create_service_user": {"admin_users"},
+    "cryptography.adopt_child": {"job_runner"},
     "cryptography.begin_first_epoch": {"job_runner"},
     "cryptography.claim_rotations": {"job_runner"},
     "cryptography.complete_rotation": {"job_runner"},
@@ -68,6 +69,7 @@ ENTRANCES: Final = {
     "cryptography.forget_answers": {"job_runner"},
     "cryptography.grant_key": {"authenticated_users"},
     "cryptography.keep_answer": {"authenticated_users"},
+    "cryptography.mark_addresses": {"job_runner"},
     "cryptography.move_key": {"authenticated_users"},
     "cryptography.release_rotation": {"job_runner"},
     "cryptography.request_rotation": {"authenticated_users"},
@@ -217,7 +219,8 @@ ROWS_OF_A_USER: Final = """
     INSERT INTO authentication.users (id, username, email, password_hash, salt)
         VALUES (%(user)s, %(name)s, %(name)s || '@example.org', '!', '!');
     INSERT INTO authentication.user_profiles (user_id) VALUES (%(user)s);
-    INSERT INTO authentication.user_roles (user_id, role_id) SELECT %(user)s, id FROM authentication.roles WHERE name <> 'rotator';
+    INSERT INTO authentication.user_roles (user_id, role_id)
+        SELECT %(user)s, id FROM authentication.roles WHERE name <> 'rotator'; -- whose policy opens the rotations of all users
     INSERT INTO authentication.user_sessions (user_id, session_token, refresh_token, expires_at)
         VALUES (%(user)s, repeat('0', 64), repeat('1', 64), now() + interval '1 hour');
     INSERT INTO authentication.login_history (user_id, login_method, success) VALUES (%(user)s, 'password', true);
