@@ -286,3 +286,257 @@ GRANT EXECUTE ON FUNCTION
     cryptography.adopt_child(UUID, UUID, BIGINT, UUID, BIGINT, BYTEA), cryptography.mark_addresses(UUID, UUID, BIGINT)
     TO job_runner;
 REVOKE CREATE ON SCHEMA cryptography FROM kms_lifecycle;
+
+-- Policies -------------------------------------------------------------------------------------------------------------------
+
+-- When the keys that have a name of a user are rotated without anybody asking. The service makes policy_mac and believes no row without
+-- it. A policy belongs to the name: the successor of a rotation is under it from the switch on.
+CREATE TABLE cryptography.rotation_policies (
+    user_id UUID NOT NULL REFERENCES authentication.users (id) ON DELETE RESTRICT,
+    key_name TEXT COLLATE "C" NOT NULL CONSTRAINT policy_name_length CHECK (char_length(key_name) BETWEEN 1 AND 90),
+    every_seconds BIGINT CONSTRAINT every_positive CHECK (every_seconds > 0),
+    before_expiry_seconds BIGINT CONSTRAINT before_expiry_positive CHECK (before_expiry_seconds > 0),
+    at_usage_percent INTEGER CONSTRAINT at_usage_percent_range CHECK (at_usage_percent BETWEEN 1 AND 99),
+    on_compromise BOOLEAN NOT NULL,
+    is_paused BOOLEAN NOT NULL,
+    version BIGINT NOT NULL CONSTRAINT policy_version_positive CHECK (version > 0),
+    policy_mac BYTEA NOT NULL CONSTRAINT policy_mac_size CHECK (octet_length(policy_mac) = 32),
+    -- When workers look at the policy, and nothing else: they judge by the key's record. NULL: nothing lies ahead by time.
+    look_at TIMESTAMPTZ,
+    -- Not earlier than this a rotation is asked for again; and how often one was asked for since the key has been there.
+    retry_at TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp(),
+    requests INTEGER NOT NULL DEFAULT 0 CONSTRAINT requests_not_negative CHECK (requests >= 0),
+    PRIMARY KEY (user_id, key_name)
+);
+-- What is due by time, and the policies that look at uses. Of a million others the searches read none.
+CREATE INDEX idx_rotation_policies_look ON cryptography.rotation_policies (look_at) WHERE NOT is_paused AND look_at IS NOT NULL;
+CREATE INDEX idx_rotation_policies_usage ON cryptography.rotation_policies (user_id, key_name)
+    WHERE NOT is_paused AND at_usage_percent IS NOT NULL;
+ALTER TABLE cryptography.rotation_policies ENABLE ROW LEVEL SECURITY;
+ALTER TABLE cryptography.rotation_policies FORCE ROW LEVEL SECURITY;
+CREATE POLICY rotation_policies_own_data ON cryptography.rotation_policies
+    FOR SELECT TO authenticated_users
+    USING (user_id = authentication.current_user_id());
+CREATE POLICY rotation_policies_admin_read ON cryptography.rotation_policies
+    FOR SELECT TO admin_users
+    USING (TRUE);
+CREATE POLICY rotation_policies_lifecycle ON cryptography.rotation_policies
+    FOR ALL TO kms_lifecycle
+    USING (TRUE)
+    WITH CHECK (TRUE);
+GRANT SELECT ON cryptography.rotation_policies TO authenticated_users, admin_users, kms_lifecycle;
+GRANT INSERT, UPDATE, DELETE ON cryptography.rotation_policies TO kms_lifecycle;
+
+GRANT CREATE ON SCHEMA cryptography TO kms_lifecycle;
+SET LOCAL ROLE kms_lifecycle;
+
+-- Set the policy of a name of the user for whom the transaction acts, who is at user_version. new_version is one more than that of the
+-- policy that it replaces, 1 for the first. Returns FALSE where another was set or cleared meanwhile. Raises no_data_found where no
+-- key of the user has the name.
+CREATE FUNCTION cryptography.set_rotation_policy(
+    name TEXT, every BIGINT, before_expiry BIGINT, at_usage INTEGER, with_compromise BOOLEAN, paused BOOLEAN, new_version BIGINT,
+    new_mac BYTEA, first_look TIMESTAMPTZ, user_version INTEGER, request_id TEXT, peer TEXT
+) RETURNS BOOLEAN
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    acting_user CONSTANT UUID := authentication.current_user_id();
+    held UUID;
+    stored BIGINT;
+BEGIN
+    PERFORM cryptography.check_standing(user_version);
+    SELECT k.id INTO held FROM cryptography.keys AS k WHERE k.user_id = acting_user AND k.key_name = name FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'there is no such key' USING ERRCODE = 'no_data_found';
+    END IF;
+    INSERT INTO cryptography.rotation_policies AS p (
+        user_id, key_name, every_seconds, before_expiry_seconds, at_usage_percent, on_compromise, is_paused, version, policy_mac,
+        look_at
+    ) SELECT acting_user, name, every, before_expiry, at_usage, with_compromise, paused, new_version, new_mac, first_look
+    WHERE new_version = 1 OR EXISTS (
+        SELECT FROM cryptography.rotation_policies AS o WHERE o.user_id = acting_user AND o.key_name = name
+    )
+    ON CONFLICT (user_id, key_name) DO UPDATE SET
+        every_seconds = EXCLUDED.every_seconds, before_expiry_seconds = EXCLUDED.before_expiry_seconds,
+        at_usage_percent = EXCLUDED.at_usage_percent, on_compromise = EXCLUDED.on_compromise, is_paused = EXCLUDED.is_paused,
+        version = EXCLUDED.version, policy_mac = EXCLUDED.policy_mac, look_at = EXCLUDED.look_at, retry_at = clock_timestamp(),
+        requests = 0
+    WHERE p.version = new_version - 1;
+    GET DIAGNOSTICS stored = ROW_COUNT;
+    IF stored <> 1 THEN
+        RETURN FALSE;
+    END IF;
+    PERFORM audit.record_security_event(
+        'key.rotation_policy_set', 'low', NULL, CASE WHEN pg_input_is_valid(peer, 'inet') THEN peer::INET END, NULL, 'key', held,
+        'set_rotation_policy', 'success', 0, jsonb_build_object(
+            'request_id', request_id, 'key_name', name, 'policy_version', new_version, 'every_seconds', every,
+            'before_expiry_seconds', before_expiry, 'at_usage_percent', at_usage, 'on_compromise', with_compromise,
+            'is_paused', paused
+        )
+    );
+    RETURN TRUE;
+END;
+$$;
+
+-- Clear the policy of a name of the user for whom the transaction acts, who is at user_version, if there is one.
+CREATE FUNCTION cryptography.clear_rotation_policy(name TEXT, user_version INTEGER, request_id TEXT, peer TEXT) RETURNS VOID
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    acting_user CONSTANT UUID := authentication.current_user_id();
+BEGIN
+    PERFORM cryptography.check_standing(user_version);
+    DELETE FROM cryptography.rotation_policies AS p WHERE p.user_id = acting_user AND p.key_name = name;
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
+    PERFORM audit.record_security_event(
+        'key.rotation_policy_cleared', 'low', NULL, CASE WHEN pg_input_is_valid(peer, 'inet') THEN peer::INET END, NULL, 'key',
+        (SELECT k.id FROM cryptography.keys AS k WHERE k.user_id = acting_user AND k.key_name = name), 'clear_rotation_policy',
+        'success', 0, jsonb_build_object('request_id', request_id, 'key_name', name)
+    );
+END;
+$$;
+
+-- At most policies_max policies that are to be looked at, the longest waiting first.
+CREATE FUNCTION cryptography.policies_to_look_at(policies_max INTEGER)
+RETURNS SETOF cryptography.rotation_policies
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    RETURN QUERY
+    SELECT p.* FROM cryptography.rotation_policies AS p
+    WHERE NOT p.is_paused AND p.look_at IS NOT NULL AND p.look_at <= clock_timestamp()
+    ORDER BY p.look_at
+    LIMIT policies_max;
+END;
+$$;
+
+-- Of the next policies_max policies that look at uses, behind a name of a user: those whose key has reached its share, and the last,
+-- which says where to go on. is_reached tells the two apart; place counts from 1.
+CREATE FUNCTION cryptography.policies_reached(after_user UUID, after_name TEXT, policies_max INTEGER)
+RETURNS TABLE (policy cryptography.rotation_policies, is_reached BOOLEAN, place BIGINT)
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    RETURN QUERY
+    SELECT judged.policy, judged.is_reached, judged.place
+    FROM (
+        SELECT walked.policy, walked.place, coalesce(
+            (walked.policy).retry_at <= clock_timestamp() AND k.usage_counter::NUMERIC * 100
+                >= (walked.policy).at_usage_percent * cryptography.usage_limit(k.key_type, k.max_usage_count)::NUMERIC,
+            FALSE
+        ) AS is_reached
+        FROM (
+            SELECT p AS policy, row_number() OVER (ORDER BY p.user_id, p.key_name) AS place
+            FROM cryptography.rotation_policies AS p
+            WHERE NOT p.is_paused AND p.at_usage_percent IS NOT NULL AND (p.user_id, p.key_name) > (after_user, after_name)
+            ORDER BY p.user_id, p.key_name
+            LIMIT policies_max
+        ) AS walked
+        LEFT JOIN cryptography.keys AS k
+            ON k.user_id = (walked.policy).user_id AND k.key_name = (walked.policy).key_name
+            -- A key that no use makes due would be looked at in each round.
+            AND k.superseded_at IS NULL AND k.deactivated_at IS NULL AND k.destruction_scheduled_at IS NULL
+            AND k.key_status IN ('active', 'inactive', 'expired')
+    ) AS judged
+    WHERE judged.is_reached OR judged.place = policies_max
+    ORDER BY judged.place;
+END;
+$$;
+
+-- Look at a policy again at a moment (NULL: when its key changes). Where it could not be judged, not by its uses earlier either.
+CREATE FUNCTION cryptography.look_at_policy_later(owner UUID, name TEXT, next_look TIMESTAMPTZ, is_failure BOOLEAN) RETURNS VOID
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    UPDATE cryptography.rotation_policies AS p
+    SET look_at = next_look, retry_at = CASE WHEN is_failure THEN next_look ELSE p.retry_at END,
+        requests = CASE WHEN is_failure THEN least(p.requests + 1, 1000) ELSE p.requests END
+    WHERE p.user_id = owner AND p.key_name = name;
+END;
+$$;
+
+-- Ask for the rotation of a key of a user because its policy says so. It is not asked for again before wait_seconds have passed,
+-- unless the key changes. Returns rotation; NULL where the key has a successor, or a rotation that has not ended.
+CREATE FUNCTION cryptography.request_due_rotation(
+    rotation UUID, owner UUID, name TEXT, rotated_key UUID, reason TEXT, with_compromised BOOLEAN, moment TIMESTAMPTZ, new_mac BYTEA,
+    wait_seconds DOUBLE PRECISION
+) RETURNS UUID
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    next_look TIMESTAMPTZ;
+BEGIN
+    -- Another worker that has found the same waits here, and finds the rotation of the first.
+    PERFORM FROM cryptography.keys AS k
+    WHERE k.id = rotated_key AND k.user_id = owner AND k.key_name = name AND k.superseded_at IS NULL
+    FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RETURN NULL;
+    END IF;
+    next_look := clock_timestamp() + make_interval(secs => wait_seconds);
+    UPDATE cryptography.rotation_policies AS p
+    SET look_at = next_look, retry_at = next_look, requests = least(p.requests + 1, 1000)
+    WHERE p.user_id = owner AND p.key_name = name;
+    IF EXISTS (
+        SELECT FROM cryptography.key_rotations AS r
+        WHERE r.old_key_id = rotated_key AND r.migration_status IN ('pending', 'in_progress')
+    ) THEN
+        RETURN NULL;
+    END IF;
+    INSERT INTO cryptography.key_rotations (
+        id, user_id, old_key_id, rotation_reason, initiated_by, allows_compromised, request_mac, created_at
+    ) VALUES (rotation, owner, rotated_key, reason, NULL, with_compromised, new_mac, moment);
+    PERFORM audit.record_security_event(
+        'key.rotation_requested', 'medium', NULL, NULL, NULL, 'key', rotated_key, 'request_rotation', 'success', 30,
+        jsonb_build_object('rotation', rotation, 'reason', reason)
+    );
+    RETURN rotation;
+END;
+$$;
+
+-- A change of a key that its policy may turn on: workers look at the policy at once. A successor takes the name in such a change.
+CREATE FUNCTION cryptography.note_policy_change() RETURNS TRIGGER
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    UPDATE cryptography.rotation_policies AS p
+    SET look_at = clock_timestamp(), retry_at = clock_timestamp(), requests = 0
+    WHERE p.user_id = OLD.user_id AND p.key_name = OLD.key_name;
+    RETURN NULL;
+END;
+$$;
+
+RESET ROLE;
+CREATE TRIGGER tr_keys_note_policy_change
+    AFTER UPDATE OF
+        key_name, key_status, max_usage_count, activated_at, expires_at, compromised_at, deactivated_at, superseded_at,
+        destruction_scheduled_at, destroyed_at
+    ON cryptography.keys
+    FOR EACH ROW EXECUTE FUNCTION cryptography.note_policy_change();
+
+REVOKE ALL ON FUNCTION
+    cryptography.set_rotation_policy(
+        TEXT, BIGINT, BIGINT, INTEGER, BOOLEAN, BOOLEAN, BIGINT, BYTEA, TIMESTAMPTZ, INTEGER, TEXT, TEXT
+    ),
+    cryptography.clear_rotation_policy(TEXT, INTEGER, TEXT, TEXT),
+    cryptography.policies_to_look_at(INTEGER),
+    cryptography.policies_reached(UUID, TEXT, INTEGER),
+    cryptography.look_at_policy_later(UUID, TEXT, TIMESTAMPTZ, BOOLEAN),
+    cryptography.request_due_rotation(UUID, UUID, TEXT, UUID, TEXT, BOOLEAN, TIMESTAMPTZ, BYTEA, DOUBLE PRECISION),
+    cryptography.note_policy_change()
+    FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION
+    cryptography.set_rotation_policy(
+        TEXT, BIGINT, BIGINT, INTEGER, BOOLEAN, BOOLEAN, BIGINT, BYTEA, TIMESTAMPTZ, INTEGER, TEXT, TEXT
+    ),
+    cryptography.clear_rotation_policy(TEXT, INTEGER, TEXT, TEXT)
+    TO authenticated_users;
+GRANT EXECUTE ON FUNCTION
+    cryptography.policies_to_look_at(INTEGER),
+    cryptography.policies_reached(UUID, TEXT, INTEGER),
+    cryptography.look_at_policy_later(UUID, TEXT, TIMESTAMPTZ, BOOLEAN),
+    cryptography.request_due_rotation(UUID, UUID, TEXT, UUID, TEXT, BOOLEAN, TIMESTAMPTZ, BYTEA, DOUBLE PRECISION)
+    TO job_runner;
+REVOKE CREATE ON SCHEMA cryptography FROM kms_lifecycle;

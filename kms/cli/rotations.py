@@ -1,5 +1,6 @@
-"""`kms key rotate` and `kms rotation …`: giving keys successors, and looking at the log of it."""
+"""`kms key rotate`, `kms key rotation` and `kms rotation …`: giving keys successors, now or by policy, and the log of it."""
 
+import re
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -11,12 +12,29 @@ from kms.cli.options import KeyArgument
 from kms.cli.output import print_fields, print_json, print_table
 
 if TYPE_CHECKING:
-    from kms.v1 import rotation_pb2
+    from kms.v1 import keys_pb2, rotation_pb2
 
 _PAGE: Final = 200
 _COLUMNS: Final = ("created_at", "status", "old_key_id", "new_key_id", "affected_records_count", "reason", "id")
 
 RotationArgument = Annotated[str, typer.Argument(metavar="ROTATION", help="A rotation's id.", show_default=False)]
+
+
+_SPAN: Final = re.compile(r"([1-9][0-9]{0,9})([smhd])")
+_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def _span(text: str) -> str:
+    if not _SPAN.fullmatch(text):
+        raise typer.BadParameter("expected a number and s, m, h or d, such as 90d")
+    return text
+
+
+def _share(text: str) -> int:
+    number = text.removesuffix("%")
+    if not number.isascii() or not number.isdigit() or len(number) > 3:
+        raise typer.BadParameter("expected a share such as 80%")
+    return int(number)
 
 
 class Status(StrEnum):
@@ -65,6 +83,58 @@ def retry(invocation: Invocation, rotation: RotationArgument) -> None:
         _print_ended(invocation, client.call(client.rotation.RetryRotation, request).rotation)
 
 
+def policy(
+    invocation: Invocation,
+    key: KeyArgument,
+    every: Annotated[
+        str | None, typer.Option(metavar="SPAN", parser=_span, help="After it has been active so long: 90d.", show_default=False)
+    ] = None,
+    before_expiry: Annotated[
+        str | None, typer.Option(metavar="SPAN", parser=_span, help="So long before it expires: 7d.", show_default=False)
+    ] = None,
+    at_usage: Annotated[
+        int | None,
+        typer.Option(metavar="SHARE", parser=_share, help="At such a share of its usage limit: 80%.", show_default=False),
+    ] = None,
+    on_compromise: Annotated[bool, typer.Option("--on-compromise", help="At once when it is marked compromised.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Rotate the key no more without being asked.")] = False,
+) -> None:
+    """Say when a key is rotated without anybody asking, or show it: without options.
+
+    What the options do not name does not rotate the key. The first that comes true does. The successor is under the same policy.
+    """
+    with invocation.client() as client:
+        from google.protobuf.duration_pb2 import Duration
+
+        from kms.v1 import keys_pb2, rotation_pb2
+
+        wants = every is not None or before_expiry is not None or at_usage is not None or on_compromise
+        if clear and wants:
+            raise typer.BadParameter("--clear stands alone")
+        if wants or clear:
+            request = rotation_pb2.SetRotationPolicyRequest(key=key)
+            if wants:
+                wished = keys_pb2.RotationPolicy(
+                    every=None if every is None else Duration(seconds=_seconds(every)),
+                    before_expiry=None if before_expiry is None else Duration(seconds=_seconds(before_expiry)),
+                    at_usage_percent=at_usage or 0,
+                    on_compromise=on_compromise,
+                )
+                request.policy.CopyFrom(wished)
+            client.call(client.rotation.SetRotationPolicy, request)
+        _print_policy(invocation, client.call(client.keys.GetKey, keys_pb2.GetKeyRequest(key=key)).key)
+
+
+def pause(invocation: Invocation, key: KeyArgument) -> None:
+    """Let the policy of a key rest: the key is not rotated until kms rotation resume."""
+    _set_paused(invocation, key, paused=True)
+
+
+def resume(invocation: Invocation, key: KeyArgument) -> None:
+    """Let a policy that was paused work again. What became due meanwhile is made up once."""
+    _set_paused(invocation, key, paused=False)
+
+
 def list_rotations(
     invocation: Invocation,
     key: Annotated[str, typer.Option(metavar="KEY", help="Only rotations from or to this key.", show_default=False)] = "",
@@ -102,7 +172,52 @@ def register(app: typer.Typer, keys: typer.Typer) -> None:
     rotations = group(app, "rotation", "Look at rotations, and try them again.")
     command(rotations, "list", "kms rotation list", "kms rotation list --key payments --status failed --json")(list_rotations)
     command(rotations, "show", "kms rotation show 3b3c7a53-8d2c-4d4c-9a4e-0c8f2d1a6b57")(show)
+    command(
+        keys,
+        "rotation",
+        "kms key rotation payments --every 90d --before-expiry 7d --at-usage 80% --on-compromise",
+        "kms key rotation payments",
+        "kms key rotation payments --clear",
+    )(policy)
+    command(rotations, "pause", "kms rotation pause payments")(pause)
+    command(rotations, "resume", "kms rotation resume payments")(resume)
     command(rotations, "retry", "kms rotation retry 3b3c7a53-8d2c-4d4c-9a4e-0c8f2d1a6b57")(retry)
+
+
+def _set_paused(invocation: Invocation, key: str, *, paused: bool) -> None:
+    """Set the policy of a key as it is, but for its rest. Another change meanwhile is STALE."""
+    with invocation.client() as client:
+        from kms.v1 import keys_pb2, rotation_pb2
+
+        shown = client.call(client.keys.GetKey, keys_pb2.GetKeyRequest(key=key)).key
+        if not shown.HasField("rotation_policy"):
+            raise CallError("FAILED_PRECONDITION", "NO_POLICY", "the key has no policy: see kms key rotation", {"key": key})
+        shown.rotation_policy.paused = paused
+        request = rotation_pb2.SetRotationPolicyRequest(key=shown.id, policy=shown.rotation_policy)
+        client.call(client.rotation.SetRotationPolicy, request)
+        _print_policy(invocation, client.call(client.keys.GetKey, keys_pb2.GetKeyRequest(key=shown.id)).key)
+
+
+def _print_policy(invocation: Invocation, key: "keys_pb2.Key") -> None:
+    from kms.cli.words import key_fields
+
+    shown = key_fields(key)
+    policy = shown.get("rotation_policy", {})
+    fields = {
+        "key_id": key.id,
+        **policy,
+        **({"next_rotation_at": shown["next_rotation_at"]} if "next_rotation_at" in shown else {}),
+    }
+    if invocation.as_json:
+        print_json(fields)
+    elif policy:
+        print_fields({name.replace("_", " "): value for name, value in fields.items()})
+    else:
+        print_fields({"key id": key.id, "policy": "none"})
+
+
+def _seconds(span: str) -> int:
+    return int(span[:-1]) * _UNITS[span[-1]]
 
 
 def _print_ended(invocation: Invocation, rotation: "rotation_pb2.Rotation") -> None:

@@ -1,4 +1,4 @@
-"""The job that does rotations which are due."""
+"""The jobs that do rotations which are due, and ask for those that have become due by policy."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -9,12 +9,15 @@ from kms.jobs.leases import LeasePolicy
 from kms.jobs.leasing import LeasedWorker
 from kms.rotation.leases import rotation_leases
 from kms.rotation.rotating import FINAL_REASONS, RotatingWorker
+from kms.rotation.scheduling import PolicyRounds
 from kms.store.pool import Pool
 
 ROTATIONS: Final = "rotations"
+POLICIES: Final = "rotation policies"
 # A worker that dies holds a rotation up for as long. The same key is not used less meanwhile.
 POLICY: Final = LeasePolicy(lease_seconds=15.0, backoff_seconds_min=2.0, backoff_seconds_max=600.0, attempts_max=10)
 _INTERVAL_SECONDS: Final = 2.0
+_POLICIES_SECONDS: Final = 5.0
 _WARNS_AFTER_SECONDS: Final = 300.0
 
 
@@ -26,6 +29,11 @@ async def rotation_worker(pool: Pool, worker: RotatingWorker) -> AsyncIterator[L
         yield made
     finally:
         await made.close()
+
+
+def policy_job(rounds: PolicyRounds) -> Job:
+    """Return the job of each worker that asks for what has become due by policy."""
+    return Job(POLICIES, _POLICIES_SECONDS, rounds.ask_for_due, warns_after_seconds=_WARNS_AFTER_SECONDS)
 
 
 def rotation_job(worker: LeasedWorker) -> Job:

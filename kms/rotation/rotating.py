@@ -19,13 +19,14 @@ import structlog
 from kms.app.keyring import require_key
 from kms.app.ports import Call, Hsm, Keys, Repeat, User
 from kms.domain.errors import KmsError, Reason, about_key
-from kms.domain.ids import KeyId, KeyRef
+from kms.domain.ids import KeyId, KeyName, KeyRef
 from kms.domain.key_row import record_invalid
 from kms.domain.keys import Custody, KeyIdentity, KeyRecord
 from kms.jobs.leases import LeaseLostError
 from kms.jobs.leasing import Lease
 from kms.keys.ledger.repeats import Answers, RepeatableRequest, Repeats, StoredAnswer
-from kms.rotation.ports import OldKey, Rotations, ServedKeys
+from kms.rotation.policy import is_due, next_rotation
+from kms.rotation.ports import OldKey, Policies, Rotations, ServedKeys
 from kms.rotation.rotation import (
     Rotation,
     RotationRequest,
@@ -52,6 +53,7 @@ FINAL_REASONS: Final = frozenset(
         Reason.WRONG_PURPOSE,
         Reason.HSM_MECHANISM_UNSUPPORTED,
         Reason.DEADLINE_EXCEEDED,
+        Reason.PERMISSION_DENIED,
     }
 )
 TAKEN_ALONG: Final = "dependents"
@@ -65,6 +67,7 @@ class RotatingWorker:
     """Does rotations that are due."""
 
     rotations: Rotations
+    policies: Policies
     hsm: Hsm
     served: ServedKeys
 
@@ -106,6 +109,8 @@ class RotatingWorker:
         """Make the successor and switch to it. Return its id."""
         for attempts_left in reversed(range(_SWITCHES_MAX)):
             old = await self.rotations.old_key(request)
+            if request.initiated_by is None:
+                await self._check_still_due(request, KeyName(str(old.row["key_name"])))
             try:
                 return await self._switched(lease, old)
             except LeaseLostError:
@@ -117,6 +122,13 @@ class RotatingWorker:
             finally:
                 self.served.drop(old.identity.key_id)
         raise AssertionError("the last attempt returns or raises")
+
+    async def _check_still_due(self, request: RotationRequest, name: KeyName) -> None:
+        """Raise PERMISSION_DENIED unless the policy that asked still has the key rotated. It may have been paused since."""
+        policy = await self.policies.find(request.owner_id, name)
+        found = None if policy is None else await self.policies.key(policy)
+        if policy is None or found is None or not is_due(next_rotation(policy, *found), *found):
+            raise KmsError(Reason.PERMISSION_DENIED, "the policy that asked does not have the key rotated any more")
 
     async def _switched(self, lease: Lease, old: OldKey) -> KeyId:
         key_id = KeyId(UUID(bytes=await self.hsm.random(16), version=4))

@@ -2,17 +2,24 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final
 from uuid import UUID
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from kms.app.ports import Call
 from kms.domain.errors import malformed
 from kms.domain.fields import open_token, parse_optional_number, token_of
 from kms.domain.ids import parse_key_ref, parse_uuid
+from kms.domain.keys import KeyRecord
+from kms.rotation.policy import RotationPolicy, Triggers
 from kms.rotation.rotating import Rotating
 from kms.rotation.rotation import Rotation, RotationFilter, RotationPlace, RotationStatus
+from kms.rotation.scheduling import Schedule, Scheduling
 from kms.rpc import convert, enums
+from kms.v1 import keys_pb2
 from kms.v1 import rotation_pb2 as pb
 
 PAGE_DEFAULT: Final = 50
@@ -27,9 +34,10 @@ STATUSES: Final[Mapping["pb.RotationStatus.ValueType", RotationStatus]] = {
 
 @dataclass(frozen=True, slots=True)
 class RotationServicer:
-    """Decodes, calls `Rotating`, encodes."""
+    """Decodes, calls `Rotating` and `Scheduling`, encodes."""
 
     rotating: Rotating
+    scheduling: Scheduling
 
     async def RotateKey(self, request: pb.RotateKeyRequest, call: Call) -> pb.RotateKeyResponse:
         """Rotate a key."""
@@ -46,6 +54,19 @@ class RotationServicer:
         """Try a rotation again."""
         rotation_id = parse_uuid(request.rotation_id, field="rotation_id")
         return pb.RetryRotationResponse(rotation=wire_rotation(await self.rotating.retry(call, rotation_id)))
+
+    async def SetRotationPolicy(self, request: pb.SetRotationPolicyRequest, call: Call) -> pb.SetRotationPolicyResponse:
+        """Set or clear the policy of a key."""
+        policy = request.policy
+        schedule = await self.scheduling.set(
+            call,
+            parse_key_ref(request.key),
+            _triggers(policy) if request.HasField("policy") else None,
+            is_paused=policy.paused,
+            version=parse_optional_number(policy.version, field="version"),
+        )
+        wire = None if schedule.policy is None else _wire_policy(schedule.policy)
+        return pb.SetRotationPolicyResponse(policy=wire, next_rotation_at=_next_rotation_at(schedule))
 
     async def GetRotation(self, request: pb.GetRotationRequest, call: Call) -> pb.GetRotationResponse:
         """Return a rotation."""
@@ -82,6 +103,43 @@ def wire_rotation(rotation: Rotation) -> pb.Rotation:
         completed_at=convert.stamp(rotation.completed_at),
         attempts=rotation.attempts,
     )
+
+
+async def add_schedule(scheduling: Scheduling, key: KeyRecord, wire: keys_pb2.Key) -> None:
+    """Add the policy of a proven key, and its next rotation, to what a client sees of the key. Raises RECORD_INVALID."""
+    schedule = await scheduling.of(key)
+    if schedule.policy is not None:
+        wire.rotation_policy.CopyFrom(_wire_policy(schedule.policy))
+    wire.MergeFrom(keys_pb2.Key(next_rotation_at=_next_rotation_at(schedule)))
+
+
+def _triggers(policy: keys_pb2.RotationPolicy) -> Triggers:
+    return Triggers(
+        every=convert.span(policy, "every"),
+        before_expiry=convert.span(policy, "before_expiry"),
+        at_usage_percent=parse_optional_number(policy.at_usage_percent, field="at_usage_percent", most=99),
+        on_compromise=policy.on_compromise,
+    )
+
+
+def _wire_policy(policy: RotationPolicy) -> keys_pb2.RotationPolicy:
+    triggers = policy.triggers
+    return keys_pb2.RotationPolicy(
+        every=_duration(triggers.every),
+        before_expiry=_duration(triggers.before_expiry),
+        at_usage_percent=triggers.at_usage_percent or 0,
+        on_compromise=triggers.on_compromise,
+        paused=policy.is_paused,
+        version=policy.version,
+    )
+
+
+def _duration(span: timedelta | None) -> Duration | None:
+    return None if span is None else Duration(seconds=span // timedelta(seconds=1))
+
+
+def _next_rotation_at(schedule: Schedule) -> Timestamp | None:
+    return None if schedule.due is None else convert.stamp(schedule.due.at)
 
 
 def _page_token(last: Rotation, which: RotationFilter) -> str:

@@ -50,6 +50,11 @@ class RotationServiceStub:
                 request_serializer=kms_dot_v1_dot_rotation__pb2.RetryRotationRequest.SerializeToString,
                 response_deserializer=kms_dot_v1_dot_rotation__pb2.RetryRotationResponse.FromString,
                 _registered_method=True)
+        self.SetRotationPolicy = channel.unary_unary(
+                '/kms.v1.RotationService/SetRotationPolicy',
+                request_serializer=kms_dot_v1_dot_rotation__pb2.SetRotationPolicyRequest.SerializeToString,
+                response_deserializer=kms_dot_v1_dot_rotation__pb2.SetRotationPolicyResponse.FromString,
+                _registered_method=True)
         self.GetRotation = channel.unary_unary(
                 '/kms.v1.RotationService/GetRotation',
                 request_serializer=kms_dot_v1_dot_rotation__pb2.GetRotationRequest.SerializeToString,
@@ -93,6 +98,16 @@ class RotationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetRotationPolicy(self, request, context):
+        """Sets when a key of the caller is rotated without anybody asking, or clears it. GetKey shows it.
+
+        INVALID_ARGUMENT (MALFORMED) with the name of the field for a policy that makes no sense for the key. FAILED_PRECONDITION for a key
+        that is never rotated. ABORTED (STALE) for another version of the policy than the caller has seen.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetRotation(self, request, context):
         """Returns a rotation. NOT_FOUND (ROTATION_NOT_FOUND) for one that is not of a key of the caller, but for a rotator.
         """
@@ -119,6 +134,11 @@ def add_RotationServiceServicer_to_server(servicer, server):
                     servicer.RetryRotation,
                     request_deserializer=kms_dot_v1_dot_rotation__pb2.RetryRotationRequest.FromString,
                     response_serializer=kms_dot_v1_dot_rotation__pb2.RetryRotationResponse.SerializeToString,
+            ),
+            'SetRotationPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRotationPolicy,
+                    request_deserializer=kms_dot_v1_dot_rotation__pb2.SetRotationPolicyRequest.FromString,
+                    response_serializer=kms_dot_v1_dot_rotation__pb2.SetRotationPolicyResponse.SerializeToString,
             ),
             'GetRotation': grpc.unary_unary_rpc_method_handler(
                     servicer.GetRotation,
@@ -191,6 +211,33 @@ class RotationService:
             '/kms.v1.RotationService/RetryRotation',
             kms_dot_v1_dot_rotation__pb2.RetryRotationRequest.SerializeToString,
             kms_dot_v1_dot_rotation__pb2.RetryRotationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRotationPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kms.v1.RotationService/SetRotationPolicy',
+            kms_dot_v1_dot_rotation__pb2.SetRotationPolicyRequest.SerializeToString,
+            kms_dot_v1_dot_rotation__pb2.SetRotationPolicyResponse.FromString,
             options,
             channel_credentials,
             insecure,

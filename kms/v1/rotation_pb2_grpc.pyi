@@ -53,6 +53,12 @@ class RotationServiceStub:
     Before the switch: FAILED_PRECONDITION as in RotateKey, also for a key that was deactivated since; DEADLINE_EXCEEDED for a rotation
     that was asked for more than a day ago. ABORTED (STALE) while another rotation of the key is under way.
     """
+    SetRotationPolicy: _grpc.UnaryUnaryMultiCallable[_rotation_pb2.SetRotationPolicyRequest, _rotation_pb2.SetRotationPolicyResponse]
+    """Sets when a key of the caller is rotated without anybody asking, or clears it. GetKey shows it.
+
+    INVALID_ARGUMENT (MALFORMED) with the name of the field for a policy that makes no sense for the key. FAILED_PRECONDITION for a key
+    that is never rotated. ABORTED (STALE) for another version of the policy than the caller has seen.
+    """
     GetRotation: _grpc.UnaryUnaryMultiCallable[_rotation_pb2.GetRotationRequest, _rotation_pb2.GetRotationResponse]
     """Returns a rotation. NOT_FOUND (ROTATION_NOT_FOUND) for one that is not of a key of the caller, but for a rotator."""
     ListRotations: _grpc.UnaryUnaryMultiCallable[_rotation_pb2.ListRotationsRequest, _rotation_pb2.ListRotationsResponse]
@@ -82,6 +88,12 @@ class RotationServiceAsyncStub(RotationServiceStub):
 
     Before the switch: FAILED_PRECONDITION as in RotateKey, also for a key that was deactivated since; DEADLINE_EXCEEDED for a rotation
     that was asked for more than a day ago. ABORTED (STALE) while another rotation of the key is under way.
+    """
+    SetRotationPolicy: _aio.UnaryUnaryMultiCallable[_rotation_pb2.SetRotationPolicyRequest, _rotation_pb2.SetRotationPolicyResponse]  # type: ignore[assignment]
+    """Sets when a key of the caller is rotated without anybody asking, or clears it. GetKey shows it.
+
+    INVALID_ARGUMENT (MALFORMED) with the name of the field for a policy that makes no sense for the key. FAILED_PRECONDITION for a key
+    that is never rotated. ABORTED (STALE) for another version of the policy than the caller has seen.
     """
     GetRotation: _aio.UnaryUnaryMultiCallable[_rotation_pb2.GetRotationRequest, _rotation_pb2.GetRotationResponse]  # type: ignore[assignment]
     """Returns a rotation. NOT_FOUND (ROTATION_NOT_FOUND) for one that is not of a key of the caller, but for a rotator."""
@@ -121,6 +133,18 @@ class RotationServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Before the switch: FAILED_PRECONDITION as in RotateKey, also for a key that was deactivated since; DEADLINE_EXCEEDED for a rotation
         that was asked for more than a day ago. ABORTED (STALE) while another rotation of the key is under way.
+        """
+
+    @_abc_1.abstractmethod
+    def SetRotationPolicy(
+        self,
+        request: _rotation_pb2.SetRotationPolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_rotation_pb2.SetRotationPolicyResponse, _abc.Awaitable[_rotation_pb2.SetRotationPolicyResponse]]:
+        """Sets when a key of the caller is rotated without anybody asking, or clears it. GetKey shows it.
+
+        INVALID_ARGUMENT (MALFORMED) with the name of the field for a policy that makes no sense for the key. FAILED_PRECONDITION for a key
+        that is never rotated. ABORTED (STALE) for another version of the policy than the caller has seen.
         """
 
     @_abc_1.abstractmethod

@@ -25,7 +25,6 @@ from kms.config import Config, ServerConfig, needed
 from kms.domain.errors import KmsError, Reason
 from kms.hsm.token_hsm import HsmStatus, TokenHsm, open_hsm
 from kms.hsm.uninterrupted import uninterrupted
-from kms.jobs.leasing import LeasedWorker
 from kms.jobs.postgres import AdvisoryLocks
 from kms.jobs.runner import JobRunner
 from kms.keys.crypto.charged import ChargedUses
@@ -36,11 +35,9 @@ from kms.keys.ledger.repeats import Repeats
 from kms.keys.ledger.settling import Settling
 from kms.pki.client_identity import ClientIdentity, host_clock
 from kms.pki.public_keys import PublicKeyOperations
-from kms.rotation.jobs import rotation_worker
-from kms.rotation.ports import Rotations
-from kms.rotation.postgres import StoredRotations
-from kms.rotation.rotating import Rotating, RotatingWorker
-from kms.rotation.rotation_service import RotationServicer
+from kms.rotation.rotating import Rotating
+from kms.rotation.rotation_service import RotationServicer, add_schedule
+from kms.rotation.scheduling import Scheduling
 from kms.rpc.admin import AdminServicer
 from kms.rpc.audit import AuditServicer
 from kms.rpc.batches import run_batch
@@ -77,6 +74,7 @@ from kms.wiring.limits import call_limits, connection_limits, transport_limits
 from kms.wiring.log import configure_log
 from kms.wiring.parts import database_dsn, hsm_settings, ready_pool
 from kms.wiring.reports import ProcessReports
+from kms.wiring.rotation import RotationParts, rotation_parts
 from kms.wiring.seen import Pulse, seen
 from kms.wiring.supervised import Stopping, Supervised
 from kms.wiring.token import check_token
@@ -180,8 +178,7 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         known_keys = keys if knowledge is None else KnownKeys(keys, knowledge)
         moves = telemetry.observed(_lifecycle(pool, records, journal, knowledge), "store", "move", of="lifecycle.")
         lifecycle = ForgettingLifecycle(moves, keys)
-        rotations = StoredRotations(pool, records, knowledge, journal)
-        rotating = await stack.enter_async_context(rotation_worker(pool, RotatingWorker(rotations, hsm, keys)))
+        rotation = await stack.enter_async_context(rotation_parts(pool, records, hsm, keys, journal, knowledge))
         runner = JobRunner(AdvisoryLocks(connection_settings(dsn)))
         history, probe, pulse = HistoryWatch(), DatabaseProbe(pool), Pulse()
         sealer = trail_sealer(config, dsn, pool, records, hsm, history, partial(runner.note_success, CHECKPOINTS))
@@ -193,7 +190,7 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         )
         is_first = supervised is None or supervised.number == 1
         uses = await stack.enter_async_context(_told_uses(journal, keys.counts))
-        parts = JobParts(pool, stored_keys, hsm, lifecycle, journal, uses, disk, probe, condition, sealer, rotating, is_first)
+        parts = JobParts(pool, stored_keys, hsm, lifecycle, journal, uses, disk, probe, condition, sealer, rotation, is_first)
         await stack.enter_async_context(runner.running(*upkeep_jobs(parts)))
         await stack.enter_async_context(seen(seen_on, telemetry, condition, pulse))
         connections = Connections(connection_limits(server_config))
@@ -206,8 +203,7 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
             hsm,
             ForgettingLedger(settled, keys, users),
             lifecycle,
-            rotations,
-            rotating,
+            rotation,
             identity,
             telemetry,
             connections,
@@ -238,8 +234,7 @@ def _server(
     hsm: TokenHsm,
     ledger: Ledger,
     lifecycle: Lifecycle,
-    rotations: Rotations,
-    rotating: LeasedWorker,
+    rotation: RotationParts,
     identity: ClientIdentity,
     telemetry: Telemetry,
     connections: Connections,
@@ -253,15 +248,24 @@ def _server(
     settling = Settling(ledger, access)
     repeats = Repeats(keys, hsm, settling, counts)
     signing, encryption = Signing(keys, hsm, public_keys), Encryption(keys, hsm, public_keys)
+    scheduling = Scheduling(keys, rotation.policies, rotation.rotations)
     edge = Edge(identity, access, ledger, telemetry, connections, call_limits(config))
     return Server(
         edge,
-        KeyServicer(Keyring(keys, hsm, uninterrupted), Moving(keys, lifecycle), repeats),
+        KeyServicer(Keyring(keys, hsm, uninterrupted), Moving(keys, lifecycle), repeats, partial(add_schedule, scheduling)),
         CryptoServicer(ChargedUses(signing, encryption, settling, repeats, run_batch)),
         AuditServicer(auditing),
         AdminServicer(Administration(reports)),
         RotationServicer(
-            Rotating(keys, hsm, rotations, repeats, rotating.do_item, partial(asyncio.sleep, _ROTATION_LOOK_SECONDS))
+            Rotating(
+                keys,
+                hsm,
+                rotation.rotations,
+                repeats,
+                rotation.worker.do_item,
+                partial(asyncio.sleep, _ROTATION_LOOK_SECONDS),
+            ),
+            scheduling,
         ),
         transport=transport_limits(config),
         faults=lambda: reports.condition.faults,

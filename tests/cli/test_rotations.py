@@ -53,3 +53,24 @@ def test_a_rotation_with_an_id_is_repeated(as_ada: Kms) -> None:
     command = ("key", "rotate", "k", "--reason", "yearly", "--request-id", "order-1", "--json")
     assert as_ada(*command).json == as_ada(*command).json
     assert len(as_ada("rotation", "list", "--json").json["rotations"]) == 1
+
+
+def test_a_policy_is_set_shown_paused_and_cleared(as_ada: Kms) -> None:
+    as_ada("key", "create", "k", "--type", "aes", "--limit", 100)
+    assert b"none" in as_ada("key", "rotation", "k").out
+    assert as_ada("rotation", "pause", "k").code == 1
+    set_now = as_ada("key", "rotation", "k", "--every", "90d", "--at-usage", "80%", "--on-compromise", "--json").json
+    assert (set_now["every_seconds"], set_now["at_usage_percent"], set_now["on_compromise"]) == (90 * 86_400, 80, True)
+    assert (set_now["version"], set_now["paused"], "next_rotation_at" in set_now) == (1, False, True)
+    assert as_ada("key", "rotation", "k", "--json").json == set_now
+    assert as_ada("key", "show", "k", "--json").json["next_rotation_at"] == set_now["next_rotation_at"]
+    paused = as_ada("rotation", "pause", "k", "--json").json
+    assert (paused["paused"], paused["version"], "next_rotation_at" in paused) == (True, 2, False)
+    assert as_ada("rotation", "resume", "k", "--json").json == {**set_now, "version": 3}
+    refused = as_ada("key", "rotation", "k", "--every", "23h", "--json")
+    assert (refused.code, refused.failure["metadata"]["field"]) == (1, "every")
+    for wrong in ("90", "d", "90w", "-1d"):
+        assert as_ada("key", "rotation", "k", "--every", wrong).code == 2
+    assert as_ada("key", "rotation", "k", "--at-usage", "many").code == 2
+    assert as_ada("key", "rotation", "k", "--clear", "--every", "90d").code == 2
+    assert set(as_ada("key", "rotation", "k", "--clear", "--json").json) == {"key_id"}

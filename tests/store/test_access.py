@@ -59,6 +59,7 @@ ENTRANCES: Final = {
     "cryptography.adopt_child": {"job_runner"},
     "cryptography.begin_first_epoch": {"job_runner"},
     "cryptography.claim_rotations": {"job_runner"},
+    "cryptography.clear_rotation_policy": {"authenticated_users"},
     "cryptography.complete_rotation": {"job_runner"},
     "cryptography.confirm_restored_key": {"admin_users"},
     "cryptography.copy_grants": {"job_runner"},
@@ -69,12 +70,17 @@ ENTRANCES: Final = {
     "cryptography.forget_answers": {"job_runner"},
     "cryptography.grant_key": {"authenticated_users"},
     "cryptography.keep_answer": {"authenticated_users"},
+    "cryptography.look_at_policy_later": {"job_runner"},
     "cryptography.mark_addresses": {"job_runner"},
     "cryptography.move_key": {"authenticated_users"},
+    "cryptography.policies_reached": {"job_runner"},
+    "cryptography.policies_to_look_at": {"job_runner"},
     "cryptography.release_rotation": {"job_runner"},
+    "cryptography.request_due_rotation": {"job_runner"},
     "cryptography.request_rotation": {"authenticated_users"},
     "cryptography.retry_rotation": {"authenticated_users"},
     "cryptography.revoke_grant": {"authenticated_users"},
+    "cryptography.set_rotation_policy": {"authenticated_users"},
     "cryptography.settle": {"kms_service"},
     "cryptography.settled": {"kms_service"},
     "cryptography.switch_key": {"job_runner"},
@@ -230,6 +236,8 @@ ROWS_OF_A_USER: Final = """
         (%(key)s, %(user)s, 'old', 'aes', 'encryption', 'kcv:000000', 'x', 256, 'SEALED', 'GENERATED'),
         (gen_random_uuid(), %(user)s, 'new', 'aes', 'encryption', 'kcv:000000', 'x', 256, 'SEALED', 'GENERATED');
     INSERT INTO cryptography.key_rotations (user_id, old_key_id, rotation_reason) VALUES (%(user)s, %(key)s, 'age');
+    INSERT INTO cryptography.rotation_policies (user_id, key_name, on_compromise, is_paused, version, policy_mac)
+        VALUES (%(user)s, 'old', true, false, 1, decode(repeat('00', 32), 'hex'));
     INSERT INTO cryptography.certificates (user_id, key_id, certificate_type, certificate_data)
         VALUES (%(user)s, %(key)s, 'x509', 'x');
     INSERT INTO cryptography.key_grants (owner_id, key_id, grantee_id, operations, granted_by)

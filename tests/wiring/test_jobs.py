@@ -8,21 +8,22 @@ from kms.store.ledger import open_ledger
 from kms.store.pool import Pool
 from kms.store.repeats import StoredRepeats
 from kms.wiring.jobs import JobParts, forget_answers, upkeep_jobs
+from kms.wiring.rotation import RotationParts
 from tests.fixtures.postgres import Database
 from tests.store.uses import a_repeat, make_key, make_user, rows, sign
 
 
 def named(parts: Mapping[str, object]) -> list[str]:
     """Return the names of the jobs of a worker with *parts*; the rest of it is absent."""
-    absent = cast(
-        Any, SimpleNamespace(opens=None, check=None, watch=None, ask=None, records=None, serve_term=None, do_due=None, write=None)
-    )
-    fields = dict.fromkeys(JobParts.__dataclass_fields__, absent)
+    absent = cast(Any, SimpleNamespace(opens=None, check=None, watch=None, ask=None, records=None, serve_term=None, write=None))
+    working = cast(Any, SimpleNamespace(do_due=None, ask_for_due=None))
+    rotation = RotationParts(absent, absent, worker=working, rounds=working)
+    fields = {**dict.fromkeys(JobParts.__dataclass_fields__, absent), "rotation": rotation}
     return [job.name for job in upkeep_jobs(JobParts(**{**fields, **parts}))]
 
 
 def test_a_worker_has_the_jobs_that_its_parts_are_for() -> None:
-    every = ["partitions", "destruction", "repeats", "condition", "disk", "rotations", "database"]
+    every = ["partitions", "destruction", "repeats", "condition", "disk", "rotations", "rotation policies", "database"]
     none = {"is_first": False, "journal": None, "uses": None, "sealer": None}
     assert named(none) == every
     assert named({**none, "is_first": True}) == [*every, "residents"]
