@@ -8,7 +8,8 @@ import base64
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, TextIO, cast
@@ -59,6 +60,20 @@ def print_fields(fields: Mapping[str, object]) -> None:
     width = max(map(len, fields), default=0)
     for name, value in fields.items():
         print(f"{name:<{width}}  {escaped(str(value))}")
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Yield what shows how far something is: on a terminal in one line that changes, else in a line for each text."""
+    if not sys.stdout.isatty():
+        yield lambda text: print(escaped(text, keep="\t"), flush=True)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    stream = sys.stdout.stream if isinstance(sys.stdout, _Guarded) else sys.stdout
+    with Console(file=stream, markup=False, emoji=False, highlight=False).status("") as status:
+        yield lambda text: status.update(Text(escaped(text.replace("\t", "  "))))
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -1,6 +1,7 @@
 """`kms key rotate`, `kms key rotation` and `kms rotation …`: giving keys successors, now or by policy, and the log of it."""
 
 import re
+import sys
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -9,7 +10,8 @@ import typer
 from kms.cli.failures import CallError
 from kms.cli.invocation import Invocation, command, group
 from kms.cli.options import KeyArgument
-from kms.cli.output import print_fields, print_json, print_table
+from kms.cli.output import print_fields, print_json, print_table, progress
+from kms.domain.text import json_text
 
 if TYPE_CHECKING:
     from kms.v1 import keys_pb2, rotation_pb2
@@ -81,6 +83,26 @@ def retry(invocation: Invocation, rotation: RotationArgument) -> None:
 
         request = rotation_pb2.RetryRotationRequest(rotation_id=rotation)
         _print_ended(invocation, client.call(client.rotation.RetryRotation, request).rotation)
+
+
+def watch(invocation: Invocation, rotation: RotationArgument) -> None:
+    """Follow a rotation until it is over. On a terminal one line changes; into a pipe each change is a line.
+
+    Into a pipe: status, attempts, new key and error, with tabs between; with --json one object a line.
+    Fails as kms key rotate does.
+    """
+    with invocation.client() as client:
+        from kms.v1 import rotation_pb2
+
+        last = rotation_pb2.Rotation()
+        with progress() as show_line:
+            for last in client.watched(rotation):
+                fields = _fields(last)
+                columns = (fields["status"], str(last.attempts), last.new_key_id, last.error_message)
+                show_line(json_text(fields) if invocation.as_json else "\t".join(columns))
+        if not invocation.as_json and sys.stdout.isatty():
+            _print(invocation, last)
+        _check_completed(last)
 
 
 def policy(
@@ -181,6 +203,12 @@ def register(app: typer.Typer, keys: typer.Typer) -> None:
     )(policy)
     command(rotations, "pause", "kms rotation pause payments")(pause)
     command(rotations, "resume", "kms rotation resume payments")(resume)
+    command(
+        rotations,
+        "watch",
+        "kms rotation watch 3b3c7a53-8d2c-4d4c-9a4e-0c8f2d1a6b57",
+        "kms rotation watch 3b3c7a53-8d2c-4d4c-9a4e-0c8f2d1a6b57 --json | jq -r .status",
+    )(watch)
     command(rotations, "retry", "kms rotation retry 3b3c7a53-8d2c-4d4c-9a4e-0c8f2d1a6b57")(retry)
 
 
@@ -222,9 +250,13 @@ def _seconds(span: str) -> int:
 
 def _print_ended(invocation: Invocation, rotation: "rotation_pb2.Rotation") -> None:
     """Print a rotation of which an attempt has ended, and raise `CallError` unless it is completed."""
+    _print(invocation, rotation)
+    _check_completed(rotation)
+
+
+def _check_completed(rotation: "rotation_pb2.Rotation") -> None:
     from kms.v1 import rotation_pb2
 
-    _print(invocation, rotation)
     if rotation.status == rotation_pb2.ROTATION_STATUS_FAILED:
         raise CallError("FAILED_PRECONDITION", "ROTATION_FAILED", f"the rotation failed: {rotation.error_message}", {})
     if rotation.status != rotation_pb2.ROTATION_STATUS_COMPLETED:

@@ -38,7 +38,7 @@ class Duty:
 
 _READS_TRAIL: Final = frozenset({"AuditService/SearchEvents", "AuditService/TailEvents", "AuditService/VerifyTrail"})
 _ROTATES: Final = frozenset(
-    f"RotationService/{method}" for method in ("RotateKey", "RetryRotation", "GetRotation", "ListRotations")
+    f"RotationService/{method}" for method in ("RotateKey", "RetryRotation", "GetRotation", "WatchRotation", "ListRotations")
 )
 
 

@@ -9,7 +9,7 @@ When a worker dies, its lease on the row runs out. The next worker continues aft
 successor if the switch did not happen. Of the first only a RESIDENT one is left in the token, and reconciliation removes it.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
@@ -153,7 +153,10 @@ class RotatingWorker:
 
 @dataclass(frozen=True, slots=True)
 class Rotating:
-    """RotateKey and RetryRotation: ask for a rotation, and help until an attempt has ended."""
+    """RotateKey and RetryRotation: ask for a rotation, and help until an attempt has ended. WatchRotation.
+
+    `pause` waits for a moment where a caller waits for an attempt, `rest` where a stream waits for a change.
+    """
 
     keys: Keys
     hsm: Hsm
@@ -161,6 +164,7 @@ class Rotating:
     repeats: Repeats
     do: Callable[[UUID], Awaitable[object]]
     pause: Callable[[], Awaitable[object]]
+    rest: Callable[[], Awaitable[object]]
 
     async def rotate(
         self, call: Call, ref: KeyRef, reason: str, repeatable: RepeatableRequest | None, *, allow_compromised: bool
@@ -240,6 +244,17 @@ class Rotating:
         if found is None:
             raise rotation_not_found()
         return found
+
+    async def watch(self, caller: User, rotation_id: UUID) -> AsyncIterator[Rotation]:
+        """Yield a rotation at once, and again with each change, until it is over. Raises ROTATION_NOT_FOUND."""
+        shown: Rotation | None = None
+        while shown is None or not shown.is_over:
+            rotation = await self.find(caller, rotation_id)
+            if rotation != shown:
+                yield rotation
+                shown = rotation
+            else:
+                await self.rest()
 
     async def _ended(self, caller: User, rotation_id: UUID, key_id: KeyId) -> Rotation:
         """Do the rotation of the key, or wait for the worker that does, until an attempt has ended.

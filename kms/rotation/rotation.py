@@ -83,10 +83,14 @@ class Rotation:
     attempts: int
 
     @property
+    def is_over(self) -> bool:
+        """Whether nothing happens any more, unless somebody asks for a retry."""
+        return self.status in (RotationStatus.COMPLETED, RotationStatus.FAILED)
+
+    @property
     def was_tried(self) -> bool:
         """Whether an attempt has ended: the rotation is over, or waits for the next attempt."""
-        is_over = self.status in (RotationStatus.COMPLETED, RotationStatus.FAILED)
-        return is_over or (self.status is RotationStatus.PENDING and self.error_message != "")
+        return self.is_over or (self.status is RotationStatus.PENDING and self.error_message != "")
 
 
 @dataclass(frozen=True, slots=True)

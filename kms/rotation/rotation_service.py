@@ -1,6 +1,6 @@
 """The servicer of RotationService."""
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
@@ -72,6 +72,12 @@ class RotationServicer:
         """Return a rotation."""
         rotation_id = parse_uuid(request.rotation_id, field="rotation_id")
         return pb.GetRotationResponse(rotation=wire_rotation(await self.rotating.find(call.user, rotation_id)))
+
+    async def WatchRotation(self, request: pb.WatchRotationRequest, call: Call) -> AsyncIterator[pb.WatchRotationResponse]:
+        """Follow a rotation until it is over."""
+        rotation_id = parse_uuid(request.rotation_id, field="rotation_id")
+        async for rotation in self.rotating.watch(call.user, rotation_id):
+            yield pb.WatchRotationResponse(rotation=wire_rotation(rotation))
 
     async def ListRotations(self, request: pb.ListRotationsRequest, call: Call) -> pb.ListRotationsResponse:
         """List rotations, the newest first."""

@@ -60,6 +60,11 @@ class RotationServiceStub:
                 request_serializer=kms_dot_v1_dot_rotation__pb2.GetRotationRequest.SerializeToString,
                 response_deserializer=kms_dot_v1_dot_rotation__pb2.GetRotationResponse.FromString,
                 _registered_method=True)
+        self.WatchRotation = channel.unary_stream(
+                '/kms.v1.RotationService/WatchRotation',
+                request_serializer=kms_dot_v1_dot_rotation__pb2.WatchRotationRequest.SerializeToString,
+                response_deserializer=kms_dot_v1_dot_rotation__pb2.WatchRotationResponse.FromString,
+                _registered_method=True)
         self.ListRotations = channel.unary_unary(
                 '/kms.v1.RotationService/ListRotations',
                 request_serializer=kms_dot_v1_dot_rotation__pb2.ListRotationsRequest.SerializeToString,
@@ -115,6 +120,14 @@ class RotationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchRotation(self, request, context):
+        """Sends a rotation at once, and again with each change, until it is COMPLETED or FAILED: then the stream ends. It also ends in good
+        order when the server drains. NOT_FOUND (ROTATION_NOT_FOUND) as in GetRotation. A user can have 4 streams at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListRotations(self, request, context):
         """Lists the rotations of the caller's keys, the newest first.
         """
@@ -144,6 +157,11 @@ def add_RotationServiceServicer_to_server(servicer, server):
                     servicer.GetRotation,
                     request_deserializer=kms_dot_v1_dot_rotation__pb2.GetRotationRequest.FromString,
                     response_serializer=kms_dot_v1_dot_rotation__pb2.GetRotationResponse.SerializeToString,
+            ),
+            'WatchRotation': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchRotation,
+                    request_deserializer=kms_dot_v1_dot_rotation__pb2.WatchRotationRequest.FromString,
+                    response_serializer=kms_dot_v1_dot_rotation__pb2.WatchRotationResponse.SerializeToString,
             ),
             'ListRotations': grpc.unary_unary_rpc_method_handler(
                     servicer.ListRotations,
@@ -265,6 +283,33 @@ class RotationService:
             '/kms.v1.RotationService/GetRotation',
             kms_dot_v1_dot_rotation__pb2.GetRotationRequest.SerializeToString,
             kms_dot_v1_dot_rotation__pb2.GetRotationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchRotation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kms.v1.RotationService/WatchRotation',
+            kms_dot_v1_dot_rotation__pb2.WatchRotationRequest.SerializeToString,
+            kms_dot_v1_dot_rotation__pb2.WatchRotationResponse.FromString,
             options,
             channel_credentials,
             insecure,

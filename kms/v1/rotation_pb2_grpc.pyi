@@ -61,6 +61,10 @@ class RotationServiceStub:
     """
     GetRotation: _grpc.UnaryUnaryMultiCallable[_rotation_pb2.GetRotationRequest, _rotation_pb2.GetRotationResponse]
     """Returns a rotation. NOT_FOUND (ROTATION_NOT_FOUND) for one that is not of a key of the caller, but for a rotator."""
+    WatchRotation: _grpc.UnaryStreamMultiCallable[_rotation_pb2.WatchRotationRequest, _rotation_pb2.WatchRotationResponse]
+    """Sends a rotation at once, and again with each change, until it is COMPLETED or FAILED: then the stream ends. It also ends in good
+    order when the server drains. NOT_FOUND (ROTATION_NOT_FOUND) as in GetRotation. A user can have 4 streams at a time.
+    """
     ListRotations: _grpc.UnaryUnaryMultiCallable[_rotation_pb2.ListRotationsRequest, _rotation_pb2.ListRotationsResponse]
     """Lists the rotations of the caller's keys, the newest first."""
 
@@ -97,6 +101,10 @@ class RotationServiceAsyncStub(RotationServiceStub):
     """
     GetRotation: _aio.UnaryUnaryMultiCallable[_rotation_pb2.GetRotationRequest, _rotation_pb2.GetRotationResponse]  # type: ignore[assignment]
     """Returns a rotation. NOT_FOUND (ROTATION_NOT_FOUND) for one that is not of a key of the caller, but for a rotator."""
+    WatchRotation: _aio.UnaryStreamMultiCallable[_rotation_pb2.WatchRotationRequest, _rotation_pb2.WatchRotationResponse]  # type: ignore[assignment]
+    """Sends a rotation at once, and again with each change, until it is COMPLETED or FAILED: then the stream ends. It also ends in good
+    order when the server drains. NOT_FOUND (ROTATION_NOT_FOUND) as in GetRotation. A user can have 4 streams at a time.
+    """
     ListRotations: _aio.UnaryUnaryMultiCallable[_rotation_pb2.ListRotationsRequest, _rotation_pb2.ListRotationsResponse]  # type: ignore[assignment]
     """Lists the rotations of the caller's keys, the newest first."""
 
@@ -154,6 +162,16 @@ class RotationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_rotation_pb2.GetRotationResponse, _abc.Awaitable[_rotation_pb2.GetRotationResponse]]:
         """Returns a rotation. NOT_FOUND (ROTATION_NOT_FOUND) for one that is not of a key of the caller, but for a rotator."""
+
+    @_abc_1.abstractmethod
+    def WatchRotation(
+        self,
+        request: _rotation_pb2.WatchRotationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_rotation_pb2.WatchRotationResponse], _abc.AsyncIterator[_rotation_pb2.WatchRotationResponse]]:
+        """Sends a rotation at once, and again with each change, until it is COMPLETED or FAILED: then the stream ends. It also ends in good
+        order when the server drains. NOT_FOUND (ROTATION_NOT_FOUND) as in GetRotation. A user can have 4 streams at a time.
+        """
 
     @_abc_1.abstractmethod
     def ListRotations(

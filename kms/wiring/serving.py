@@ -81,6 +81,7 @@ from kms.wiring.token import check_token
 
 HSM_OPERATIONS: Final = ("generate", "confirm", "abandon", "sign", "encrypt", "decrypt", "decrypt_rsa", "random", "mac")
 _ROTATION_LOOK_SECONDS: Final = 0.05
+_WATCH_SECONDS: Final = 0.25
 _LOG = structlog.get_logger("kms")
 
 
@@ -264,6 +265,7 @@ def _server(
                 repeats,
                 rotation.worker.do_item,
                 partial(asyncio.sleep, _ROTATION_LOOK_SECONDS),
+                partial(asyncio.sleep, _WATCH_SECONDS),
             ),
             scheduling,
         ),

@@ -37,6 +37,16 @@ def test_a_key_is_rotated_and_its_log_is_shown(as_ada: Kms) -> None:
     assert len(as_ada("rotation", "list", "--limit", 1, "--json").json["rotations"]) == 1
 
 
+def test_a_rotation_is_watched_to_its_end(as_ada: Kms) -> None:
+    as_ada("key", "create", "k", "--type", "aes")
+    rotated = as_ada("key", "rotate", "k", "--reason", "a year old", "--json").json
+    watched = as_ada("rotation", "watch", rotated["id"])
+    assert (watched.code, watched.out.decode()) == (0, f"completed\t1\t{rotated['new_key_id']}\t\n")
+    assert as_ada("rotation", "watch", rotated["id"], "--json").json == rotated
+    missing = as_ada("rotation", "watch", "00000000-0000-4000-8000-000000000000", "--json")
+    assert (missing.code, missing.failure["reason"]) == (3, "ROTATION_NOT_FOUND")
+
+
 def test_a_rotation_that_is_refused_says_why(as_ada: Kms) -> None:
     as_ada("key", "create", "k", "--type", "aes")
     as_ada("key", "compromise", "k", "--reason", "laptop stolen")

@@ -12,7 +12,7 @@ from kms.v1 import audit_pb2 as apb
 from kms.v1 import crypto_pb2 as cpb
 from kms.v1 import keys_pb2 as kpb
 from kms.v1 import rotation_pb2 as rpb
-from tests.conformance.refusals import refusal
+from tests.conformance.refusals import refusal, refusal_of
 from tests.conformance.requests import made
 from tests.conformance.test_rotation import key_of, rotate, rotation_of
 from tests.fixtures.server import Caller, RunningServer
@@ -193,3 +193,28 @@ def test_a_rotator_uses_no_key_and_learns_of_none_by_name(server: RunningServer)
     assert refusal(rotator.rotation.RotateKey, rotation_of(key="k")).reason == "KEY_NOT_FOUND"
     assert refusal(rotator.rotation.RotateKey, rotation_of(key=str(uuid4()))).reason == "KEY_NOT_FOUND"
     assert rotate(rotator, key="own").old_key_id == own.id, "their own, as any owner"
+
+
+def watched(caller: Caller, rotation_id: str) -> Iterator[rpb.Rotation]:
+    for answer in caller.rotation.WatchRotation(rpb.WatchRotationRequest(rotation_id=rotation_id), timeout=60):
+        yield answer.rotation
+
+
+def test_a_rotation_is_watched_until_it_is_over(server: RunningServer) -> None:
+    caller, other = server.caller(), server.caller()
+    made(caller, "ed25519")
+    with replaced(server, "switch_key", "RAISE EXCEPTION 'no';"):
+        rotation = rotate(caller)
+    edit(server, rotation, "next_attempt_at = now() + interval '1 hour'")
+    changes = watched(caller, rotation.id)
+    assert next(changes) == rotation
+    again = retry(server.caller(caller.user_id), rotation)
+    rest = list(changes)
+    assert rest[-1] == again
+    assert [each.status for each in rest].count(rpb.ROTATION_STATUS_COMPLETED) == 1
+    assert list(watched(caller, rotation.id)) == [again], "of one that is over the stream ends at once"
+    rotator = server.caller(server.deployment.new_user(role="rotator"))
+    assert list(watched(rotator, rotation.id)) == [again]
+    with pytest.raises(grpc.RpcError) as refused:
+        list(watched(other, rotation.id))
+    assert refusal_of(refused.value).reason == "ROTATION_NOT_FOUND"

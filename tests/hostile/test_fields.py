@@ -57,6 +57,7 @@ GOOD: Final[dict[str, dict[str, Any]]] = {
     "RotateKeyRequest": {"key": "aes", "reason": "test"},
     "RetryRotationRequest": {"rotation_id": "00000000-0000-4000-8000-000000000000"},
     "SetRotationPolicyRequest": {"key": "aes", "policy": {"on_compromise": True}},
+    "WatchRotationRequest": {"rotation_id": "00000000-0000-4000-8000-000000000000"},
     "GetRotationRequest": {"rotation_id": "00000000-0000-4000-8000-000000000000"},
 }
 
@@ -207,6 +208,7 @@ KINDS: Final[dict[str, Kind]] = {
     "RotationPolicy.on_compromise": FLAG,
     "RotationPolicy.paused": FLAG,
     "RotationPolicy.version": VERSION,
+    "WatchRotationRequest.rotation_id": Kind((*ID.refused, "")),
     "GetRotationRequest.rotation_id": Kind((*ID.refused, "")),
     "ListRotationsRequest.key": OPTIONAL_KEY,
     "ListRotationsRequest.status": ENUM,
