@@ -540,3 +540,47 @@ GRANT EXECUTE ON FUNCTION
     cryptography.request_due_rotation(UUID, UUID, TEXT, UUID, TEXT, BOOLEAN, TIMESTAMPTZ, BYTEA, DOUBLE PRECISION)
     TO job_runner;
 REVOKE CREATE ON SCHEMA cryptography FROM kms_lifecycle;
+
+-- What operators see ---------------------------------------------------------------------------------------------------------
+
+-- Policies whose key was due and has not been rotated although that was tried, or that could not be followed.
+CREATE INDEX idx_rotation_policies_overdue ON cryptography.rotation_policies (retry_at) WHERE NOT is_paused AND requests > 1;
+
+GRANT CREATE ON SCHEMA cryptography TO kms_lifecycle;
+SET LOCAL ROLE kms_lifecycle;
+
+-- How the rotations are: due (for a worker to claim), running (a lease holds), failed, each to 10,000; for how many seconds the oldest
+-- rotation has waited for its end; and how many policies are overdue, to 10,000.
+CREATE FUNCTION cryptography.rotation_backlog()
+RETURNS TABLE (due BIGINT, running BIGINT, failed BIGINT, oldest_seconds DOUBLE PRECISION, policies_overdue BIGINT)
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    moment CONSTANT TIMESTAMPTZ := clock_timestamp();
+BEGIN
+    RETURN QUERY
+    SELECT u.due, u.running, (
+        SELECT count(*)
+        FROM (SELECT FROM cryptography.key_rotations AS f WHERE f.migration_status = 'failed' LIMIT 10000) AS counted
+    ), u.oldest_seconds, (
+        SELECT count(*)
+        FROM (SELECT FROM cryptography.rotation_policies AS p WHERE NOT p.is_paused AND p.requests > 1 LIMIT 10000) AS counted
+    )
+    FROM (
+        SELECT count(*) FILTER (WHERE r.next_attempt_at <= moment) AS due,
+            count(*) FILTER (WHERE r.migration_status = 'in_progress' AND r.next_attempt_at > moment) AS running,
+            extract(epoch FROM moment - min(r.created_at))::DOUBLE PRECISION AS oldest_seconds
+        FROM (
+            SELECT n.next_attempt_at, n.migration_status, n.created_at FROM cryptography.key_rotations AS n
+            WHERE n.migration_status IN ('pending', 'in_progress')
+            ORDER BY n.next_attempt_at
+            LIMIT 10000
+        ) AS r
+    ) AS u;
+END;
+$$;
+
+RESET ROLE;
+REVOKE ALL ON FUNCTION cryptography.rotation_backlog() FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION cryptography.rotation_backlog() TO job_runner;
+REVOKE CREATE ON SCHEMA cryptography FROM kms_lifecycle;

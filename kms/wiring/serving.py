@@ -7,9 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Final
-from uuid import UUID
 
 import structlog
 import uvloop
@@ -22,7 +20,6 @@ from kms.app.ports import Keys, Ledger, Lifecycle, Users
 from kms.app.records import Records
 from kms.app.status import Administration
 from kms.config import Config, ServerConfig, needed
-from kms.domain.errors import KmsError, Reason
 from kms.hsm.token_hsm import HsmStatus, TokenHsm, open_hsm
 from kms.hsm.uninterrupted import uninterrupted
 from kms.jobs.postgres import AdvisoryLocks
@@ -72,6 +69,7 @@ from kms.wiring.descriptors import raise_descriptor_limit
 from kms.wiring.jobs import CHECKPOINTS, JobParts, serving_jobs, upkeep_jobs
 from kms.wiring.limits import call_limits, connection_limits, transport_limits
 from kms.wiring.log import configure_log
+from kms.wiring.memory import open_journal, was_served
 from kms.wiring.parts import database_dsn, hsm_settings, ready_pool
 from kms.wiring.reports import ProcessReports
 from kms.wiring.rotation import RotationParts, rotation_parts
@@ -162,7 +160,7 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         stack.push_async_callback(hsm.close)
         await check_token(config, hsm, StoredWrappingKeys(pool))
         records = Records(hsm.mac, host_clock)
-        epoch = await epochs.check_epoch(pool, records, was_served=_was_served(config))
+        epoch = await epochs.check_epoch(pool, records, was_served=was_served(config))
         telemetry = Telemetry(stack.enter_context(_tracing(config)))
         disk = Disk(needed(config.database).disk_path)
         stored_keys = StoredKeys(pool, records)
@@ -172,7 +170,7 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         ledger = await stack.enter_async_context(
             open_ledger(dsn, pool, settled=telemetry.settled, records_strangers=disk.has_room_for_strangers)
         )
-        journal = _journal(server_config.journal, *epoch)
+        journal = open_journal(config, *epoch)
         knowledge = None if journal is None else JournalKnowledge(journal.path)
         if knowledge is not None:
             await asyncio.to_thread(knowledge.follow)
@@ -305,23 +303,6 @@ def _without_memory(config: Config) -> list[str]:
         return []
     # In production mode the configuration is at fault.
     return ["the trail is not signed: set audit.checkpoints to a file outside the database"]
-
-
-def _was_served(config: Config) -> bool:
-    """Whether a file outside the database knows that it was served before."""
-    files = (needed(config.server).journal, config.audit.checkpoints if config.audit else None)
-    return any(file is not None and file.is_file() and file.stat().st_size > 0 for file in files)
-
-
-def _journal(file: Path | None, number: int, epoch: UUID) -> Journal | None:
-    if file is None:
-        return None
-    journal = Journal(file)
-    try:
-        journal.see_epoch(number, epoch, at=host_clock())
-    except OSError as error:
-        raise KmsError(Reason.STORE_UNAVAILABLE, f"the journal {file} cannot be written: {error.strerror}") from None
-    return journal
 
 
 def _lifecycle(pool: Pool, records: Records, journal: Journal | None, knowledge: JournalKnowledge | None) -> Lifecycle:

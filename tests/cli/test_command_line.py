@@ -34,7 +34,7 @@ COMMANDS = _commands()
 
 def test_the_command_has_what_the_readme_names() -> None:
     assert {" ".join(command) for command in COMMANDS} == {
-        *("serve", "migrate", "dev", "demo", "version", "hsm init", "hsm probe", "hsm check"),
+        *("serve", "work", "migrate", "dev", "demo", "version", "hsm init", "hsm probe", "hsm check"),
         *("hsm backup-confirmed", "user add-service", "key rotate", "rotation list", "rotation show", "rotation retry"),
         *("key rotation", "rotation pause", "rotation resume", "rotation watch"),
         *("key create", "key list", "key show", "key public", "sign", "verify", "encrypt", "decrypt", "datakey", "random"),

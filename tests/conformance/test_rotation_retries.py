@@ -1,5 +1,9 @@
 """Rotations that failed are tried again: what has not happened is done, and what is no longer wanted says why."""
 
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from uuid import uuid4
@@ -14,8 +18,9 @@ from kms.v1 import keys_pb2 as kpb
 from kms.v1 import rotation_pb2 as rpb
 from tests.conformance.refusals import refusal, refusal_of
 from tests.conformance.requests import made
+from tests.conformance.test_outages import soon
 from tests.conformance.test_rotation import key_of, rotate, rotation_of
-from tests.fixtures.server import Caller, RunningServer
+from tests.fixtures.server import Caller, Deployment, RunningServer
 
 
 @contextmanager
@@ -218,3 +223,46 @@ def test_a_rotation_is_watched_until_it_is_over(server: RunningServer) -> None:
     with pytest.raises(grpc.RpcError) as refused:
         list(watched(other, rotation.id))
     assert refusal_of(refused.value).reason == "ROTATION_NOT_FOUND"
+
+
+def test_a_rotation_that_has_waited_for_long_is_a_warning_and_a_number(server: RunningServer) -> None:
+    caller = server.caller()
+    made(caller, "ed25519")
+    with replaced(server, "switch_key", "RAISE EXCEPTION 'no';"):
+        rotation = rotate(caller)
+    edit(server, rotation, "created_at = created_at - interval '3 hours', next_attempt_at = now() + interval '1 hour'")
+    soon(lambda: "a rotation has waited for 3 hours" in server.seen("/readyz")[1])
+    samples = {name: number for (name, _), number in server.metrics().items()}
+    assert samples["kms_rotation_oldest_age_seconds"] >= 3 * 3600
+    before = samples["kms_rotations_failed"]
+    edit(server, rotation, "next_attempt_at = now()")  # and fails for good: its request is not the service's any more
+    soon(lambda: {name: number for (name, _), number in server.metrics().items()}["kms_rotations_failed"] > before)
+    assert "a rotation has waited" not in server.seen("/readyz")[1]
+
+
+@pytest.mark.timeout(300)
+def test_a_rotation_is_done_by_a_machine_that_does_not_serve(deployment: Deployment) -> None:
+    with deployment.serving() as server:
+        caller = server.caller()
+        key = made(caller, "ed25519")
+        with replaced(server, "switch_key", "RAISE EXCEPTION 'no';"):
+            rotation = rotate(caller)
+        edit(server, rotation, "next_attempt_at = now() + interval '1 hour'")
+    edit(server, rotation, "next_attempt_at = now()")
+    command = [sys.executable, "-m", "kms", "--config", str(deployment.config_file), "work"]
+    query = "SELECT migration_status FROM cryptography.key_rotations WHERE old_key_id = %s"
+    log_file = deployment.directory / "work.log"
+    with (
+        psycopg.connect(deployment.database.admin_dsn, autocommit=True) as connection,
+        log_file.open("wb") as log,
+        subprocess.Popen(command, env=deployment.environment, stdout=log, stderr=log) as process,
+    ):
+        try:
+            while connection.execute(query, (key.id,)).fetchall() != [("completed",)]:
+                assert process.poll() is None, log_file.read_text()
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait() == 0, log_file.read_text()
+        finally:
+            process.kill()
+    assert '"event": "stopped"' in log_file.read_text()

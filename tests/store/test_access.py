@@ -80,6 +80,7 @@ ENTRANCES: Final = {
     "cryptography.request_rotation": {"authenticated_users"},
     "cryptography.retry_rotation": {"authenticated_users"},
     "cryptography.revoke_grant": {"authenticated_users"},
+    "cryptography.rotation_backlog": {"job_runner"},
     "cryptography.set_rotation_policy": {"authenticated_users"},
     "cryptography.settle": {"kms_service"},
     "cryptography.settled": {"kms_service"},
