@@ -16,7 +16,7 @@ import grpc
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from kms.v1 import admin_pb2_grpc, audit_pb2, audit_pb2_grpc, crypto_pb2_grpc, keys_pb2_grpc, rotation_pb2_grpc
+from kms.v1 import admin_pb2_grpc, audit_pb2, audit_pb2_grpc, crypto_pb2_grpc, keys_pb2_grpc, rotation_pb2, rotation_pb2_grpc
 
 Request = TypeVar("Request", contravariant=True)
 Response = TypeVar("Response", covariant=True)
@@ -84,6 +84,28 @@ class Client:
             finally:
                 stream.cancel()
             time.sleep(_REOPEN_SECONDS)
+
+    def watched(self, rotation_id: str) -> Iterator[rotation_pb2.Rotation]:
+        """Yield a rotation at once, and again with each change, until it is over. Raises `CallError`.
+
+        A stream that the server ended in good order before that is opened again.
+        """
+        over = (rotation_pb2.ROTATION_STATUS_COMPLETED, rotation_pb2.ROTATION_STATUS_FAILED)
+        shown: rotation_pb2.Rotation | None = None
+        while shown is None or shown.status not in over:
+            stream: Any = self.rotation.WatchRotation(rotation_pb2.WatchRotationRequest(rotation_id=rotation_id))
+            try:
+                for answer in stream:
+                    if answer.rotation != shown:
+                        yield answer.rotation
+                    shown = answer.rotation
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise call_error(error, self._config.server) from None
+            finally:
+                stream.cancel()
+            if shown is None or shown.status not in over:
+                time.sleep(_REOPEN_SECONDS)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """`kms key`: making keys and looking at them."""
 
 import sys
+from collections.abc import Mapping
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -174,10 +175,14 @@ def show_key(invocation: Invocation, key: "keys_pb2.Key") -> None:
         print_json(fields)
         return
     pem = str(fields.pop("public_key_pem", ""))
-    shown = {**fields, "metadata": " ".join(f"{name}={value}" for name, value in sorted(key.metadata.items()))}
+    shown = {**fields, "metadata": _pairs(key.metadata), "rotation_policy": _pairs(fields.get("rotation_policy", {}))}
     print_fields({name.replace("_", " "): value for name, value in shown.items() if value != ""})
     if pem:
         print(pem, end="")
+
+
+def _pairs(fields: Mapping[str, object]) -> str:
+    return " ".join(f"{name}={value}" for name, value in sorted(fields.items()))
 
 
 def _public_key_fields(pem: bytes, der: bytes, form: KeyForm, out: Path | None) -> dict[str, Any]:

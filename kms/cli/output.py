@@ -65,6 +65,18 @@ def print_fields(fields: Mapping[str, object]) -> None:
         print(f"{name:<{width}}  {escaped(str(value))}")
 
 
+@contextmanager
+def status_line() -> Iterator[Callable[[str], None]]:
+    """Yield what shows how far something is: on a terminal in one line that changes, else in a line for each text."""
+    if not sys.stdout.isatty():
+        yield lambda text: print(escaped(text, keep="\t"), flush=True)
+        return
+    from rich.text import Text
+
+    with _console().status("") as status:
+        yield lambda text: status.update(Text(escaped(text.replace("\t", "  "))))
+
+
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table: ruled on a terminal, else a line of tab-separated columns for each row, without headings."""
     if not sys.stdout.isatty():

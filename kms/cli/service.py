@@ -1,4 +1,4 @@
-"""`kms serve`, `migrate`, `dev`, `demo`, `version`: running the service."""
+"""`kms serve`, `work`, `migrate`, `dev`, `demo`, `version`: running the service."""
 
 import os
 from pathlib import Path
@@ -37,6 +37,18 @@ def serve(
     from kms.wiring import serving
 
     serving.serve(config)
+
+
+def work(invocation: Invocation) -> None:
+    """Do rotations that are due, without serving, until SIGTERM or SIGINT.
+
+    Needs [hsm] and [database] in the configuration, on any machine of the deployment; uses `journal` in [server]. Several at once
+    are safe, also beside kms serve, which does the same.
+    """
+    config = invocation.operator_config("hsm", "database")
+    from kms.wiring import working
+
+    working.work(config)
 
 
 def migrate(
@@ -103,6 +115,7 @@ def version(invocation: Invocation) -> None:
 def register(app: typer.Typer) -> None:
     """Add these commands to *app*."""
     command(app, "serve", "kms serve --config /etc/kms/kms.toml", "kms serve --config kms.toml --workers 4")(serve)
+    command(app, "work", "kms work --config /etc/kms/kms.toml")(work)
     command(app, "migrate", "kms migrate --config admin.toml", "kms migrate --config admin.toml --check")(migrate)
     command(app, "dev", "kms dev", "kms dev --directory ~/kms")(dev)
     command(app, "demo", "kms demo")(demo)

@@ -33,7 +33,7 @@ def add_service(
         typer.Option(
             metavar="ROLE",
             help="auditor: it reads the trail, and nothing else. recovery: it also decrypts with keys of its own that are "
-            "compromised or revoked. Default: none.",
+            "compromised or revoked. rotator: it rotates the keys of all users, and uses none. Default: none.",
         ),
     ] = None,
 ) -> None:

@@ -44,8 +44,25 @@ def key_fields(key: keys_pb2.Key) -> dict[str, Any]:
     for name in ("predecessor_id", "successor_id"):
         if getattr(key, name):
             fields[name] = getattr(key, name)
+    if key.HasField("rotation_policy"):
+        fields["rotation_policy"] = policy_fields(key.rotation_policy)
+    if key.HasField("next_rotation_at"):
+        fields["next_rotation_at"] = key.next_rotation_at.ToJsonString()
     if key.check_value:
         fields["check_value"] = key.check_value
     if key.public_key_pem:
         fields["public_key_pem"] = key.public_key_pem
+    return fields
+
+
+def policy_fields(policy: keys_pb2.RotationPolicy) -> dict[str, Any]:
+    """Return the policy of a key as `--json` shows it. What does not rotate the key is absent."""
+    fields: dict[str, Any] = {"version": policy.version, "paused": policy.paused}
+    for name in ("every", "before_expiry"):
+        if policy.HasField(name):
+            fields[f"{name}_seconds"] = getattr(policy, name).seconds
+    if policy.at_usage_percent:
+        fields["at_usage_percent"] = policy.at_usage_percent
+    if policy.on_compromise:
+        fields["on_compromise"] = True
     return fields

@@ -19,6 +19,7 @@ from typing import Final, LiteralString, NoReturn
 
 import psycopg
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from google.protobuf.duration_pb2 import Duration
 
 from kms.cli.client import Client, connect
 from kms.cli.failures import CallError
@@ -67,6 +68,7 @@ _SWAP_KEYS: Final = """
 """
 _LIFT_LIMIT: Final = "UPDATE cryptography.keys SET max_usage_count = 1000000 WHERE key_name = 'web'"
 _PUT_BACK: Final = "UPDATE cryptography.keys SET max_usage_count = NULL WHERE key_name = 'web'"
+_PERIOD_DAYS: Final = 90
 _REMEMBERED_SECONDS: Final = 1.1  # a worker trusts what it read for a second
 _NEXT: Final = """
 
@@ -131,6 +133,7 @@ def demonstrate(client: Client, report: Report) -> None:
     _encrypt_elsewhere(client, report)
     _use_data_key(client, report)
     _rotate(client, report)
+    _rotate_by_policy(client, report)
 
 
 def look_inside(superuser_dsn: str, client: Client, report: Report) -> None:
@@ -245,6 +248,16 @@ def _rotate(client: Client, report: Report) -> None:
             report.check(signed.key_id == key.id, f"{name:<9} the name signs with the successor")
             old = crypto_pb2.SignRequest(key=f"{name}@1", message=MESSAGE)
             report.check(_reason(client, old) == "KEY_INACTIVE", f"{name:<9} {name}@1 signs no more: KEY_INACTIVE")
+
+
+def _rotate_by_policy(client: Client, report: Report) -> None:
+    report.heading("A policy (SetRotationPolicy): the key is rotated without anybody asking")
+    policy = keys_pb2.RotationPolicy(every=Duration(seconds=_PERIOD_DAYS * 86_400), on_compromise=True)
+    client.call(client.rotation.SetRotationPolicy, rotation_pb2.SetRotationPolicyRequest(key="releases", policy=policy))
+    key = client.call(client.keys.GetKey, keys_pb2.GetKeyRequest(key="releases")).key
+    ahead = key.next_rotation_at.ToDatetime() - key.created_at.ToDatetime()
+    due = key.next_rotation_at.ToJsonString()
+    report.check(ahead.days == _PERIOD_DAYS, f"releases  next rotation {due}, or at once if it is compromised")
 
 
 def _show_stored(superuser_dsn: str, report: Report) -> None:

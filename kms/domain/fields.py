@@ -10,6 +10,7 @@
 | page token, cursor | `token_of`, `open_token` |
 | number (version, count, size, days) | `parse_number`, `parse_optional_number` |
 | moment | `parse_moment` |
+| span of time | `parse_span` |
 | bytes | `check_size` |
 | enumeration | the tables of `rpc/enums.py` |
 
@@ -37,6 +38,7 @@ FILTER_CHARACTERS_MAX: Final = 100
 _TOKEN_CHARACTERS_MAX: Final = 1024
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _FIRST_SECOND: Final = -62_135_596_800  # 0001-01-01T00:00:00Z
+_SPAN_SECONDS_MAX: Final = 36_500 * 86_400
 _LAST_SECOND: Final = 253_402_300_799  # 9999-12-31T23:59:59Z
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,64}")
 _HIDDEN: Final = "none of them a control, format or unassigned character"
@@ -104,6 +106,13 @@ def parse_moment(seconds: int, nanos: int, *, field: str) -> datetime:
     if not _FIRST_SECOND <= seconds <= _LAST_SECOND or not 0 <= nanos < 1_000_000_000:
         raise malformed(field, "expected a moment between the years 1 and 9999, nanoseconds from 0 to 999,999,999")
     return _EPOCH + timedelta(seconds=seconds, microseconds=nanos // 1000)
+
+
+def parse_span(seconds: int, nanos: int, *, field: str) -> timedelta:
+    """Return a span of whole seconds: 1 second to 36,500 days."""
+    if nanos != 0 or not 1 <= seconds <= _SPAN_SECONDS_MAX:
+        raise malformed(field, "expected whole seconds, 1 second to 36500 days")
+    return timedelta(seconds=seconds)
 
 
 def check_size(field: str, data: bytes, *, bytes_min: int = 0, bytes_max: int) -> None:

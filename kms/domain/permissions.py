@@ -17,23 +17,35 @@ class Permission(StrEnum):
     """What a role can hold, as `authentication.roles` stores it. A value is never reused."""
 
     AUDIT_READ = "audit:read"
+    KEYS_ROTATE = "keys:rotate"
     KEYS_USE_COMPROMISED = "keys:use-compromised"
     KEYS_USE_REVOKED = "keys:use-revoked"
 
 
 @dataclass(frozen=True, slots=True)
 class Duty:
-    """The RPCs (`Service/Method`) and uses of keys that a permission opens, and the role of the database in which they act."""
+    """The RPCs (`Service/Method`) and uses of keys that a permission opens, and the role of the database in which they act.
+
+    `only` are the RPCs that a holder may call, and no others; None: the permission closes nothing. `does` says it in words.
+    """
 
     rpcs: frozenset[str]
     database_role: LiteralString
     uses: frozenset[Use] = frozenset()
+    only: frozenset[str] | None = None
+    does: str = ""
+
+
+_READS_TRAIL: Final = frozenset({"AuditService/SearchEvents", "AuditService/TailEvents", "AuditService/VerifyTrail"})
+_ROTATES: Final = frozenset(
+    f"RotationService/{method}" for method in ("RotateKey", "RetryRotation", "GetRotation", "WatchRotation", "ListRotations")
+)
 
 
 DUTIES: Final[Mapping[Permission, Duty]] = {
-    Permission.AUDIT_READ: Duty(
-        frozenset({"AuditService/SearchEvents", "AuditService/TailEvents", "AuditService/VerifyTrail"}), "auditor_users"
-    ),
+    Permission.AUDIT_READ: Duty(_READS_TRAIL, "auditor_users", only=_READS_TRAIL, does="reads the trail"),
+    # The RPCs are open to all, for keys of their own. For a holder they open the keys of all users.
+    Permission.KEYS_ROTATE: Duty(frozenset(), "authenticated_users", only=_ROTATES, does="rotates keys"),
     # Of one's own keys, as any use: the RPCs are open to all.
     Permission.KEYS_USE_COMPROMISED: Duty(frozenset(), "authenticated_users", frozenset({Use.PROCESS_COMPROMISED})),
     Permission.KEYS_USE_REVOKED: Duty(frozenset(), "authenticated_users", frozenset({Use.PROCESS_REVOKED})),
@@ -46,16 +58,17 @@ _OPEN_TO_ALL: Final = frozenset({"AdminService/GetStatus", "AdminService/GetHsmC
 def check_permitted(held: frozenset[Permission], rpc: str) -> None:
     """Raise PERMISSION_DENIED unless a user with the permissions *held* may call *rpc* (`Service/Method`).
 
-    Separation of duties: who reads the trail does nothing that is recorded in it.
+    Separation of duties: who reads the trail does nothing that is recorded in it, and who rotates the keys of others uses none.
     """
     if rpc in _OPEN_TO_ALL:
         return
     needed = next((permission for permission, duty in DUTIES.items() if rpc in duty.rpcs), None)
     if needed is not None and needed not in held:
         raise permission_denied(needed)
-    if needed is not Permission.AUDIT_READ and Permission.AUDIT_READ in held:
-        reads_only = f"a user with the permission {Permission.AUDIT_READ} reads the trail and does nothing else"
-        raise KmsError(Reason.PERMISSION_DENIED, reads_only, permission=Permission.AUDIT_READ)
+    for permission, duty in DUTIES.items():
+        if permission in held and duty.only is not None and rpc not in duty.only:
+            message = f"a user with the permission {permission} {duty.does} and does nothing else"
+            raise KmsError(Reason.PERMISSION_DENIED, message, permission=permission)
 
 
 def needed_for(use: Use) -> Permission | None:

@@ -1,4 +1,4 @@
-"""The jobs that do rotations which are due, and that move envelopes to a new generation."""
+"""The jobs of rotation: of keys, of keys that are due by policy, and of the master keys."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,14 +11,17 @@ from kms.rotation.envelopes import StoredEnvelopes, rewrapping_leases
 from kms.rotation.leases import rotation_leases
 from kms.rotation.rewrapping import Rewrapping, Token
 from kms.rotation.rotating import FINAL_REASONS, RotatingWorker
+from kms.rotation.scheduling import PolicyRounds
 from kms.store.pool import Pool
 
 ROTATIONS: Final = "rotations"
 REWRAPPING: Final = "rewrapping"
+POLICIES: Final = "rotation policies"
 # A worker that dies holds a rotation up for as long. The same key is not used less meanwhile.
 POLICY: Final = LeasePolicy(lease_seconds=15.0, backoff_seconds_min=2.0, backoff_seconds_max=600.0, attempts_max=10)
 REWRAPPING_POLICY: Final = LeasePolicy(lease_seconds=30.0, backoff_seconds_min=2.0, backoff_seconds_max=300.0)
 _INTERVAL_SECONDS: Final = 2.0
+_POLICIES_SECONDS: Final = 5.0
 _WARNS_AFTER_SECONDS: Final = 300.0
 
 
@@ -30,6 +33,11 @@ async def rotation_worker(pool: Pool, worker: RotatingWorker) -> AsyncIterator[L
         yield made
     finally:
         await made.close()
+
+
+def policy_job(rounds: PolicyRounds) -> Job:
+    """Return the job of each worker that asks for what has become due by policy."""
+    return Job(POLICIES, _POLICIES_SECONDS, rounds.ask_for_due, warns_after_seconds=_WARNS_AFTER_SECONDS)
 
 
 def rotation_job(worker: LeasedWorker) -> Job:

@@ -18,7 +18,7 @@ from kms.store.wrapping import StoredWrappingKeys, WrappingKey
 
 MASTER_KEYS: Final = "master_keys"
 # How long workers may disagree. Each opens what another makes: it looks at the token when an envelope names a key that is new.
-_INTERVAL_SECONDS: Final = 1.0
+_INTERVAL_SECONDS: Final = 5.0
 _WARNS_AFTER_SECONDS: Final = 300.0
 _LOG = structlog.get_logger("kms")
 

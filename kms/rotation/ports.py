@@ -1,15 +1,16 @@
 """What rotations need of the outside."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 from uuid import UUID
 
-from kms.app.ports import Call, Repeat
-from kms.domain.ids import KeyId, UserId
+from kms.app.ports import Call, Repeat, User
+from kms.domain.ids import KeyId, KeyName, UserId
 from kms.domain.keys import KeyIdentity, KeyMaterial, KeyRecord
 from kms.jobs.leasing import Lease
+from kms.rotation.policy import RotationPolicy
 from kms.rotation.rotation import Rotation, RotationFilter, RotationPlace, RotationRequest
 
 
@@ -36,12 +37,23 @@ class Rotations(Protocol):
         """
         ...
 
-    async def find(self, caller: UserId, rotation_id: UUID) -> Rotation | None:
-        """Return a rotation of a key of *caller*, or None."""
+    async def owner_of(self, caller: User, key_id: KeyId) -> UserId | None:
+        """Return who owns a key that *caller* may rotate, or None. Only the record of the key proves it."""
         ...
 
-    async def page(self, caller: UserId, which: RotationFilter, *, after: RotationPlace | None, limit: int) -> Sequence[Rotation]:
-        """Return at most *limit* rotations that come after the place *after*, the newest first."""
+    async def retry(self, call: Call, rotation_id: UUID) -> bool:
+        """Make a rotation due at once, with new attempts. Return False if it, or another rotation of the key, is under way.
+
+        Raises ROTATION_NOT_FOUND, CREDENTIALS_INVALID.
+        """
+        ...
+
+    async def find(self, caller: User, rotation_id: UUID) -> Rotation | None:
+        """Return a rotation of a key that *caller* may rotate, or None."""
+        ...
+
+    async def page(self, caller: User, which: RotationFilter, *, after: RotationPlace | None, limit: int) -> Sequence[Rotation]:
+        """Return at most *limit* rotations of keys that *caller* may rotate, after the place *after*, the newest first."""
         ...
 
     async def proven_request(self, lease: Lease) -> RotationRequest:
@@ -67,8 +79,16 @@ class Rotations(Protocol):
         """Whether *owner* has a key of this id."""
         ...
 
-    async def copy_grants(self, lease: Lease) -> int:
-        """Give the successor the grants of its predecessor, and return how many they have in common. Raises LeaseLostError."""
+    @property
+    def kinds(self) -> Sequence[str]:
+        """The kinds of dependents: the names of what is taken along."""
+        ...
+
+    async def take_along(self, kind: str, lease: Lease, request: RotationRequest, key_id: KeyId) -> int:
+        """Give the successor *key_id* all dependents of a kind, and return how many there are. Raises LeaseLostError.
+
+        Raises STORE_UNAVAILABLE, HSM_UNAVAILABLE, RECORD_INVALID, STALE.
+        """
         ...
 
 
@@ -77,4 +97,62 @@ class ServedKeys(Protocol):
 
     def drop(self, key_id: UUID | None) -> None:
         """Forget a key."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPolicy:
+    """A row that says that it is the policy of a name of a user. Only `Policies.proven` makes a policy of it."""
+
+    owner_id: UserId
+    name: KeyName
+    row: Mapping[str, object]
+
+    @property
+    def requests(self) -> int:
+        """Return how often a rotation was asked for since the key has been there. It decides how long to wait, and no more."""
+        count = self.row["requests"]
+        return count if isinstance(count, int) else 0
+
+
+class Policies(Protocol):
+    """When keys are rotated without anybody asking."""
+
+    async def find(self, owner: UserId, name: KeyName) -> RotationPolicy | None:
+        """Return the policy of a name, proven, or None. Raises RECORD_INVALID, HSM_UNAVAILABLE."""
+        ...
+
+    async def version(self, owner: UserId, name: KeyName) -> int | None:
+        """Return the version of what is stored as the policy of a name, proven or not. None: nothing is."""
+        ...
+
+    async def set(self, call: Call, policy: RotationPolicy, look_at: datetime | None) -> bool:
+        """Store a policy of the caller; workers look at it first at *look_at*. Return False if its version is not the next one.
+
+        Raises KEY_NOT_FOUND, CREDENTIALS_INVALID.
+        """
+        ...
+
+    async def clear(self, call: Call, name: KeyName) -> None:
+        """Remove the policy of a name of the caller, if there is one. Raises CREDENTIALS_INVALID."""
+        ...
+
+    def to_look_at(self) -> AsyncIterator[StoredPolicy]:
+        """Yield what is to be looked at: by time, or because of the uses of its key. Nothing of it is proven."""
+        ...
+
+    async def proven(self, stored: StoredPolicy) -> RotationPolicy:
+        """Return the policy that is stored, or raise RECORD_INVALID unless the service made it. Raises HSM_UNAVAILABLE."""
+        ...
+
+    async def key(self, policy: RotationPolicy) -> tuple[KeyRecord, datetime] | None:
+        """Return the key that is under *policy*, proven, and the moment by the database's clock. Raises RECORD_INVALID."""
+        ...
+
+    async def look_later(self, stored: StoredPolicy, look_at: datetime | None, *, is_failure: bool = False) -> None:
+        """Look at the policy again at *look_at*; None: when its key changes. A failure is looked at less and less often."""
+        ...
+
+    async def request(self, request: RotationRequest, name: KeyName, wait_seconds: float) -> bool:
+        """Ask for a rotation of the key with *name*, and not again for *wait_seconds*. Return False if one is under way."""
         ...

@@ -4,7 +4,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, LiteralString
 from uuid import UUID
 
 from psycopg import errors as pg
@@ -13,7 +13,7 @@ from psycopg.types.json import Jsonb
 
 from kms.app.access import credentials_invalid
 from kms.app.keyring import key_not_found
-from kms.app.ports import Call, Repeat
+from kms.app.ports import Call, Repeat, User
 from kms.app.records import Records
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId, KeyName, UserId
@@ -21,6 +21,7 @@ from kms.domain.key_row import AUTHENTICATED, record_invalid
 from kms.domain.keys import KeyMaterial, KeyRecord
 from kms.jobs.leases import LeaseLostError
 from kms.jobs.leasing import Lease
+from kms.rotation.dependents import DEPENDENTS, Dependent, Handover
 from kms.rotation.ports import OldKey
 from kms.rotation.rotation import (
     Rotation,
@@ -32,6 +33,8 @@ from kms.rotation.rotation import (
     check_still_wanted,
     is_successor,
     predecessor_name,
+    rotates_any,
+    rotation_not_found,
     successor,
     superseded,
 )
@@ -41,39 +44,41 @@ from kms.store.journaled import write_line
 from kms.store.keys import FIND_BY_ID, PREDECESSORS, keep_answer, key_record
 from kms.store.pool import AS_JOB, Pool, as_user
 
-_COLUMNS: Final = """id, user_id, old_key_id, new_key_id, rotation_reason, initiated_by, migration_status, affected_records_count,
-    error_message, created_at, completed_at, attempts"""
+_COLUMNS: Final = """id, user_id, old_key_id, new_key_id, rotation_reason, initiated_by, allows_compromised, migration_status,
+    affected_records_count, error_message, created_at, completed_at, attempts"""
 NOW: Final = "SELECT clock_timestamp() AS now"
 REQUEST: Final = """
     SELECT cryptography.request_rotation(
         %(rotation)s, %(key)s, %(reason)s, %(allows_compromised)s, %(moment)s, %(mac)s, %(user_version)s, %(request_id)s, %(peer)s
     ) AS id
 """
-FIND: Final = f"SELECT {_COLUMNS} FROM cryptography.key_rotations WHERE user_id = %(caller)s AND id = %(id)s"
-PAGE: Final = f"""
+RETRY: Final = "SELECT cryptography.retry_rotation(%(rotation)s, %(user_version)s, %(request_id)s, %(peer)s) AS is_due"
+OWNER: Final = "SELECT cryptography.owner_for_rotation(%(key)s) AS owner"
+# Row security shows a caller the rotations of their own keys, and a rotator those of all keys.
+FIND: Final = f"SELECT {_COLUMNS} FROM cryptography.key_rotations WHERE id = %(id)s"
+
+
+def _page(whose: LiteralString) -> LiteralString:
+    return f"""
     SELECT {_COLUMNS}
     FROM cryptography.key_rotations
-    WHERE user_id = %(caller)s
+    WHERE {whose}
         AND (%(created_at)s::timestamptz IS NULL OR (created_at, id) < (%(created_at)s, %(id)s))
         AND (%(status)s::text IS NULL OR migration_status = %(status)s)
     ORDER BY created_at DESC, id DESC
     LIMIT %(limit)s
 """
-PAGE_OF_KEY: Final = f"""
-    SELECT {_COLUMNS}
-    FROM cryptography.key_rotations
-    WHERE user_id = %(caller)s AND (old_key_id = %(key)s OR new_key_id = %(key)s)
-        AND (%(created_at)s::timestamptz IS NULL OR (created_at, id) < (%(created_at)s, %(id)s))
-        AND (%(status)s::text IS NULL OR migration_status = %(status)s)
-    ORDER BY created_at DESC, id DESC
-    LIMIT %(limit)s
-"""
+
+
+PAGE: Final = _page("user_id = %(caller)s")
+PAGE_OF_KEY: Final = _page("user_id = %(caller)s AND (old_key_id = %(key)s OR new_key_id = %(key)s)")
+PAGE_OF_ALL: Final = _page("TRUE")
+PAGE_OF_ANY_KEY: Final = _page("(old_key_id = %(key)s OR new_key_id = %(key)s)")
 SWITCH: Final = """
     SELECT cryptography.switch_key(
         %(rotation)s, %(worker)s, %(claim)s, %(version)s, %(name)s, %(mac)s, %(successor)s, %(moment)s
     ) AS verdict
 """
-COPY_GRANTS: Final = "SELECT cryptography.copy_grants(%(rotation)s, %(worker)s, %(claim)s) AS copied"
 # How far ahead we date a switch. SQL takes the key's lock before that moment, so every use of the key has an earlier date. It
 # holds the lock until then: at most half of the second for which a batch of uses waits for it, or uses would fail.
 _MARGINS: Final = tuple(timedelta(milliseconds=milliseconds) for milliseconds in (20, 100, 500, 500, 500))
@@ -87,6 +92,12 @@ class StoredRotations:
     records: Records
     knowledge: JournalKnowledge | None = None
     journal: Journal | None = None
+    dependents: Sequence[Dependent] = DEPENDENTS
+
+    @property
+    def kinds(self) -> Sequence[str]:
+        """See `Rotations.kinds`."""
+        return [dependent.name for dependent in self.dependents]
 
     async def now(self) -> datetime:
         """See `Rotations.now`."""
@@ -120,23 +131,47 @@ class StoredRotations:
         rotation_id: UUID = row["id"]
         return rotation_id
 
-    async def find(self, caller: UserId, rotation_id: UUID) -> Rotation | None:
-        """See `Rotations.find`."""
-        rows = await self.pool.fetch(as_user(caller), FIND, {"caller": caller, "id": rotation_id})
-        return _rotation(rows[0], caller) if rows else None
+    async def owner_of(self, caller: User, key_id: KeyId) -> UserId | None:
+        """See `Rotations.owner_of`."""
+        owner = (await self.pool.fetch(as_user(caller.user_id), OWNER, {"key": key_id}))[0]["owner"]
+        return None if owner is None else UserId(_uuid(owner))
 
-    async def page(self, caller: UserId, which: RotationFilter, *, after: RotationPlace | None, limit: int) -> Sequence[Rotation]:
+    async def retry(self, call: Call, rotation_id: UUID) -> bool:
+        """See `Rotations.retry`."""
+        parameters = {
+            "rotation": rotation_id,
+            "user_version": call.user.version,
+            "request_id": call.request_id,
+            "peer": call.peer,
+        }
+        try:
+            rows = await self.pool.fetch(as_user(call.user.user_id), RETRY, parameters)
+        except pg.InvalidAuthorizationSpecification:
+            raise credentials_invalid() from None
+        except pg.NoDataFound:
+            raise rotation_not_found() from None
+        return rows[0]["is_due"] is True
+
+    async def find(self, caller: User, rotation_id: UUID) -> Rotation | None:
+        """See `Rotations.find`."""
+        rows = await self.pool.fetch(as_user(caller.user_id), FIND, {"id": rotation_id})
+        return _rotation(rows[0], caller) if rows and rows[0]["id"] == rotation_id else None
+
+    async def page(self, caller: User, which: RotationFilter, *, after: RotationPlace | None, limit: int) -> Sequence[Rotation]:
         """See `Rotations.page`."""
         parameters = {
-            "caller": caller,
+            "caller": caller.user_id,
             "created_at": None if after is None else after.created_at,
             "id": None if after is None else after.rotation_id,
             "status": None if which.status is None else str(which.status),
             "key": which.key_id,
             "limit": limit,
         }
-        query = PAGE if which.key_id is None else PAGE_OF_KEY
-        return [_rotation(row, caller) for row in await self.pool.fetch(as_user(caller), query, parameters)]
+        if rotates_any(caller):
+            query = PAGE_OF_ALL if which.key_id is None else PAGE_OF_ANY_KEY
+        else:
+            query = PAGE if which.key_id is None else PAGE_OF_KEY
+        return [_rotation(row, caller) for row in await self.pool.fetch(as_user(caller.user_id), query, parameters)]
 
     async def proven_request(self, lease: Lease) -> RotationRequest:
         """See `Rotations.proven_request`."""
@@ -167,7 +202,7 @@ class StoredRotations:
         if self.knowledge is not None:
             self.knowledge.check(record)
         check_rotatable(record, allow_compromised=request.allows_compromised)
-        check_still_wanted(request, record, self.records.judged_at(row["now"]))
+        check_still_wanted(record, request.created_at, self.records.judged_at(row["now"]))
         counted = await self.pool.fetch(as_user(owner), PREDECESSORS, {"caller": owner, "name": str(record.name)})
         return OldKey(record.identity, row, int(counted[0]["predecessors"]))
 
@@ -243,25 +278,21 @@ class StoredRotations:
             self.knowledge.check(record)
         return record
 
-    async def copy_grants(self, lease: Lease) -> int:
-        """See `Rotations.copy_grants`."""
-        parameters = {"rotation": lease.claim.item_id, "worker": lease.worker, "claim": lease.claim.number}
-        copied = (await self.pool.fetch(AS_JOB, COPY_GRANTS, parameters))[0]["copied"]
-        if copied is None:
-            raise LeaseLostError
-        if not isinstance(copied, int) or copied < 0:
-            raise record_invalid()
-        return copied
+    async def take_along(self, kind: str, lease: Lease, request: RotationRequest, key_id: KeyId) -> int:
+        """See `Rotations.take_along`."""
+        handover = Handover(lease, request.owner_id, request.key_id, key_id)
+        [dependent] = (each for each in self.dependents if each.name == kind)
+        return await dependent.take_along(self.pool, self.records, handover)
 
 
-def _rotation(row: DictRow, caller: UserId) -> Rotation:
-    """Return the rotation in a row. Raises RECORD_INVALID for what no row of ours has."""
+def _rotation(row: DictRow, caller: User) -> Rotation:
+    """Return the rotation in a row. Raises RECORD_INVALID for what no row of ours has, or none that *caller* may see."""
     numbers, moments = (
         (row["affected_records_count"], row["attempts"]),
         (row["created_at"], row["completed_at"] or row["created_at"]),
     )
     is_ours = (
-        row["user_id"] == caller
+        (row["user_id"] == caller.user_id or rotates_any(caller))
         and row["migration_status"] in set(RotationStatus)
         and all(isinstance(number, int) and number >= 0 for number in numbers)
         and all(isinstance(moment, datetime) for moment in moments)
@@ -270,10 +301,12 @@ def _rotation(row: DictRow, caller: UserId) -> Rotation:
         raise record_invalid()
     return Rotation(
         rotation_id=row["id"],
+        owner_id=UserId(row["user_id"]),
         old_key_id=KeyId(row["old_key_id"]),
         new_key_id=None if row["new_key_id"] is None else KeyId(row["new_key_id"]),
         reason=row["rotation_reason"],
         initiated_by=None if row["initiated_by"] is None else UserId(row["initiated_by"]),
+        allows_compromised=row["allows_compromised"] is True,
         status=RotationStatus(row["migration_status"]),
         affected_records_count=row["affected_records_count"],
         error_message=row["error_message"] or "",

@@ -3,28 +3,41 @@
     RotateKey ──► log row: pending ──► a worker claims it ──► make the successor in the token
                                                           ──► switch (one transaction): name, states, both MACs
                                                           ──► confirm a RESIDENT successor in the token
-                                                          ──► take the dependents along ──► completed
+                                                          ──► take the dependents along, kind by kind ──► completed
 
 When a worker dies, its lease on the row runs out. The next worker continues after the last finished step. It makes another
 successor if the switch did not happen. Of the first only a RESIDENT one is left in the token, and reconciliation removes it.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
 
+import structlog
+
 from kms.app.keyring import require_key
-from kms.app.ports import Call, Hsm, Keys, Repeat
+from kms.app.ports import Call, Hsm, Keys, Repeat, User
 from kms.domain.errors import KmsError, Reason, about_key
-from kms.domain.ids import KeyId, KeyRef, UserId
+from kms.domain.ids import KeyId, KeyName, KeyRef
 from kms.domain.key_row import record_invalid
-from kms.domain.keys import Custody, KeyIdentity
+from kms.domain.keys import Custody, KeyIdentity, KeyRecord
 from kms.jobs.leases import LeaseLostError
 from kms.jobs.leasing import Lease
 from kms.keys.ledger.repeats import Answers, RepeatableRequest, Repeats, StoredAnswer
-from kms.rotation.ports import OldKey, Rotations, ServedKeys
-from kms.rotation.rotation import Rotation, RotationRequest, RotationStatus, check_rotatable, parse_reason
+from kms.rotation.policy import is_due, next_rotation
+from kms.rotation.ports import OldKey, Policies, Rotations, ServedKeys
+from kms.rotation.rotation import (
+    Rotation,
+    RotationRequest,
+    RotationStatus,
+    check_rotatable,
+    check_still_wanted,
+    not_taken_along,
+    parse_reason,
+    rotates_any,
+    rotation_not_found,
+)
 
 # Refusals that no later attempt changes.
 FINAL_REASONS: Final = frozenset(
@@ -40,9 +53,12 @@ FINAL_REASONS: Final = frozenset(
         Reason.WRONG_PURPOSE,
         Reason.HSM_MECHANISM_UNSUPPORTED,
         Reason.DEADLINE_EXCEEDED,
+        Reason.PERMISSION_DENIED,
     }
 )
+TAKEN_ALONG: Final = "dependents"
 _SWITCHES_MAX: Final = 3
+_LOG = structlog.get_logger("kms")
 _AFTER_A_TWIN: Final = frozenset({Reason.REQUEST_ID_REUSED, Reason.KEY_INACTIVE})
 
 
@@ -51,6 +67,7 @@ class RotatingWorker:
     """Does rotations that are due."""
 
     rotations: Rotations
+    policies: Policies
     hsm: Hsm
     served: ServedKeys
 
@@ -66,12 +83,34 @@ class RotatingWorker:
         key = await self.rotations.proven_successor(request.owner_id, request.key_id, key_id)
         if key.custody is Custody.RESIDENT:
             await self.hsm.confirm(key_id)
-        return {"successor": key_id, "affected": await self.rotations.copy_grants(lease)}
+        return {"successor": key_id, "affected": await self._take_along(lease, request, key_id)}
+
+    async def _take_along(self, lease: Lease, request: RotationRequest, key_id: KeyId) -> int:
+        """Take the dependents along, kind by kind, and return how many there are. A kind that fails holds up no other."""
+        taken = {kind: count for kind, count in lease.claim.step_state.items() if isinstance(count, int) and count >= 0}
+        failures = dict[str, Exception]()
+        for kind in self.rotations.kinds:
+            if kind in taken:
+                continue
+            try:
+                taken[kind] = await self.rotations.take_along(kind, lease, request, key_id)
+            except LeaseLostError:
+                raise
+            except Exception as error:  # noqa: BLE001  # also a bug in one kind
+                _LOG.warning("not taken along", rotation=str(lease.claim.item_id), kind=kind, exc_info=_is_bug(error))
+                failures[kind] = error
+            else:
+                await lease.finish_step(TAKEN_ALONG, taken)
+        if failures:
+            raise not_taken_along(failures)
+        return sum(taken[kind] for kind in self.rotations.kinds)
 
     async def _switch(self, lease: Lease, request: RotationRequest) -> KeyId:
         """Make the successor and switch to it. Return its id."""
         for attempts_left in reversed(range(_SWITCHES_MAX)):
             old = await self.rotations.old_key(request)
+            if request.initiated_by is None:
+                await self._check_still_due(request, KeyName(str(old.row["key_name"])))
             try:
                 return await self._switched(lease, old)
             except LeaseLostError:
@@ -83,6 +122,13 @@ class RotatingWorker:
             finally:
                 self.served.drop(old.identity.key_id)
         raise AssertionError("the last attempt returns or raises")
+
+    async def _check_still_due(self, request: RotationRequest, name: KeyName) -> None:
+        """Raise PERMISSION_DENIED unless the policy that asked still has the key rotated. It may have been paused since."""
+        policy = await self.policies.find(request.owner_id, name)
+        found = None if policy is None else await self.policies.key(policy)
+        if policy is None or found is None or not is_due(next_rotation(policy, *found), *found):
+            raise KmsError(Reason.PERMISSION_DENIED, "the policy that asked does not have the key rotated any more")
 
     async def _switched(self, lease: Lease, old: OldKey) -> KeyId:
         key_id = KeyId(UUID(bytes=await self.hsm.random(16), version=4))
@@ -107,7 +153,10 @@ class RotatingWorker:
 
 @dataclass(frozen=True, slots=True)
 class Rotating:
-    """RotateKey: asks for a rotation, and helps until its first attempt has ended."""
+    """RotateKey and RetryRotation: ask for a rotation, and help until an attempt has ended. WatchRotation.
+
+    `pause` waits for a moment where a caller waits for an attempt, `rest` where a stream waits for a change.
+    """
 
     keys: Keys
     hsm: Hsm
@@ -115,11 +164,12 @@ class Rotating:
     repeats: Repeats
     do: Callable[[UUID], Awaitable[object]]
     pause: Callable[[], Awaitable[object]]
+    rest: Callable[[], Awaitable[object]]
 
     async def rotate(
         self, call: Call, ref: KeyRef, reason: str, repeatable: RepeatableRequest | None, *, allow_compromised: bool
     ) -> Rotation:
-        """Rotate a key of the caller, and return the rotation when its first attempt has ended.
+        """Rotate a key of the caller, or for a rotator of any user, and return the rotation when its first attempt has ended.
 
         If the key is being rotated already, return that rotation. Raises KEY_NOT_FOUND, why the key must not be rotated,
         MALFORMED for the reason, REQUEST_ID_REUSED.
@@ -128,7 +178,7 @@ class Rotating:
         answers = None if repeatable is None else await self.repeats.answers(call, repeatable)
         stored = None if answers is None else await answers.find()
         if stored is not None:
-            return await self._ended(call.user.user_id, *_ids(stored))
+            return await self._ended(call.user, *_ids(stored))
         try:
             rotation_id, key_id = await self._request(call, ref, reason, answers, allow_compromised=allow_compromised)
         except KmsError as refusal:
@@ -137,18 +187,37 @@ class Rotating:
             if stored is None:
                 raise
             rotation_id, key_id = _ids(stored)
-        return await self._ended(call.user.user_id, rotation_id, key_id)
+        return await self._ended(call.user, rotation_id, key_id)
+
+    async def retry(self, call: Call, rotation_id: UUID) -> Rotation:
+        """Make a rotation that failed, or that waits for its next attempt, due again. Return it when an attempt has ended.
+
+        A rotation that is completed is returned as it is. Raises ROTATION_NOT_FOUND; STALE if another rotation of the key is
+        under way; for a key that has no successor yet, why it must not be rotated, and DEADLINE_EXCEEDED a day after the request.
+        """
+        rotation = await self.find(call.user, rotation_id)
+        with about_key(rotation.old_key_id):
+            if rotation.status is not RotationStatus.COMPLETED and rotation.new_key_id is None:
+                key = await require_key(self.keys, rotation.owner_id, rotation.old_key_id)
+                check_rotatable(key, allow_compromised=rotation.allows_compromised)
+                check_still_wanted(key, rotation.created_at, await self.rotations.now())
+            if rotation.was_tried and rotation.status is not RotationStatus.COMPLETED:
+                is_due = await self.rotations.retry(call, rotation_id)
+                rotation = await self.find(call.user, rotation_id)
+                if not is_due and rotation.status is RotationStatus.FAILED:
+                    raise KmsError(Reason.STALE, "another rotation of the key is under way")
+            return await self._ended(call.user, rotation_id, rotation.old_key_id)
 
     async def _request(
         self, call: Call, ref: KeyRef, reason: str, answers: Answers | None, *, allow_compromised: bool
     ) -> tuple[UUID, KeyId]:
         """Write the request into the log, and return the id of its rotation and that of the key."""
-        key = await require_key(self.keys, call.user.user_id, ref)
+        key = await self.key(call.user, ref)
         with about_key(key.identity.key_id):
             check_rotatable(key, allow_compromised=allow_compromised)
             request = RotationRequest(
                 rotation_id=UUID(bytes=await self.hsm.random(16), version=4),
-                owner_id=call.user.user_id,
+                owner_id=key.identity.owner_id,
                 key_id=key.identity.key_id,
                 reason=reason,
                 initiated_by=call.user.user_id,
@@ -162,14 +231,32 @@ class Rotating:
 
             return await self.rotations.request(call, request, None if answers is None else repeat_of), request.key_id
 
-    async def find(self, caller: UserId, rotation_id: UUID) -> Rotation:
-        """Return a rotation of a key of *caller*, or raise ROTATION_NOT_FOUND."""
+    async def key(self, caller: User, ref: KeyRef) -> KeyRecord:
+        """Return a key that *caller* may rotate, proven, or raise KEY_NOT_FOUND. A rotator names the key of another by its id."""
+        owner = caller.user_id
+        if rotates_any(caller) and isinstance(ref, UUID):
+            owner = await self.rotations.owner_of(caller, ref) or owner
+        return await require_key(self.keys, owner, ref)
+
+    async def find(self, caller: User, rotation_id: UUID) -> Rotation:
+        """Return a rotation of a key that *caller* may rotate, or raise ROTATION_NOT_FOUND."""
         found = await self.rotations.find(caller, rotation_id)
         if found is None:
-            raise KmsError(Reason.ROTATION_NOT_FOUND, "there is no rotation of this id of a key of yours")
+            raise rotation_not_found()
         return found
 
-    async def _ended(self, caller: UserId, rotation_id: UUID, key_id: KeyId) -> Rotation:
+    async def watch(self, caller: User, rotation_id: UUID) -> AsyncIterator[Rotation]:
+        """Yield a rotation at once, and again with each change, until it is over. Raises ROTATION_NOT_FOUND."""
+        shown: Rotation | None = None
+        while shown is None or not shown.is_over:
+            rotation = await self.find(caller, rotation_id)
+            if rotation != shown:
+                yield rotation
+                shown = rotation
+            else:
+                await self.rest()
+
+    async def _ended(self, caller: User, rotation_id: UUID, key_id: KeyId) -> Rotation:
         """Do the rotation of the key, or wait for the worker that does, until an attempt has ended.
 
         Raises RECORD_INVALID if the log says that the rotation is completed, and the records of the keys do not prove it.
@@ -183,8 +270,12 @@ class Rotating:
         if rotation.status is RotationStatus.COMPLETED:
             if rotation.old_key_id != key_id or rotation.new_key_id is None:
                 raise record_invalid(key_id)
-            await self.rotations.proven_successor(caller, key_id, rotation.new_key_id)
+            await self.rotations.proven_successor(rotation.owner_id, key_id, rotation.new_key_id)
         return rotation
+
+
+def _is_bug(error: Exception) -> bool:
+    return not isinstance(error, KmsError)
 
 
 def _ids(stored: StoredAnswer) -> tuple[UUID, KeyId]:

@@ -7,13 +7,15 @@ from enum import StrEnum
 from typing import Any, Final
 from uuid import UUID
 
+from kms.app.ports import User
 from kms.domain.envelope import lengths_prefixed
-from kms.domain.errors import KmsError, Reason
+from kms.domain.errors import INTERNAL, KmsError, Reason
 from kms.domain.fields import parse_text
 from kms.domain.ids import KeyId, KeyName, UserId, base_name
 from kms.domain.key_row import Row
 from kms.domain.keys import KeyMaterial, KeyRecord, Origin
 from kms.domain.lifecycle import State, check_rotation
+from kms.domain.permissions import Permission
 
 REASON_CHARACTERS_MAX: Final = 100
 FORMAT_VERSION: Final = 1
@@ -67,10 +69,12 @@ class Rotation:
     """A rotation as its caller sees it. Moments are aware datetimes by the database's clock."""
 
     rotation_id: UUID
+    owner_id: UserId
     old_key_id: KeyId
     new_key_id: KeyId | None
     reason: str
     initiated_by: UserId | None
+    allows_compromised: bool
     status: RotationStatus
     affected_records_count: int
     error_message: str
@@ -79,15 +83,19 @@ class Rotation:
     attempts: int
 
     @property
+    def is_over(self) -> bool:
+        """Whether nothing happens any more, unless somebody asks for a retry."""
+        return self.status in (RotationStatus.COMPLETED, RotationStatus.FAILED)
+
+    @property
     def was_tried(self) -> bool:
         """Whether an attempt has ended: the rotation is over, or waits for the next attempt."""
-        is_over = self.status in (RotationStatus.COMPLETED, RotationStatus.FAILED)
-        return is_over or (self.status is RotationStatus.PENDING and self.error_message != "")
+        return self.is_over or (self.status is RotationStatus.PENDING and self.error_message != "")
 
 
 @dataclass(frozen=True, slots=True)
 class RotationFilter:
-    """Which of the caller's rotations to list; None does not restrict."""
+    """Which rotations to list; None does not restrict."""
 
     key_id: KeyId | None = None
     status: RotationStatus | None = None
@@ -99,6 +107,16 @@ class RotationPlace:
 
     created_at: datetime
     rotation_id: UUID
+
+
+def rotates_any(user: User) -> bool:
+    """Whether *user* may rotate the keys of all users. Such a user uses none."""
+    return Permission.KEYS_ROTATE in user.permissions
+
+
+def rotation_not_found() -> KmsError:
+    """Return the answer for a rotation that the caller may not see, or that is not there."""
+    return KmsError(Reason.ROTATION_NOT_FOUND, "there is no rotation of this id of a key of yours")
 
 
 def parse_reason(text: str) -> str:
@@ -115,15 +133,15 @@ def check_rotatable(key: KeyRecord, *, allow_compromised: bool) -> None:
     check_rotation(key.state, allow_compromised=allow_compromised)
 
 
-def check_still_wanted(request: RotationRequest, key: KeyRecord, now: datetime) -> None:
-    """Raise unless *request* still asks for a successor of *key*.
+def check_still_wanted(key: KeyRecord, asked_at: datetime, now: datetime) -> None:
+    """Raise unless a request of the moment *asked_at* still asks for a successor of *key*.
 
     Raises DEADLINE_EXCEEDED for a request of more than a day ago: nobody waits for it, and somebody may have put it back. Raises
     KEY_INACTIVE for a key that was deactivated since: its owner wants it to stop.
     """
-    if now - request.created_at > _REQUEST_AGE_MAX:
+    if now - asked_at > _REQUEST_AGE_MAX:
         raise KmsError(Reason.DEADLINE_EXCEEDED, "the rotation was asked for more than a day ago: ask again")
-    if key.deactivated_at is not None and key.deactivated_at > request.created_at:
+    if key.deactivated_at is not None and key.deactivated_at > asked_at:
         raise KmsError(Reason.KEY_INACTIVE, "the key was deactivated after the rotation was asked for", state=State.INACTIVE)
 
 
@@ -167,6 +185,21 @@ def successor(row: Row, key_id: KeyId, material: KeyMaterial, moment: datetime) 
     }
     never = ("compromised_at", "revoked_at", "deactivated_at", "superseded_at", "destruction_scheduled_at", "destroyed_at")
     return {**row, **dict.fromkeys(never), "compromise_occurred_at": None, **made}
+
+
+def adopted(row: Row, parent: KeyId) -> Row:
+    """Return *row* as `cryptography.adopt_child` leaves a child of a key whose successor is *parent*."""
+    return {**row, "parent_key_id": parent, "version": row["version"] + 1}
+
+
+def not_taken_along(failures: Mapping[str, Exception]) -> KmsError:
+    """Return the error of an attempt that has taken along all dependents but these kinds. A later attempt takes up the rest."""
+    told = [
+        f"{kind} ({error.reason}: {error.message})" if isinstance(error, KmsError) else f"{kind} ({INTERNAL})"
+        for kind, error in failures.items()
+    ]
+    first = next((error.reason for error in failures.values() if isinstance(error, KmsError)), Reason.STORE_UNAVAILABLE)
+    return KmsError(first, f"the key has its successor, and not taken along are: {', '.join(told)}")
 
 
 def _expiry(row: Row, moment: datetime) -> datetime | None:

@@ -1,21 +1,26 @@
 """The servicer of RotationService."""
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final
 from uuid import UUID
 
-from kms.app.keyring import require_key
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from kms.app.ports import Call
 from kms.domain.errors import KmsError, malformed
 from kms.domain.fields import open_token, parse_optional_number, token_of
 from kms.domain.ids import parse_key_ref, parse_uuid
 from kms.domain.keys import KeyRecord
+from kms.rotation.policy import RotationPolicy, Triggers
 from kms.rotation.rotating import Rotating
 from kms.rotation.rotation import Rotation, RotationFilter, RotationPlace, RotationStatus
+from kms.rotation.scheduling import Schedule, Scheduling
 from kms.rotation.usage import CountedUses, LineageUsage
 from kms.rpc import convert, enums
+from kms.v1 import keys_pb2
 from kms.v1 import rotation_pb2 as pb
 
 PAGE_DEFAULT: Final = 50
@@ -32,9 +37,10 @@ STATUSES: Final[Mapping["pb.RotationStatus.ValueType", RotationStatus]] = {
 
 @dataclass(frozen=True, slots=True)
 class RotationServicer:
-    """Decodes, calls `Rotating` and `LineageUsage`, encodes."""
+    """Decodes, calls `Rotating`, `Scheduling` and `LineageUsage`, encodes."""
 
     rotating: Rotating
+    scheduling: Scheduling
     usage: LineageUsage
 
     async def RotateKey(self, request: pb.RotateKeyRequest, call: Call) -> pb.RotateKeyResponse:
@@ -48,18 +54,42 @@ class RotationServicer:
         )
         return pb.RotateKeyResponse(rotation=wire_rotation(rotation))
 
+    async def RetryRotation(self, request: pb.RetryRotationRequest, call: Call) -> pb.RetryRotationResponse:
+        """Try a rotation again."""
+        rotation_id = parse_uuid(request.rotation_id, field="rotation_id")
+        return pb.RetryRotationResponse(rotation=wire_rotation(await self.rotating.retry(call, rotation_id)))
+
+    async def SetRotationPolicy(self, request: pb.SetRotationPolicyRequest, call: Call) -> pb.SetRotationPolicyResponse:
+        """Set or clear the policy of a key."""
+        policy = request.policy
+        schedule = await self.scheduling.set(
+            call,
+            parse_key_ref(request.key),
+            _triggers(policy) if request.HasField("policy") else None,
+            is_paused=policy.paused,
+            version=parse_optional_number(policy.version, field="version"),
+        )
+        wire = None if schedule.policy is None else _wire_policy(schedule.policy)
+        return pb.SetRotationPolicyResponse(policy=wire, next_rotation_at=_next_rotation_at(schedule))
+
     async def GetRotation(self, request: pb.GetRotationRequest, call: Call) -> pb.GetRotationResponse:
         """Return a rotation."""
         rotation_id = parse_uuid(request.rotation_id, field="rotation_id")
-        return pb.GetRotationResponse(rotation=wire_rotation(await self.rotating.find(call.user.user_id, rotation_id)))
+        return pb.GetRotationResponse(rotation=wire_rotation(await self.rotating.find(call.user, rotation_id)))
+
+    async def WatchRotation(self, request: pb.WatchRotationRequest, call: Call) -> AsyncIterator[pb.WatchRotationResponse]:
+        """Follow a rotation until it is over."""
+        rotation_id = parse_uuid(request.rotation_id, field="rotation_id")
+        async for rotation in self.rotating.watch(call.user, rotation_id):
+            yield pb.WatchRotationResponse(rotation=wire_rotation(rotation))
 
     async def ListRotations(self, request: pb.ListRotationsRequest, call: Call) -> pb.ListRotationsResponse:
         """List rotations, the newest first."""
         limit = parse_optional_number(request.page_size, field="page_size", most=PAGE_MAX) or PAGE_DEFAULT
         status = enums.optional(STATUSES, request.status, "status")
-        caller, key_id = call.user.user_id, None
+        caller, key_id = call.user, None
         if request.key:
-            key_id = (await require_key(self.rotating.keys, caller, parse_key_ref(request.key))).identity.key_id
+            key_id = (await self.rotating.key(caller, parse_key_ref(request.key))).identity.key_id
         which = RotationFilter(key_id, status)
         place = _parse_page_token(request.page_token, which)
         found = await self.rotating.rotations.page(caller, which, after=place, limit=limit + 1)
@@ -96,6 +126,43 @@ def wire_rotation(rotation: Rotation) -> pb.Rotation:
         completed_at=convert.stamp(rotation.completed_at),
         attempts=rotation.attempts,
     )
+
+
+async def add_schedule(scheduling: Scheduling, key: KeyRecord, wire: keys_pb2.Key) -> None:
+    """Add the policy of a proven key, and its next rotation, to what a client sees of the key. Raises RECORD_INVALID."""
+    schedule = await scheduling.of(key)
+    if schedule.policy is not None:
+        wire.rotation_policy.CopyFrom(_wire_policy(schedule.policy))
+    wire.MergeFrom(keys_pb2.Key(next_rotation_at=_next_rotation_at(schedule)))
+
+
+def _triggers(policy: keys_pb2.RotationPolicy) -> Triggers:
+    return Triggers(
+        every=convert.span(policy, "every"),
+        before_expiry=convert.span(policy, "before_expiry"),
+        at_usage_percent=parse_optional_number(policy.at_usage_percent, field="at_usage_percent", most=99),
+        on_compromise=policy.on_compromise,
+    )
+
+
+def _wire_policy(policy: RotationPolicy) -> keys_pb2.RotationPolicy:
+    triggers = policy.triggers
+    return keys_pb2.RotationPolicy(
+        every=_duration(triggers.every),
+        before_expiry=_duration(triggers.before_expiry),
+        at_usage_percent=triggers.at_usage_percent or 0,
+        on_compromise=triggers.on_compromise,
+        paused=policy.is_paused,
+        version=policy.version,
+    )
+
+
+def _duration(span: timedelta | None) -> Duration | None:
+    return None if span is None else Duration(seconds=span // timedelta(seconds=1))
+
+
+def _next_rotation_at(schedule: Schedule) -> Timestamp | None:
+    return None if schedule.due is None else convert.stamp(schedule.due.at)
 
 
 def _page_token(last: Rotation, which: RotationFilter) -> str:

@@ -4,14 +4,15 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from kms.domain.errors import KmsError, malformed
-from kms.domain.fields import open_token, parse_moment, parse_number, parse_optional_number, token_of
+from kms.domain.fields import open_token, parse_moment, parse_number, parse_optional_number, parse_span, token_of
 from kms.domain.ids import KeyName, parse_key_name, parse_key_ref
 from kms.domain.keys import KeyFilter, KeyRecord
 from kms.domain.lifecycle import Change, Use
@@ -244,6 +245,14 @@ def moment(request: Message, field: str) -> datetime | None:
         return None
     stamp: Timestamp = getattr(request, field)
     return parse_moment(stamp.seconds, stamp.nanos, field=field)
+
+
+def span(request: Message, field: str) -> timedelta | None:
+    """Return the span of time in *field*, None if it is absent. Raises MALFORMED for one that is none."""
+    if not request.HasField(field):
+        return None
+    duration: Duration = getattr(request, field)
+    return parse_span(duration.seconds, duration.nanos, field=field)
 
 
 def version(request: Moves) -> int | None:

@@ -1,5 +1,6 @@
 """The servicer of KeyService."""
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,6 +12,7 @@ from kms.domain.algorithms import key_spec
 from kms.domain.errors import KmsError, Reason, about_key
 from kms.domain.ids import base_name, parse_key_name, parse_key_ref
 from kms.domain.key_row import PENDING_DAYS_DEFAULT
+from kms.domain.keys import KeyRecord
 from kms.domain.lifecycle import Change, Move
 from kms.keys.ledger.repeats import Repeats
 from kms.rpc import convert, enums
@@ -19,11 +21,15 @@ from kms.v1 import keys_pb2
 
 @dataclass(frozen=True, slots=True)
 class KeyServicer:
-    """Decodes, calls `Keyring` and `Moving`, encodes. *repeats* answers a CreateKey that is repeated."""
+    """Decodes, calls `Keyring` and `Moving`, encodes. *repeats* answers a CreateKey that is repeated.
+
+    *complete* adds to the answer of GetKey what other parts know of the key.
+    """
 
     keyring: Keyring
     moving: Moving
     repeats: Repeats
+    complete: Callable[[KeyRecord, keys_pb2.Key], Awaitable[None]]
 
     async def CreateKey(self, request: keys_pb2.CreateKeyRequest, call: Call) -> keys_pb2.CreateKeyResponse:
         """Make a key."""
@@ -53,6 +59,7 @@ class KeyServicer:
         predecessor, successor = await neighbours(keys, caller, key)
         answer.key.predecessor_id = "" if predecessor is None else str(predecessor.identity.key_id)
         answer.key.successor_id = "" if successor is None else str(successor.identity.key_id)
+        await self.complete(key, answer.key)
         return answer
 
     async def ListKeys(self, request: keys_pb2.ListKeysRequest, call: Call) -> keys_pb2.ListKeysResponse:

@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -198,6 +199,8 @@ class Key(_message.Message):
     SUPERSEDED_AT_FIELD_NUMBER: _builtins.int
     PREDECESSOR_ID_FIELD_NUMBER: _builtins.int
     SUCCESSOR_ID_FIELD_NUMBER: _builtins.int
+    ROTATION_POLICY_FIELD_NUMBER: _builtins.int
+    NEXT_ROTATION_AT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     name: _builtins.str
     type: Global___KeyType.ValueType
@@ -241,6 +244,14 @@ class Key(_message.Message):
     def superseded_at(self) -> _timestamp_pb2.Timestamp:
         """When a successor took the name; absent: the key has none."""
 
+    @_builtins.property
+    def rotation_policy(self) -> Global___RotationPolicy:
+        """In GetKey: when the key is rotated without anybody asking; absent: never."""
+
+    @_builtins.property
+    def next_rotation_at(self) -> _timestamp_pb2.Timestamp:
+        """In GetKey, as things stand: passed if it is due now; absent: nothing is ahead."""
+
     def __init__(
         self,
         *,
@@ -265,16 +276,66 @@ class Key(_message.Message):
         superseded_at: _timestamp_pb2.Timestamp | None = ...,
         predecessor_id: _builtins.str = ...,
         successor_id: _builtins.str = ...,
+        rotation_policy: Global___RotationPolicy | None = ...,
+        next_rotation_at: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_usage_count", b"_max_usage_count", "activated_at", b"activated_at", "created_at", b"created_at", "destruction_scheduled_at", b"destruction_scheduled_at", "expires_at", b"expires_at", "max_usage_count", b"max_usage_count", "superseded_at", b"superseded_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_usage_count", b"_max_usage_count", "activated_at", b"activated_at", "created_at", b"created_at", "destruction_scheduled_at", b"destruction_scheduled_at", "expires_at", b"expires_at", "max_usage_count", b"max_usage_count", "next_rotation_at", b"next_rotation_at", "rotation_policy", b"rotation_policy", "superseded_at", b"superseded_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_usage_count", b"_max_usage_count", "activated_at", b"activated_at", "check_value", b"check_value", "created_at", b"created_at", "custody", b"custody", "destruction_scheduled_at", b"destruction_scheduled_at", "expires_at", b"expires_at", "id", b"id", "max_usage_count", b"max_usage_count", "metadata", b"metadata", "name", b"name", "origin", b"origin", "predecessor_id", b"predecessor_id", "public_key_pem", b"public_key_pem", "purpose", b"purpose", "size_bits", b"size_bits", "state", b"state", "successor_id", b"successor_id", "superseded_at", b"superseded_at", "type", b"type", "usage_count", b"usage_count", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_usage_count", b"_max_usage_count", "activated_at", b"activated_at", "check_value", b"check_value", "created_at", b"created_at", "custody", b"custody", "destruction_scheduled_at", b"destruction_scheduled_at", "expires_at", b"expires_at", "id", b"id", "max_usage_count", b"max_usage_count", "metadata", b"metadata", "name", b"name", "next_rotation_at", b"next_rotation_at", "origin", b"origin", "predecessor_id", b"predecessor_id", "public_key_pem", b"public_key_pem", "purpose", b"purpose", "rotation_policy", b"rotation_policy", "size_bits", b"size_bits", "state", b"state", "successor_id", b"successor_id", "superseded_at", b"superseded_at", "type", b"type", "usage_count", b"usage_count", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_usage_count: _TypeAlias = _typing.Literal["max_usage_count"]  # noqa: Y015
     _WhichOneofArgType__max_usage_count: _TypeAlias = _typing.Literal["_max_usage_count", b"_max_usage_count"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_usage_count) -> _WhichOneofReturnType__max_usage_count | None: ...
 
 Global___Key: _TypeAlias = Key  # noqa: Y015
+
+@_typing.final
+class RotationPolicy(_message.Message):
+    """When the key that has a name is rotated without anybody asking. Its successor is under the same policy. Spans are whole seconds. A
+    key is due at the first of what is set here, by the database's clock. A key that its owner deactivated is left alone.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVERY_FIELD_NUMBER: _builtins.int
+    BEFORE_EXPIRY_FIELD_NUMBER: _builtins.int
+    AT_USAGE_PERCENT_FIELD_NUMBER: _builtins.int
+    ON_COMPROMISE_FIELD_NUMBER: _builtins.int
+    PAUSED_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    at_usage_percent: _builtins.int
+    """When it has reached such a share of its usage limit: 1 to 99; 0: never."""
+    on_compromise: _builtins.bool
+    """At once when it is marked compromised. The key stays compromised."""
+    paused: _builtins.bool
+    """Nothing is due until this is false again. What became due meanwhile is made up once."""
+    version: _builtins.int
+    """Advances with each change. In a request: the version that the caller has seen, else ABORTED (STALE); 0: any."""
+    @_builtins.property
+    def every(self) -> _duration_pb2.Duration:
+        """After it has been active for so long: 24 hours to 36,500 days, and less than its life."""
+
+    @_builtins.property
+    def before_expiry(self) -> _duration_pb2.Duration:
+        """So long before it expires: at least an hour, and less than its life and `every`."""
+
+    def __init__(
+        self,
+        *,
+        every: _duration_pb2.Duration | None = ...,
+        before_expiry: _duration_pb2.Duration | None = ...,
+        at_usage_percent: _builtins.int = ...,
+        on_compromise: _builtins.bool = ...,
+        paused: _builtins.bool = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["before_expiry", b"before_expiry", "every", b"every"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_usage_percent", b"at_usage_percent", "before_expiry", b"before_expiry", "every", b"every", "on_compromise", b"on_compromise", "paused", b"paused", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotationPolicy: _TypeAlias = RotationPolicy  # noqa: Y015
 
 @_typing.final
 class CreateKeyRequest(_message.Message):

@@ -23,39 +23,52 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from kms.v1 import keys_pb2 as kms_dot_v1_dot_keys__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15kms/v1/rotation.proto\x12\x06kms.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb7\x02\n\x08Rotation\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nold_key_id\x18\x02 \x01(\t\x12\x12\n\nnew_key_id\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x14\n\x0cinitiated_by\x18\x05 \x01(\t\x12&\n\x06status\x18\x06 \x01(\x0e\x32\x16.kms.v1.RotationStatus\x12\x1e\n\x16\x61\x66\x66\x65\x63ted_records_count\x18\x07 \x01(\x04\x12\x15\n\rerror_message\x18\x08 \x01(\t\x12.\n\ncreated_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0c\x63ompleted_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08\x61ttempts\x18\x0b \x01(\r\"^\n\x10RotateKeyRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x19\n\x11\x61llow_compromised\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"7\n\x11RotateKeyResponse\x12\"\n\x08rotation\x18\x01 \x01(\x0b\x32\x10.kms.v1.Rotation\")\n\x12GetRotationRequest\x12\x13\n\x0brotation_id\x18\x01 \x01(\t\"9\n\x13GetRotationResponse\x12\"\n\x08rotation\x18\x01 \x01(\x0b\x32\x10.kms.v1.Rotation\"r\n\x14ListRotationsRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x06status\x18\x02 \x01(\x0e\x32\x16.kms.v1.RotationStatus\x12\x11\n\tpage_size\x18\x03 \x01(\r\x12\x12\n\npage_token\x18\x04 \x01(\t\"U\n\x15ListRotationsResponse\x12#\n\trotations\x18\x01 \x03(\x0b\x32\x10.kms.v1.Rotation\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"w\n\x16GetLineageUsageRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12)\n\x05since\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tpage_size\x18\x03 \x01(\r\x12\x12\n\npage_token\x18\x04 \x01(\t\"{\n\x17GetLineageUsageResponse\x12.\n\x0cpredecessors\x18\x01 \x03(\x0b\x32\x18.kms.v1.PredecessorUsage\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x17\n\x0finvalid_key_ids\x18\x03 \x03(\t\"\xbe\x02\n\x10PredecessorUsage\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x31\n\rsuperseded_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rcounted_since\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x04uses\x18\x05 \x03(\x0b\x32\x1c.kms.v1.PredecessorUsage.Use\x1az\n\x03Use\x12\x0e\n\x06\x61\x63tion\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\x12\x30\n\x0clast_used_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tlast_peer\x18\x05 \x01(\t*\xaa\x01\n\x0eRotationStatus\x12\x1f\n\x1bROTATION_STATUS_UNSPECIFIED\x10\x00\x12\x1b\n\x17ROTATION_STATUS_PENDING\x10\x01\x12\x1f\n\x1bROTATION_STATUS_IN_PROGRESS\x10\x02\x12\x1d\n\x19ROTATION_STATUS_COMPLETED\x10\x03\x12\x1a\n\x16ROTATION_STATUS_FAILED\x10\x04\x32\xbd\x02\n\x0fRotationService\x12@\n\tRotateKey\x12\x18.kms.v1.RotateKeyRequest\x1a\x19.kms.v1.RotateKeyResponse\x12\x46\n\x0bGetRotation\x12\x1a.kms.v1.GetRotationRequest\x1a\x1b.kms.v1.GetRotationResponse\x12L\n\rListRotations\x12\x1c.kms.v1.ListRotationsRequest\x1a\x1d.kms.v1.ListRotationsResponse\x12R\n\x0fGetLineageUsage\x12\x1e.kms.v1.GetLineageUsageRequest\x1a\x1f.kms.v1.GetLineageUsageResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15kms/v1/rotation.proto\x12\x06kms.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x11kms/v1/keys.proto\"\xb7\x02\n\x08Rotation\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nold_key_id\x18\x02 \x01(\t\x12\x12\n\nnew_key_id\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x14\n\x0cinitiated_by\x18\x05 \x01(\t\x12&\n\x06status\x18\x06 \x01(\x0e\x32\x16.kms.v1.RotationStatus\x12\x1e\n\x16\x61\x66\x66\x65\x63ted_records_count\x18\x07 \x01(\x04\x12\x15\n\rerror_message\x18\x08 \x01(\t\x12.\n\ncreated_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0c\x63ompleted_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08\x61ttempts\x18\x0b \x01(\r\"^\n\x10RotateKeyRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x19\n\x11\x61llow_compromised\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"7\n\x11RotateKeyResponse\x12\"\n\x08rotation\x18\x01 \x01(\x0b\x32\x10.kms.v1.Rotation\"+\n\x14RetryRotationRequest\x12\x13\n\x0brotation_id\x18\x01 \x01(\t\";\n\x15RetryRotationResponse\x12\"\n\x08rotation\x18\x01 \x01(\x0b\x32\x10.kms.v1.Rotation\"O\n\x18SetRotationPolicyRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x06policy\x18\x02 \x01(\x0b\x32\x16.kms.v1.RotationPolicy\"y\n\x19SetRotationPolicyResponse\x12&\n\x06policy\x18\x01 \x01(\x0b\x32\x16.kms.v1.RotationPolicy\x12\x34\n\x10next_rotation_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\")\n\x12GetRotationRequest\x12\x13\n\x0brotation_id\x18\x01 \x01(\t\"9\n\x13GetRotationResponse\x12\"\n\x08rotation\x18\x01 \x01(\x0b\x32\x10.kms.v1.Rotation\"+\n\x14WatchRotationRequest\x12\x13\n\x0brotation_id\x18\x01 \x01(\t\";\n\x15WatchRotationResponse\x12\"\n\x08rotation\x18\x01 \x01(\x0b\x32\x10.kms.v1.Rotation\"r\n\x14ListRotationsRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x06status\x18\x02 \x01(\x0e\x32\x16.kms.v1.RotationStatus\x12\x11\n\tpage_size\x18\x03 \x01(\r\x12\x12\n\npage_token\x18\x04 \x01(\t\"U\n\x15ListRotationsResponse\x12#\n\trotations\x18\x01 \x03(\x0b\x32\x10.kms.v1.Rotation\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"w\n\x16GetLineageUsageRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12)\n\x05since\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tpage_size\x18\x03 \x01(\r\x12\x12\n\npage_token\x18\x04 \x01(\t\"{\n\x17GetLineageUsageResponse\x12.\n\x0cpredecessors\x18\x01 \x03(\x0b\x32\x18.kms.v1.PredecessorUsage\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x17\n\x0finvalid_key_ids\x18\x03 \x03(\t\"\xbe\x02\n\x10PredecessorUsage\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x31\n\rsuperseded_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rcounted_since\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x04uses\x18\x05 \x03(\x0b\x32\x1c.kms.v1.PredecessorUsage.Use\x1az\n\x03Use\x12\x0e\n\x06\x61\x63tion\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\x12\x30\n\x0clast_used_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tlast_peer\x18\x05 \x01(\t*\xaa\x01\n\x0eRotationStatus\x12\x1f\n\x1bROTATION_STATUS_UNSPECIFIED\x10\x00\x12\x1b\n\x17ROTATION_STATUS_PENDING\x10\x01\x12\x1f\n\x1bROTATION_STATUS_IN_PROGRESS\x10\x02\x12\x1d\n\x19ROTATION_STATUS_COMPLETED\x10\x03\x12\x1a\n\x16ROTATION_STATUS_FAILED\x10\x04\x32\xb5\x04\n\x0fRotationService\x12@\n\tRotateKey\x12\x18.kms.v1.RotateKeyRequest\x1a\x19.kms.v1.RotateKeyResponse\x12L\n\rRetryRotation\x12\x1c.kms.v1.RetryRotationRequest\x1a\x1d.kms.v1.RetryRotationResponse\x12X\n\x11SetRotationPolicy\x12 .kms.v1.SetRotationPolicyRequest\x1a!.kms.v1.SetRotationPolicyResponse\x12\x46\n\x0bGetRotation\x12\x1a.kms.v1.GetRotationRequest\x1a\x1b.kms.v1.GetRotationResponse\x12N\n\rWatchRotation\x12\x1c.kms.v1.WatchRotationRequest\x1a\x1d.kms.v1.WatchRotationResponse0\x01\x12L\n\rListRotations\x12\x1c.kms.v1.ListRotationsRequest\x1a\x1d.kms.v1.ListRotationsResponse\x12R\n\x0fGetLineageUsage\x12\x1e.kms.v1.GetLineageUsageRequest\x1a\x1f.kms.v1.GetLineageUsageResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kms.v1.rotation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROTATIONSTATUS']._serialized_start=1406
-  _globals['_ROTATIONSTATUS']._serialized_end=1576
-  _globals['_ROTATION']._serialized_start=67
-  _globals['_ROTATION']._serialized_end=378
-  _globals['_ROTATEKEYREQUEST']._serialized_start=380
-  _globals['_ROTATEKEYREQUEST']._serialized_end=474
-  _globals['_ROTATEKEYRESPONSE']._serialized_start=476
-  _globals['_ROTATEKEYRESPONSE']._serialized_end=531
-  _globals['_GETROTATIONREQUEST']._serialized_start=533
-  _globals['_GETROTATIONREQUEST']._serialized_end=574
-  _globals['_GETROTATIONRESPONSE']._serialized_start=576
-  _globals['_GETROTATIONRESPONSE']._serialized_end=633
-  _globals['_LISTROTATIONSREQUEST']._serialized_start=635
-  _globals['_LISTROTATIONSREQUEST']._serialized_end=749
-  _globals['_LISTROTATIONSRESPONSE']._serialized_start=751
-  _globals['_LISTROTATIONSRESPONSE']._serialized_end=836
-  _globals['_GETLINEAGEUSAGEREQUEST']._serialized_start=838
-  _globals['_GETLINEAGEUSAGEREQUEST']._serialized_end=957
-  _globals['_GETLINEAGEUSAGERESPONSE']._serialized_start=959
-  _globals['_GETLINEAGEUSAGERESPONSE']._serialized_end=1082
-  _globals['_PREDECESSORUSAGE']._serialized_start=1085
-  _globals['_PREDECESSORUSAGE']._serialized_end=1403
-  _globals['_PREDECESSORUSAGE_USE']._serialized_start=1281
-  _globals['_PREDECESSORUSAGE_USE']._serialized_end=1403
-  _globals['_ROTATIONSERVICE']._serialized_start=1579
-  _globals['_ROTATIONSERVICE']._serialized_end=1896
+  _globals['_ROTATIONSTATUS']._serialized_start=1841
+  _globals['_ROTATIONSTATUS']._serialized_end=2011
+  _globals['_ROTATION']._serialized_start=86
+  _globals['_ROTATION']._serialized_end=397
+  _globals['_ROTATEKEYREQUEST']._serialized_start=399
+  _globals['_ROTATEKEYREQUEST']._serialized_end=493
+  _globals['_ROTATEKEYRESPONSE']._serialized_start=495
+  _globals['_ROTATEKEYRESPONSE']._serialized_end=550
+  _globals['_RETRYROTATIONREQUEST']._serialized_start=552
+  _globals['_RETRYROTATIONREQUEST']._serialized_end=595
+  _globals['_RETRYROTATIONRESPONSE']._serialized_start=597
+  _globals['_RETRYROTATIONRESPONSE']._serialized_end=656
+  _globals['_SETROTATIONPOLICYREQUEST']._serialized_start=658
+  _globals['_SETROTATIONPOLICYREQUEST']._serialized_end=737
+  _globals['_SETROTATIONPOLICYRESPONSE']._serialized_start=739
+  _globals['_SETROTATIONPOLICYRESPONSE']._serialized_end=860
+  _globals['_GETROTATIONREQUEST']._serialized_start=862
+  _globals['_GETROTATIONREQUEST']._serialized_end=903
+  _globals['_GETROTATIONRESPONSE']._serialized_start=905
+  _globals['_GETROTATIONRESPONSE']._serialized_end=962
+  _globals['_WATCHROTATIONREQUEST']._serialized_start=964
+  _globals['_WATCHROTATIONREQUEST']._serialized_end=1007
+  _globals['_WATCHROTATIONRESPONSE']._serialized_start=1009
+  _globals['_WATCHROTATIONRESPONSE']._serialized_end=1068
+  _globals['_LISTROTATIONSREQUEST']._serialized_start=1070
+  _globals['_LISTROTATIONSREQUEST']._serialized_end=1184
+  _globals['_LISTROTATIONSRESPONSE']._serialized_start=1186
+  _globals['_LISTROTATIONSRESPONSE']._serialized_end=1271
+  _globals['_GETLINEAGEUSAGEREQUEST']._serialized_start=1273
+  _globals['_GETLINEAGEUSAGEREQUEST']._serialized_end=1392
+  _globals['_GETLINEAGEUSAGERESPONSE']._serialized_start=1394
+  _globals['_GETLINEAGEUSAGERESPONSE']._serialized_end=1517
+  _globals['_PREDECESSORUSAGE']._serialized_start=1520
+  _globals['_PREDECESSORUSAGE']._serialized_end=1838
+  _globals['_PREDECESSORUSAGE_USE']._serialized_start=1716
+  _globals['_PREDECESSORUSAGE_USE']._serialized_end=1838
+  _globals['_ROTATIONSERVICE']._serialized_start=2014
+  _globals['_ROTATIONSERVICE']._serialized_end=2579
 # @@protoc_insertion_point(module_scope)

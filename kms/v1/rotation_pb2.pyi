@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from kms.v1 import keys_pb2 as _keys_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -71,7 +72,7 @@ class Rotation(_message.Message):
     """The user who asked for it; empty: a policy did."""
     status: Global___RotationStatus.ValueType
     affected_records_count: _builtins.int
-    """Dependents that were taken along: grants."""
+    """Dependents that were taken along: grants, child keys, addresses."""
     error_message: _builtins.str
     attempts: _builtins.int
     """At the step that the rotation is at."""
@@ -158,6 +159,98 @@ class RotateKeyResponse(_message.Message):
 Global___RotateKeyResponse: _TypeAlias = RotateKeyResponse  # noqa: Y015
 
 @_typing.final
+class RetryRotationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROTATION_ID_FIELD_NUMBER: _builtins.int
+    rotation_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        rotation_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rotation_id", b"rotation_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryRotationRequest: _TypeAlias = RetryRotationRequest  # noqa: Y015
+
+@_typing.final
+class RetryRotationResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROTATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def rotation(self) -> Global___Rotation: ...
+    def __init__(
+        self,
+        *,
+        rotation: Global___Rotation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rotation", b"rotation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rotation", b"rotation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryRotationResponse: _TypeAlias = RetryRotationResponse  # noqa: Y015
+
+@_typing.final
+class SetRotationPolicyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    @_builtins.property
+    def policy(self) -> _keys_pb2.RotationPolicy:
+        """All of it: what is not set here does not rotate the key. Absent: clears the policy."""
+
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        policy: _keys_pb2.RotationPolicy | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetRotationPolicyRequest: _TypeAlias = SetRotationPolicyRequest  # noqa: Y015
+
+@_typing.final
+class SetRotationPolicyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    NEXT_ROTATION_AT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def policy(self) -> _keys_pb2.RotationPolicy:
+        """Absent: it was cleared."""
+
+    @_builtins.property
+    def next_rotation_at(self) -> _timestamp_pb2.Timestamp:
+        """As in GetKey."""
+
+    def __init__(
+        self,
+        *,
+        policy: _keys_pb2.RotationPolicy | None = ...,
+        next_rotation_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["next_rotation_at", b"next_rotation_at", "policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_rotation_at", b"next_rotation_at", "policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetRotationPolicyResponse: _TypeAlias = SetRotationPolicyResponse  # noqa: Y015
+
+@_typing.final
 class GetRotationRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -195,6 +288,45 @@ class GetRotationResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetRotationResponse: _TypeAlias = GetRotationResponse  # noqa: Y015
+
+@_typing.final
+class WatchRotationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROTATION_ID_FIELD_NUMBER: _builtins.int
+    rotation_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        rotation_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rotation_id", b"rotation_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchRotationRequest: _TypeAlias = WatchRotationRequest  # noqa: Y015
+
+@_typing.final
+class WatchRotationResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROTATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def rotation(self) -> Global___Rotation: ...
+    def __init__(
+        self,
+        *,
+        rotation: Global___Rotation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rotation", b"rotation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rotation", b"rotation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchRotationResponse: _TypeAlias = WatchRotationResponse  # noqa: Y015
 
 @_typing.final
 class ListRotationsRequest(_message.Message):

@@ -29,7 +29,9 @@ class RotationServiceStub:
     """Gives keys successors. The successor takes the name of the key; the predecessor becomes `name@1`, `name@2`, …, and is superseded:
     it still decrypts and verifies, and it never signs or encrypts again. Callers who use the name go on without an error.
 
-    A caller sees the rotations of their own keys only. The conventions of KeyService hold here too.
+    A caller rotates their own keys, and sees the rotations of these only. A caller with the permission `keys:rotate` (the role rotator)
+    rotates the keys of all users, which they name by id, sees all rotations, and does nothing else: they use no key.
+    The conventions of KeyService hold here too.
     """
 
     def __init__(self, channel):
@@ -43,10 +45,25 @@ class RotationServiceStub:
                 request_serializer=kms_dot_v1_dot_rotation__pb2.RotateKeyRequest.SerializeToString,
                 response_deserializer=kms_dot_v1_dot_rotation__pb2.RotateKeyResponse.FromString,
                 _registered_method=True)
+        self.RetryRotation = channel.unary_unary(
+                '/kms.v1.RotationService/RetryRotation',
+                request_serializer=kms_dot_v1_dot_rotation__pb2.RetryRotationRequest.SerializeToString,
+                response_deserializer=kms_dot_v1_dot_rotation__pb2.RetryRotationResponse.FromString,
+                _registered_method=True)
+        self.SetRotationPolicy = channel.unary_unary(
+                '/kms.v1.RotationService/SetRotationPolicy',
+                request_serializer=kms_dot_v1_dot_rotation__pb2.SetRotationPolicyRequest.SerializeToString,
+                response_deserializer=kms_dot_v1_dot_rotation__pb2.SetRotationPolicyResponse.FromString,
+                _registered_method=True)
         self.GetRotation = channel.unary_unary(
                 '/kms.v1.RotationService/GetRotation',
                 request_serializer=kms_dot_v1_dot_rotation__pb2.GetRotationRequest.SerializeToString,
                 response_deserializer=kms_dot_v1_dot_rotation__pb2.GetRotationResponse.FromString,
+                _registered_method=True)
+        self.WatchRotation = channel.unary_stream(
+                '/kms.v1.RotationService/WatchRotation',
+                request_serializer=kms_dot_v1_dot_rotation__pb2.WatchRotationRequest.SerializeToString,
+                response_deserializer=kms_dot_v1_dot_rotation__pb2.WatchRotationResponse.FromString,
                 _registered_method=True)
         self.ListRotations = channel.unary_unary(
                 '/kms.v1.RotationService/ListRotations',
@@ -64,7 +81,9 @@ class RotationServiceServicer:
     """Gives keys successors. The successor takes the name of the key; the predecessor becomes `name@1`, `name@2`, …, and is superseded:
     it still decrypts and verifies, and it never signs or encrypts again. Callers who use the name go on without an error.
 
-    A caller sees the rotations of their own keys only. The conventions of KeyService hold here too.
+    A caller rotates their own keys, and sees the rotations of these only. A caller with the permission `keys:rotate` (the role rotator)
+    rotates the keys of all users, which they name by id, sees all rotations, and does nothing else: they use no key.
+    The conventions of KeyService hold here too.
     """
 
     def RotateKey(self, request, context):
@@ -78,8 +97,37 @@ class RotationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RetryRotation(self, request, context):
+        """Makes a rotation that is FAILED, or that is PENDING after a failed attempt, due again with new attempts, and returns it as RotateKey
+        does. A rotation that failed after the switch is completed: its dependents are taken along. One that is COMPLETED is returned.
+
+        Before the switch: FAILED_PRECONDITION as in RotateKey, also for a key that was deactivated since; DEADLINE_EXCEEDED for a rotation
+        that was asked for more than a day ago. ABORTED (STALE) while another rotation of the key is under way.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetRotationPolicy(self, request, context):
+        """Sets when a key of the caller is rotated without anybody asking, or clears it. GetKey shows it.
+
+        INVALID_ARGUMENT (MALFORMED) with the name of the field for a policy that makes no sense for the key. FAILED_PRECONDITION for a key
+        that is never rotated. ABORTED (STALE) for another version of the policy than the caller has seen.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetRotation(self, request, context):
-        """Returns a rotation. NOT_FOUND (ROTATION_NOT_FOUND) for one that is not of a key of the caller.
+        """Returns a rotation. NOT_FOUND (ROTATION_NOT_FOUND) for one that is not of a key of the caller, but for a rotator.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchRotation(self, request, context):
+        """Sends a rotation at once, and again with each change, until it is COMPLETED or FAILED: then the stream ends. It also ends in good
+        order when the server drains. NOT_FOUND (ROTATION_NOT_FOUND) as in GetRotation. A user can have 4 streams at a time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -109,10 +157,25 @@ def add_RotationServiceServicer_to_server(servicer, server):
                     request_deserializer=kms_dot_v1_dot_rotation__pb2.RotateKeyRequest.FromString,
                     response_serializer=kms_dot_v1_dot_rotation__pb2.RotateKeyResponse.SerializeToString,
             ),
+            'RetryRotation': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryRotation,
+                    request_deserializer=kms_dot_v1_dot_rotation__pb2.RetryRotationRequest.FromString,
+                    response_serializer=kms_dot_v1_dot_rotation__pb2.RetryRotationResponse.SerializeToString,
+            ),
+            'SetRotationPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRotationPolicy,
+                    request_deserializer=kms_dot_v1_dot_rotation__pb2.SetRotationPolicyRequest.FromString,
+                    response_serializer=kms_dot_v1_dot_rotation__pb2.SetRotationPolicyResponse.SerializeToString,
+            ),
             'GetRotation': grpc.unary_unary_rpc_method_handler(
                     servicer.GetRotation,
                     request_deserializer=kms_dot_v1_dot_rotation__pb2.GetRotationRequest.FromString,
                     response_serializer=kms_dot_v1_dot_rotation__pb2.GetRotationResponse.SerializeToString,
+            ),
+            'WatchRotation': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchRotation,
+                    request_deserializer=kms_dot_v1_dot_rotation__pb2.WatchRotationRequest.FromString,
+                    response_serializer=kms_dot_v1_dot_rotation__pb2.WatchRotationResponse.SerializeToString,
             ),
             'ListRotations': grpc.unary_unary_rpc_method_handler(
                     servicer.ListRotations,
@@ -136,7 +199,9 @@ class RotationService:
     """Gives keys successors. The successor takes the name of the key; the predecessor becomes `name@1`, `name@2`, …, and is superseded:
     it still decrypts and verifies, and it never signs or encrypts again. Callers who use the name go on without an error.
 
-    A caller sees the rotations of their own keys only. The conventions of KeyService hold here too.
+    A caller rotates their own keys, and sees the rotations of these only. A caller with the permission `keys:rotate` (the role rotator)
+    rotates the keys of all users, which they name by id, sees all rotations, and does nothing else: they use no key.
+    The conventions of KeyService hold here too.
     """
 
     @staticmethod
@@ -167,6 +232,60 @@ class RotationService:
             _registered_method=True)
 
     @staticmethod
+    def RetryRotation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kms.v1.RotationService/RetryRotation',
+            kms_dot_v1_dot_rotation__pb2.RetryRotationRequest.SerializeToString,
+            kms_dot_v1_dot_rotation__pb2.RetryRotationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRotationPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kms.v1.RotationService/SetRotationPolicy',
+            kms_dot_v1_dot_rotation__pb2.SetRotationPolicyRequest.SerializeToString,
+            kms_dot_v1_dot_rotation__pb2.SetRotationPolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetRotation(request,
             target,
             options=(),
@@ -183,6 +302,33 @@ class RotationService:
             '/kms.v1.RotationService/GetRotation',
             kms_dot_v1_dot_rotation__pb2.GetRotationRequest.SerializeToString,
             kms_dot_v1_dot_rotation__pb2.GetRotationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchRotation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kms.v1.RotationService/WatchRotation',
+            kms_dot_v1_dot_rotation__pb2.WatchRotationRequest.SerializeToString,
+            kms_dot_v1_dot_rotation__pb2.WatchRotationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -30,7 +30,9 @@ class RotationServiceStub:
     """Gives keys successors. The successor takes the name of the key; the predecessor becomes `name@1`, `name@2`, …, and is superseded:
     it still decrypts and verifies, and it never signs or encrypts again. Callers who use the name go on without an error.
 
-    A caller sees the rotations of their own keys only. The conventions of KeyService hold here too.
+    A caller rotates their own keys, and sees the rotations of these only. A caller with the permission `keys:rotate` (the role rotator)
+    rotates the keys of all users, which they name by id, sees all rotations, and does nothing else: they use no key.
+    The conventions of KeyService hold here too.
     """
 
     @_typing.overload
@@ -44,8 +46,25 @@ class RotationServiceStub:
     FAILED_PRECONDITION with the reason of the state for a key that must not be rotated: pre-active, revoked, pending destruction,
     destroyed, superseded (KEY_INACTIVE), compromised without `allow_compromised`; WRONG_PURPOSE for a key of the service itself.
     """
+    RetryRotation: _grpc.UnaryUnaryMultiCallable[_rotation_pb2.RetryRotationRequest, _rotation_pb2.RetryRotationResponse]
+    """Makes a rotation that is FAILED, or that is PENDING after a failed attempt, due again with new attempts, and returns it as RotateKey
+    does. A rotation that failed after the switch is completed: its dependents are taken along. One that is COMPLETED is returned.
+
+    Before the switch: FAILED_PRECONDITION as in RotateKey, also for a key that was deactivated since; DEADLINE_EXCEEDED for a rotation
+    that was asked for more than a day ago. ABORTED (STALE) while another rotation of the key is under way.
+    """
+    SetRotationPolicy: _grpc.UnaryUnaryMultiCallable[_rotation_pb2.SetRotationPolicyRequest, _rotation_pb2.SetRotationPolicyResponse]
+    """Sets when a key of the caller is rotated without anybody asking, or clears it. GetKey shows it.
+
+    INVALID_ARGUMENT (MALFORMED) with the name of the field for a policy that makes no sense for the key. FAILED_PRECONDITION for a key
+    that is never rotated. ABORTED (STALE) for another version of the policy than the caller has seen.
+    """
     GetRotation: _grpc.UnaryUnaryMultiCallable[_rotation_pb2.GetRotationRequest, _rotation_pb2.GetRotationResponse]
-    """Returns a rotation. NOT_FOUND (ROTATION_NOT_FOUND) for one that is not of a key of the caller."""
+    """Returns a rotation. NOT_FOUND (ROTATION_NOT_FOUND) for one that is not of a key of the caller, but for a rotator."""
+    WatchRotation: _grpc.UnaryStreamMultiCallable[_rotation_pb2.WatchRotationRequest, _rotation_pb2.WatchRotationResponse]
+    """Sends a rotation at once, and again with each change, until it is COMPLETED or FAILED: then the stream ends. It also ends in good
+    order when the server drains. NOT_FOUND (ROTATION_NOT_FOUND) as in GetRotation. A user can have 4 streams at a time.
+    """
     ListRotations: _grpc.UnaryUnaryMultiCallable[_rotation_pb2.ListRotationsRequest, _rotation_pb2.ListRotationsResponse]
     """Lists the rotations of the caller's keys, the newest first."""
     GetLineageUsage: _grpc.UnaryUnaryMultiCallable[_rotation_pb2.GetLineageUsageRequest, _rotation_pb2.GetLineageUsageResponse]
@@ -59,7 +78,9 @@ class RotationServiceAsyncStub(RotationServiceStub):
     """Gives keys successors. The successor takes the name of the key; the predecessor becomes `name@1`, `name@2`, …, and is superseded:
     it still decrypts and verifies, and it never signs or encrypts again. Callers who use the name go on without an error.
 
-    A caller sees the rotations of their own keys only. The conventions of KeyService hold here too.
+    A caller rotates their own keys, and sees the rotations of these only. A caller with the permission `keys:rotate` (the role rotator)
+    rotates the keys of all users, which they name by id, sees all rotations, and does nothing else: they use no key.
+    The conventions of KeyService hold here too.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -70,8 +91,25 @@ class RotationServiceAsyncStub(RotationServiceStub):
     FAILED_PRECONDITION with the reason of the state for a key that must not be rotated: pre-active, revoked, pending destruction,
     destroyed, superseded (KEY_INACTIVE), compromised without `allow_compromised`; WRONG_PURPOSE for a key of the service itself.
     """
+    RetryRotation: _aio.UnaryUnaryMultiCallable[_rotation_pb2.RetryRotationRequest, _rotation_pb2.RetryRotationResponse]  # type: ignore[assignment]
+    """Makes a rotation that is FAILED, or that is PENDING after a failed attempt, due again with new attempts, and returns it as RotateKey
+    does. A rotation that failed after the switch is completed: its dependents are taken along. One that is COMPLETED is returned.
+
+    Before the switch: FAILED_PRECONDITION as in RotateKey, also for a key that was deactivated since; DEADLINE_EXCEEDED for a rotation
+    that was asked for more than a day ago. ABORTED (STALE) while another rotation of the key is under way.
+    """
+    SetRotationPolicy: _aio.UnaryUnaryMultiCallable[_rotation_pb2.SetRotationPolicyRequest, _rotation_pb2.SetRotationPolicyResponse]  # type: ignore[assignment]
+    """Sets when a key of the caller is rotated without anybody asking, or clears it. GetKey shows it.
+
+    INVALID_ARGUMENT (MALFORMED) with the name of the field for a policy that makes no sense for the key. FAILED_PRECONDITION for a key
+    that is never rotated. ABORTED (STALE) for another version of the policy than the caller has seen.
+    """
     GetRotation: _aio.UnaryUnaryMultiCallable[_rotation_pb2.GetRotationRequest, _rotation_pb2.GetRotationResponse]  # type: ignore[assignment]
-    """Returns a rotation. NOT_FOUND (ROTATION_NOT_FOUND) for one that is not of a key of the caller."""
+    """Returns a rotation. NOT_FOUND (ROTATION_NOT_FOUND) for one that is not of a key of the caller, but for a rotator."""
+    WatchRotation: _aio.UnaryStreamMultiCallable[_rotation_pb2.WatchRotationRequest, _rotation_pb2.WatchRotationResponse]  # type: ignore[assignment]
+    """Sends a rotation at once, and again with each change, until it is COMPLETED or FAILED: then the stream ends. It also ends in good
+    order when the server drains. NOT_FOUND (ROTATION_NOT_FOUND) as in GetRotation. A user can have 4 streams at a time.
+    """
     ListRotations: _aio.UnaryUnaryMultiCallable[_rotation_pb2.ListRotationsRequest, _rotation_pb2.ListRotationsResponse]  # type: ignore[assignment]
     """Lists the rotations of the caller's keys, the newest first."""
     GetLineageUsage: _aio.UnaryUnaryMultiCallable[_rotation_pb2.GetLineageUsageRequest, _rotation_pb2.GetLineageUsageResponse]  # type: ignore[assignment]
@@ -84,7 +122,9 @@ class RotationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Gives keys successors. The successor takes the name of the key; the predecessor becomes `name@1`, `name@2`, …, and is superseded:
     it still decrypts and verifies, and it never signs or encrypts again. Callers who use the name go on without an error.
 
-    A caller sees the rotations of their own keys only. The conventions of KeyService hold here too.
+    A caller rotates their own keys, and sees the rotations of these only. A caller with the permission `keys:rotate` (the role rotator)
+    rotates the keys of all users, which they name by id, sees all rotations, and does nothing else: they use no key.
+    The conventions of KeyService hold here too.
     """
 
     @_abc_1.abstractmethod
@@ -101,12 +141,47 @@ class RotationServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def RetryRotation(
+        self,
+        request: _rotation_pb2.RetryRotationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_rotation_pb2.RetryRotationResponse, _abc.Awaitable[_rotation_pb2.RetryRotationResponse]]:
+        """Makes a rotation that is FAILED, or that is PENDING after a failed attempt, due again with new attempts, and returns it as RotateKey
+        does. A rotation that failed after the switch is completed: its dependents are taken along. One that is COMPLETED is returned.
+
+        Before the switch: FAILED_PRECONDITION as in RotateKey, also for a key that was deactivated since; DEADLINE_EXCEEDED for a rotation
+        that was asked for more than a day ago. ABORTED (STALE) while another rotation of the key is under way.
+        """
+
+    @_abc_1.abstractmethod
+    def SetRotationPolicy(
+        self,
+        request: _rotation_pb2.SetRotationPolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_rotation_pb2.SetRotationPolicyResponse, _abc.Awaitable[_rotation_pb2.SetRotationPolicyResponse]]:
+        """Sets when a key of the caller is rotated without anybody asking, or clears it. GetKey shows it.
+
+        INVALID_ARGUMENT (MALFORMED) with the name of the field for a policy that makes no sense for the key. FAILED_PRECONDITION for a key
+        that is never rotated. ABORTED (STALE) for another version of the policy than the caller has seen.
+        """
+
+    @_abc_1.abstractmethod
     def GetRotation(
         self,
         request: _rotation_pb2.GetRotationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_rotation_pb2.GetRotationResponse, _abc.Awaitable[_rotation_pb2.GetRotationResponse]]:
-        """Returns a rotation. NOT_FOUND (ROTATION_NOT_FOUND) for one that is not of a key of the caller."""
+        """Returns a rotation. NOT_FOUND (ROTATION_NOT_FOUND) for one that is not of a key of the caller, but for a rotator."""
+
+    @_abc_1.abstractmethod
+    def WatchRotation(
+        self,
+        request: _rotation_pb2.WatchRotationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_rotation_pb2.WatchRotationResponse], _abc.AsyncIterator[_rotation_pb2.WatchRotationResponse]]:
+        """Sends a rotation at once, and again with each change, until it is COMPLETED or FAILED: then the stream ends. It also ends in good
+        order when the server drains. NOT_FOUND (ROTATION_NOT_FOUND) as in GetRotation. A user can have 4 streams at a time.
+        """
 
     @_abc_1.abstractmethod
     def ListRotations(

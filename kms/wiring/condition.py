@@ -12,6 +12,7 @@ from kms.app.records import Records
 from kms.domain.errors import KmsError
 from kms.hsm.token_hsm import TokenHsm
 from kms.jobs.job import JobStatus
+from kms.rotation.backlog import NO_BACKLOG, Backlog, read_backlog
 from kms.store import epoch as epochs
 from kms.store import migrate, partitions
 from kms.store.cache import CacheStatus
@@ -72,6 +73,7 @@ class Condition:
     is_stopping: bool = False
     default_rows: int = 0
     keys_unconfirmed: int = 0
+    rotations: Backlog = NO_BACKLOG
 
     @property
     def faults(self) -> dict[str, str]:
@@ -100,6 +102,7 @@ class Condition:
             told.append("rows of the trail are not sealed: the log of the worker that seals says why")
         if self.keys_unconfirmed:
             told.append(f"{self.keys_unconfirmed} restored keys wait for a confirmation: see `kms epoch show`")
+        told += self.rotations.warnings
         told += [status.warning for status in self.jobs() if status.warning]
         return told
 
@@ -126,6 +129,7 @@ class Condition:
         self.default_rows = sum(rows.row_count for rows in await partitions.default_rows(self.pool))
         self.seal_watch.see(await StoredSealedTrail(self.pool).status(), monotonic())
         self.keys_unconfirmed = len(await epochs.unconfirmed_keys(self.pool))
+        self.rotations = await read_backlog(self.pool)
 
     async def _fault(self, check: Callable[[Pool], Awaitable[object]]) -> str:
         try:
@@ -151,6 +155,7 @@ class ConditionCollector(Collector):
         yield gauge("warnings", "What does not keep the service from serving, and should be seen to.", len(condition.warnings))
         yield gauge("trail_default_rows", "Rows of the trail in a DEFAULT partition.", condition.default_rows)
         yield gauge("keys_unconfirmed", "Restored keys that wait for a confirmation.", condition.keys_unconfirmed)
+        yield from _rotations(condition.rotations)
         yield from _sealing(condition.seal_watch.status)
         refused = bool(condition.history.refusal)
         yield gauge("trail_history_refused", "Whether the trail is not signed because it is another history.", refused)
@@ -165,6 +170,16 @@ class ConditionCollector(Collector):
 def gauge(name: str, text: str, value: float) -> Metric:
     """Return a gauge without labels."""
     return GaugeMetricFamily(f"kms_{name}", text, value=float(value))
+
+
+def _rotations(backlog: Backlog) -> Iterator[Metric]:
+    yield gauge("rotations_due", "Rotations that a worker may claim, to 10,000.", backlog.due)
+    yield gauge("rotations_running", "Rotations that a worker does, to 10,000.", backlog.running)
+    yield gauge("rotations_failed", "Rotations in the log that failed, to 10,000.", backlog.failed)
+    oldest = "How long ago the oldest rotation that has not ended was asked for; 0: none."
+    yield gauge("rotation_oldest_age_seconds", oldest, backlog.oldest_seconds)
+    overdue = "Keys that were due by policy, and were not rotated although that was tried, to 10,000."
+    yield gauge("rotation_policies_overdue", overdue, backlog.policies_overdue)
 
 
 def _sealing(status: SealStatus | None) -> Iterator[Metric]:

@@ -23,10 +23,7 @@ from kms.domain.ids import KeyId
 from kms.domain.residents import ADVICE, Finding
 from kms.hsm.token_hsm import TokenHsm
 from kms.jobs.job import Job
-from kms.jobs.leasing import LeasedWorker
 from kms.pki.client_identity import host_clock
-from kms.rotation.jobs import rewrapping_job, rotation_job
-from kms.rotation.master_keys import MasterKeys
 from kms.rpc.connections import Connections
 from kms.rpc.server import Server
 from kms.store import partitions
@@ -42,6 +39,7 @@ from kms.store.sealer import Sealer
 from kms.store.watch import DatabaseProbe
 from kms.wiring.condition import Condition
 from kms.wiring.limits import closing_connections
+from kms.wiring.rotation import RotationParts
 from kms.wiring.seen import Pulse
 
 CHECKPOINTS: Final = "checkpoints"
@@ -64,8 +62,7 @@ class JobParts:
     probe: DatabaseProbe
     condition: Condition
     sealer: Sealer | None
-    rotations: LeasedWorker
-    master_keys: MasterKeys
+    rotation: RotationParts
     is_first: bool
 
 
@@ -79,9 +76,7 @@ def upkeep_jobs(parts: JobParts) -> list[Job]:
         Job("repeats", _MINUTE, partial(forget_answers, StoredRepeats(pool)), warns_after_seconds=_HOUR),
         Job("condition", 5.0, parts.condition.check, warns_after_seconds=_MINUTE),
         Job("disk", 5.0, parts.disk.watch),
-        rotation_job(parts.rotations),
-        parts.master_keys.job(),
-        rewrapping_job(pool, hsm),
+        *parts.rotation.jobs(),
         Job("database", 1.0, parts.probe.ask),
     ]
     if parts.is_first:

@@ -7,9 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Final
-from uuid import UUID
 
 import structlog
 import uvloop
@@ -22,10 +20,8 @@ from kms.app.ports import Keys, Ledger, Lifecycle, Users
 from kms.app.records import Records
 from kms.app.status import Administration
 from kms.config import Config, ServerConfig, needed
-from kms.domain.errors import KmsError, Reason
 from kms.hsm.token_hsm import HsmStatus, TokenHsm, open_hsm
 from kms.hsm.uninterrupted import uninterrupted
-from kms.jobs.leasing import LeasedWorker
 from kms.jobs.postgres import AdvisoryLocks
 from kms.jobs.runner import JobRunner
 from kms.keys.crypto.charged import ChargedUses
@@ -36,13 +32,10 @@ from kms.keys.ledger.repeats import Repeats
 from kms.keys.ledger.settling import Settling
 from kms.pki.client_identity import ClientIdentity, host_clock
 from kms.pki.public_keys import PublicKeyOperations
-from kms.rotation.jobs import rotation_worker
-from kms.rotation.ports import Rotations
-from kms.rotation.postgres import StoredRotations
-from kms.rotation.rotating import Rotating, RotatingWorker
-from kms.rotation.rotation_service import RotationServicer
-from kms.rotation.usage import LineageUsage, Uses
-from kms.rotation.usage_postgres import StoredUses
+from kms.rotation.rotating import Rotating
+from kms.rotation.rotation_service import RotationServicer, add_schedule
+from kms.rotation.scheduling import Scheduling
+from kms.rotation.usage import LineageUsage
 from kms.rpc.admin import AdminServicer
 from kms.rpc.audit import AuditServicer
 from kms.rpc.batches import run_batch
@@ -77,14 +70,17 @@ from kms.wiring.descriptors import raise_descriptor_limit
 from kms.wiring.jobs import CHECKPOINTS, JobParts, serving_jobs, upkeep_jobs
 from kms.wiring.limits import call_limits, connection_limits, transport_limits
 from kms.wiring.log import configure_log
+from kms.wiring.memory import open_journal, was_served
 from kms.wiring.parts import database_dsn, hsm_settings, ready_pool
 from kms.wiring.reports import ProcessReports
+from kms.wiring.rotation import RotationParts, rotation_parts
 from kms.wiring.seen import Pulse, seen
 from kms.wiring.supervised import Stopping, Supervised
 from kms.wiring.token import check_token
 
 HSM_OPERATIONS: Final = ("generate", "confirm", "abandon", "sign", "encrypt", "decrypt", "decrypt_rsa", "random", "mac")
 _ROTATION_LOOK_SECONDS: Final = 0.05
+_WATCH_SECONDS: Final = 0.25
 _LOG = structlog.get_logger("kms")
 
 
@@ -165,7 +161,7 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         stack.push_async_callback(hsm.close)
         master_keys = await check_token(config, hsm, StoredWrappingKeys(pool))
         records = Records(hsm.mac, host_clock)
-        epoch = await epochs.check_epoch(pool, records, was_served=_was_served(config))
+        epoch = await epochs.check_epoch(pool, records, was_served=was_served(config))
         telemetry = Telemetry(stack.enter_context(_tracing(config)))
         disk = Disk(needed(config.database).disk_path)
         stored_keys = StoredKeys(pool, records)
@@ -175,15 +171,14 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         ledger = await stack.enter_async_context(
             open_ledger(dsn, pool, settled=telemetry.settled, records_strangers=disk.has_room_for_strangers)
         )
-        journal = _journal(server_config.journal, *epoch)
+        journal = open_journal(config, *epoch)
         knowledge = None if journal is None else JournalKnowledge(journal.path)
         if knowledge is not None:
             await asyncio.to_thread(knowledge.follow)
         known_keys = keys if knowledge is None else KnownKeys(keys, knowledge)
         moves = telemetry.observed(_lifecycle(pool, records, journal, knowledge), "store", "move", of="lifecycle.")
         lifecycle = ForgettingLifecycle(moves, keys)
-        rotations = StoredRotations(pool, records, knowledge, journal)
-        rotating = await stack.enter_async_context(rotation_worker(pool, RotatingWorker(rotations, hsm, keys)))
+        rotation = await stack.enter_async_context(rotation_parts(pool, records, hsm, master_keys, keys, journal, knowledge))
         runner = JobRunner(AdvisoryLocks(connection_settings(dsn)))
         history, probe, pulse = HistoryWatch(), DatabaseProbe(pool), Pulse()
         sealer = trail_sealer(config, dsn, pool, records, hsm, history, partial(runner.note_success, CHECKPOINTS))
@@ -195,9 +190,7 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         )
         is_first = supervised is None or supervised.number == 1
         uses = await stack.enter_async_context(_told_uses(journal, keys.counts))
-        parts = JobParts(
-            pool, stored_keys, hsm, lifecycle, journal, uses, disk, probe, condition, sealer, rotating, master_keys, is_first
-        )
+        parts = JobParts(pool, stored_keys, hsm, lifecycle, journal, uses, disk, probe, condition, sealer, rotation, is_first)
         await stack.enter_async_context(runner.running(*upkeep_jobs(parts)))
         await stack.enter_async_context(seen(seen_on, telemetry, condition, pulse))
         connections = Connections(connection_limits(server_config))
@@ -210,9 +203,7 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
             hsm,
             ForgettingLedger(settled, keys, users),
             lifecycle,
-            rotations,
-            rotating,
-            StoredUses(pool),
+            rotation,
             identity,
             telemetry,
             connections,
@@ -243,9 +234,7 @@ def _server(
     hsm: TokenHsm,
     ledger: Ledger,
     lifecycle: Lifecycle,
-    rotations: Rotations,
-    rotating: LeasedWorker,
-    uses: Uses,
+    rotation: RotationParts,
     identity: ClientIdentity,
     telemetry: Telemetry,
     connections: Connections,
@@ -259,16 +248,26 @@ def _server(
     settling = Settling(ledger, access)
     repeats = Repeats(keys, hsm, settling, counts)
     signing, encryption = Signing(keys, hsm, public_keys), Encryption(keys, hsm, public_keys)
+    scheduling = Scheduling(keys, rotation.policies, rotation.rotations)
     edge = Edge(identity, access, ledger, telemetry, connections, call_limits(config))
     return Server(
         edge,
-        KeyServicer(Keyring(keys, hsm, uninterrupted), Moving(keys, lifecycle), repeats),
+        KeyServicer(Keyring(keys, hsm, uninterrupted), Moving(keys, lifecycle), repeats, partial(add_schedule, scheduling)),
         CryptoServicer(ChargedUses(signing, encryption, settling, repeats, run_batch)),
         AuditServicer(auditing),
         AdminServicer(Administration(reports)),
         RotationServicer(
-            Rotating(keys, hsm, rotations, repeats, rotating.do_item, partial(asyncio.sleep, _ROTATION_LOOK_SECONDS)),
-            LineageUsage(keys, uses),
+            Rotating(
+                keys,
+                hsm,
+                rotation.rotations,
+                repeats,
+                rotation.worker.do_item,
+                partial(asyncio.sleep, _ROTATION_LOOK_SECONDS),
+                partial(asyncio.sleep, _WATCH_SECONDS),
+            ),
+            scheduling,
+            LineageUsage(keys, rotation.uses),
         ),
         transport=transport_limits(config),
         faults=lambda: reports.condition.faults,
@@ -306,23 +305,6 @@ def _without_memory(config: Config) -> list[str]:
         return []
     # In production mode the configuration is at fault.
     return ["the trail is not signed: set audit.checkpoints to a file outside the database"]
-
-
-def _was_served(config: Config) -> bool:
-    """Whether a file outside the database knows that it was served before."""
-    files = (needed(config.server).journal, config.audit.checkpoints if config.audit else None)
-    return any(file is not None and file.is_file() and file.stat().st_size > 0 for file in files)
-
-
-def _journal(file: Path | None, number: int, epoch: UUID) -> Journal | None:
-    if file is None:
-        return None
-    journal = Journal(file)
-    try:
-        journal.see_epoch(number, epoch, at=host_clock())
-    except OSError as error:
-        raise KmsError(Reason.STORE_UNAVAILABLE, f"the journal {file} cannot be written: {error.strerror}") from None
-    return journal
 
 
 def _lifecycle(pool: Pool, records: Records, journal: Journal | None, knowledge: JournalKnowledge | None) -> Lifecycle:

@@ -34,22 +34,12 @@ COMMANDS = _commands()
 
 def test_the_command_has_what_the_readme_names() -> None:
     assert {" ".join(command) for command in COMMANDS} == {
-        *("serve", "migrate", "dev", "demo", "version", "hsm init", "hsm probe", "hsm check"),
+        *("serve", "work", "migrate", "dev", "demo", "version", "hsm init", "hsm probe", "hsm check"),
         *("kek rotate", "kek list", "kek watch", "kek retire", "kek destroy"),
         *("hsm backup-confirmed", "user add-service", "key rotate", "rotation list", "rotation show", "rotation usage"),
-        *(
-            "key create",
-            "key list",
-            "key show",
-            "key public",
-            "sign",
-            "verify",
-            "encrypt",
-            "decrypt",
-            "reencrypt",
-            "datakey",
-            "random",
-        ),
+        *("key rotation", "rotation pause", "rotation resume", "rotation watch", "rotation retry"),
+        *("key create", "key list", "key show", "key public", "sign", "verify", "encrypt", "decrypt", "reencrypt", "datakey"),
+        "random",
         *("key activate", "key deactivate", "key reactivate", "key revoke", "key compromise"),
         *("key destroy", "key cancel-destruction", "key update"),
         *("backup", "restore", "epoch show", "epoch begin", "epoch continue", "epoch confirm"),

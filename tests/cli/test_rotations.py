@@ -39,6 +39,16 @@ def test_a_key_is_rotated_and_its_log_is_shown(as_ada: Kms) -> None:
     assert len(as_ada("rotation", "list", "--limit", 1, "--json").json["rotations"]) == 1
 
 
+def test_a_rotation_is_watched_to_its_end(as_ada: Kms) -> None:
+    as_ada("key", "create", "k", "--type", "aes")
+    rotated = as_ada("key", "rotate", "k", "--reason", "a year old", "--json").json
+    watched = as_ada("rotation", "watch", rotated["id"])
+    assert (watched.code, watched.out.decode()) == (0, f"completed\t1\t{rotated['new_key_id']}\t\n")
+    assert as_ada("rotation", "watch", rotated["id"], "--json").json == rotated
+    missing = as_ada("rotation", "watch", "00000000-0000-4000-8000-000000000000", "--json")
+    assert (missing.code, missing.failure["reason"]) == (3, "ROTATION_NOT_FOUND")
+
+
 def test_a_rotation_that_is_refused_says_why(as_ada: Kms) -> None:
     as_ada("key", "create", "k", "--type", "aes")
     as_ada("key", "compromise", "k", "--reason", "laptop stolen")
@@ -73,3 +83,24 @@ def test_the_uses_of_predecessors_are_shown(as_ada: Kms, monkeypatch: pytest.Mon
     assert [[row[0], row[3], row[5]] for row in rows] == [["k@1", "decrypt", "3"], ["k@2", "", "0"]]
     later = as_ada("rotation", "usage", "k", "--since", "2100-01-01", "--json").json["predecessors"]
     assert [each["uses"] for each in later] == [[], []]
+
+
+def test_a_policy_is_set_shown_paused_and_cleared(as_ada: Kms) -> None:
+    as_ada("key", "create", "k", "--type", "aes", "--limit", 100)
+    assert b"none" in as_ada("key", "rotation", "k").out
+    assert as_ada("rotation", "pause", "k").code == 1
+    set_now = as_ada("key", "rotation", "k", "--every", "90d", "--at-usage", "80%", "--on-compromise", "--json").json
+    assert (set_now["every_seconds"], set_now["at_usage_percent"], set_now["on_compromise"]) == (90 * 86_400, 80, True)
+    assert (set_now["version"], set_now["paused"], "next_rotation_at" in set_now) == (1, False, True)
+    assert as_ada("key", "rotation", "k", "--json").json == set_now
+    assert as_ada("key", "show", "k", "--json").json["next_rotation_at"] == set_now["next_rotation_at"]
+    paused = as_ada("rotation", "pause", "k", "--json").json
+    assert (paused["paused"], paused["version"], "next_rotation_at" in paused) == (True, 2, False)
+    assert as_ada("rotation", "resume", "k", "--json").json == {**set_now, "version": 3}
+    refused = as_ada("key", "rotation", "k", "--every", "23h", "--json")
+    assert (refused.code, refused.failure["metadata"]["field"]) == (1, "every")
+    for wrong in ("90", "d", "90w", "-1d"):
+        assert as_ada("key", "rotation", "k", "--every", wrong).code == 2
+    assert as_ada("key", "rotation", "k", "--at-usage", "many").code == 2
+    assert as_ada("key", "rotation", "k", "--clear", "--every", "90d").code == 2
+    assert set(as_ada("key", "rotation", "k", "--clear", "--json").json) == {"key_id"}

@@ -101,7 +101,17 @@ def test_each_job_says_when_it_last_succeeded_and_how_often_it_failed(caller: Ca
     made(caller, "ed25519")
     samples = server.metrics()
     names = {dict(labels)["name"] for name, labels in samples if name == "kms_job_failures_total"}
-    upkeep = {"partitions", "destruction", "repeats", "condition", "disk", "database", "residents", "checkpoints", "rotations"}
+    upkeep = {
+        "partitions",
+        "destruction",
+        "repeats",
+        "condition",
+        "disk",
+        "database",
+        "residents",
+        "checkpoints",
+        "rotations",
+    } | {"rotation policies"}
     assert names == {*upkeep, "health", "connections", "pulse"}
     assert {dict(labels)["name"] for name, labels in samples if name == "kms_job_success_age_seconds"} == names
     assert sum(number for (name, _), number in samples.items() if name == "kms_job_failures_total") == 0

@@ -11,10 +11,12 @@ from typing import Any, Final
 
 import psycopg
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from kms.v1 import audit_pb2 as apb
 from kms.v1 import crypto_pb2 as cpb
 from kms.v1 import keys_pb2 as kpb
+from kms.v1 import rotation_pb2 as rpb
 from tests.conformance.refusals import refusal
 from tests.conformance.requests import made
 from tests.fixtures.server import Caller, RunningServer
@@ -28,6 +30,7 @@ TABLES: Final = (
     "cryptography.request_records",
     "authentication.users",
     "cryptography.key_grants",
+    "cryptography.rotation_policies",
     "audit.checkpoints",
 )
 SIGN: Final = cpb.SignRequest(key="k", message=b"m")
@@ -60,6 +63,20 @@ GRANT_EDITS: Final = {
     "created_at": "'2020-01-01'",
     "expires_at": "'2999-01-01'",
     "revoked_at": "NULL",
+}
+POLICY_EDITS: Final = {
+    "user_id": "gen_random_uuid()",
+    "key_name": "'other'",
+    "every_seconds": "86400",
+    "before_expiry_seconds": "3600",
+    "at_usage_percent": "1",
+    "on_compromise": "NOT on_compromise",
+    "is_paused": "NOT is_paused",
+    "version": "version + 1",
+    "policy_mac": "sha256(policy_mac)",
+    "look_at": "now()",
+    "retry_at": "'2020-01-01'",
+    "requests": "999",
 }
 CHECKPOINT_EDITS: Final = {
     "tree_size": "tree_size + 1000000",
@@ -212,6 +229,22 @@ def test_a_grant_opens_no_key(attacked: RunningServer, superuser: Superuser, own
     superuser(edit)
     assert refusal(other.crypto.Sign, cpb.SignRequest(key=key.id, message=b"m")).reason == "KEY_NOT_FOUND"
     assert owner.crypto.Sign(SIGN, timeout=15).signature
+
+
+@pytest.mark.parametrize("column", columns_told("cryptography.rotation_policies"))
+def test_a_policy_that_is_edited_is_refused_or_rotates_as_before(superuser: Superuser, owner: Caller, column: str) -> None:
+    policy = kpb.RotationPolicy(every=Duration(seconds=90 * 86_400))
+    owner.rotation.SetRotationPolicy(rpb.SetRotationPolicyRequest(key="k", policy=policy))
+    key = owner.keys.GetKey(kpb.GetKeyRequest(key="k")).key
+    edit = f"UPDATE cryptography.rotation_policies SET {column} = {POLICY_EDITS[column]}"
+    superuser(f"{edit} WHERE user_id = '{owner.user_id}'")
+    if told()["cryptography.rotation_policies", column] == "refused":
+        assert refusal(owner.keys.GetKey, kpb.GetKeyRequest(key="k")).reason == "RECORD_INVALID"
+    elif column in ("user_id", "key_name"):
+        assert not owner.keys.GetKey(kpb.GetKeyRequest(key="k")).key.HasField("rotation_policy")
+    else:
+        assert owner.keys.GetKey(kpb.GetKeyRequest(key="k")).key == key
+    assert owner.crypto.Sign(SIGN, timeout=15).key_id == key.id
 
 
 _QUICK: Final = ("root_hash", "created_at")

@@ -13,6 +13,7 @@ from typing import Any, Final
 import grpc
 import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -21,6 +22,7 @@ from google.rpc import error_details_pb2, status_pb2
 import kms.v1
 from kms.v1 import audit_pb2
 from kms.v1 import keys_pb2 as kpb
+from kms.v1 import rotation_pb2 as rpb
 from tests.conformance.refusals import Refusal, refusal, refusal_of
 from tests.conformance.requests import made
 from tests.fixtures.server import Caller
@@ -55,6 +57,9 @@ GOOD: Final[dict[str, dict[str, Any]]] = {
     "ScheduleKeyDestructionRequest": {"key": "aes", "pending_days": 7},
     "RotateKeyRequest": {"key": "aes", "reason": "test"},
     "GetLineageUsageRequest": {"key": "aes"},
+    "RetryRotationRequest": {"rotation_id": "00000000-0000-4000-8000-000000000000"},
+    "SetRotationPolicyRequest": {"key": "aes", "policy": {"on_compromise": True}},
+    "WatchRotationRequest": {"rotation_id": "00000000-0000-4000-8000-000000000000"},
     "GetRotationRequest": {"rotation_id": "00000000-0000-4000-8000-000000000000"},
 }
 
@@ -73,6 +78,7 @@ def _moments() -> tuple[Any, ...]:
     )
 
 
+SPANS: Final = ((0, 0), (-1, 0), (1, 1), (86_400, -1), (36_500 * 86_400 + 1, 0), (2**62, 0), (-(2**62), 0), (1, 2**31 - 1))
 NOT_NAMES: Final = (*HIDDEN_TEXTS, *HIDDEN.values(), *READABLE, " ", LONG, "x" * 91, "a b", "-a", "a'b", "a@b")
 KEY: Final = Kind((*NOT_NAMES, "", "a@0", "a@9999999999"))
 OPTIONAL_KEY: Final = Kind(tuple(text for text in KEY.refused if text), "key")
@@ -95,6 +101,9 @@ KEY_METADATA: Final = Kind(tuple(kpb.KeyMetadata(entries=each) for each in METAD
 VERSION: Final = Kind(BAD_NUMBERS)
 LIMIT: Final = Kind((0, *BAD_NUMBERS))
 MOMENT: Final = Kind(_moments())
+SPAN: Final = Kind(tuple(Duration(seconds=seconds, nanos=nanos) for seconds, nanos in SPANS))
+SHARE: Final = Kind((100, 2**31, 2**32 - 1))
+POLICIES: Final = Kind((kpb.RotationPolicy(),), "policy")
 ENUM: Final = Kind((-1, 99, 2**31 - 1, -(2**31)))
 FLAG: Final = Kind(())
 ITEMS: Final = Kind(([], "too many"))
@@ -202,6 +211,16 @@ KINDS: Final[dict[str, Kind]] = {
     "RotateKeyRequest.reason": Kind((*REASON.refused, "x" * 101)),
     "RotateKeyRequest.allow_compromised": FLAG,
     "RotateKeyRequest.request_id": REQUEST_ID,
+    "RetryRotationRequest.rotation_id": Kind((*ID.refused, "")),
+    "SetRotationPolicyRequest.key": KEY,
+    "SetRotationPolicyRequest.policy": POLICIES,
+    "RotationPolicy.every": SPAN,
+    "RotationPolicy.before_expiry": SPAN,
+    "RotationPolicy.at_usage_percent": SHARE,
+    "RotationPolicy.on_compromise": FLAG,
+    "RotationPolicy.paused": FLAG,
+    "RotationPolicy.version": VERSION,
+    "WatchRotationRequest.rotation_id": Kind((*ID.refused, "")),
     "GetRotationRequest.rotation_id": Kind((*ID.refused, "")),
     "ListRotationsRequest.key": OPTIONAL_KEY,
     "ListRotationsRequest.status": ENUM,
@@ -308,6 +327,14 @@ def test_a_field_that_its_kind_refuses_is_malformed_and_named(owner: Caller, aud
         assert (found.code, found.reason, found.metadata.get("field")) == (*MALFORMED, field), shown
         assert len(found.message) < 400, shown
         assert found.message.isprintable(), shown
+
+
+@pytest.mark.parametrize("field", ["every", "before_expiry", "at_usage_percent", "version"])
+def test_a_field_of_a_policy_that_its_kind_refuses_is_malformed_and_named(owner: Caller, field: str) -> None:
+    for value in KINDS[f"RotationPolicy.{field}"].refused:
+        policy = kpb.RotationPolicy(**{"on_compromise": True, field: value})
+        found = refusal(owner.rotation.SetRotationPolicy, rpb.SetRotationPolicyRequest(key="aes", policy=policy))
+        assert (found.code, found.reason, found.metadata.get("field")) == (*MALFORMED, field), (value, found)
 
 
 @pytest.mark.parametrize(

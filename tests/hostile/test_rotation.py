@@ -5,6 +5,7 @@ from uuid import uuid4
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from kms.v1 import crypto_pb2 as cpb
 from kms.v1 import keys_pb2 as kpb
@@ -212,3 +213,57 @@ def test_a_limit_holds_for_moved_ciphertexts_whatever_the_database_counts(superu
     assert outcomes[0] == "OK"
     assert outcomes.count("OK") <= 2
     assert outcomes[-1] != "OK"
+
+
+POLICY = """
+    INSERT INTO cryptography.rotation_policies
+        (user_id, key_name, every_seconds, on_compromise, is_paused, version, policy_mac, look_at)
+    VALUES (%s, 'k', 1, FALSE, FALSE, 1, decode(repeat('00', 32), 'hex'), now())
+"""
+OF_ANOTHER_KEY = """
+    INSERT INTO cryptography.rotation_policies
+        (user_id, key_name, every_seconds, on_compromise, is_paused, version, policy_mac, look_at)
+    SELECT user_id, 'k', every_seconds, on_compromise, is_paused, version, policy_mac, now()
+    FROM cryptography.rotation_policies WHERE user_id = %s AND key_name = 'other'
+"""
+EDIT = "UPDATE cryptography.rotation_policies SET look_at = now(), every_seconds = 1 WHERE user_id = %s"
+
+
+def set_policy(owner: Caller, key: str) -> None:
+    policy = kpb.RotationPolicy(every=Duration(seconds=90 * 86_400))
+    owner.rotation.SetRotationPolicy(rpb.SetRotationPolicyRequest(key=key, policy=policy))
+
+
+def is_not_followed(attacked: RunningServer, owner: Caller) -> bool:
+    lines = [line for line in attacked.log() if line["event"] == "policy not followed"]
+    return (str(owner.user_id), "RECORD_INVALID") in {(line["owner"], line["reason"]) for line in lines}
+
+
+@pytest.mark.parametrize("what", ["planted", "of another key", "edited"])
+def test_a_policy_that_the_service_did_not_make_rotates_nothing(
+    superuser: Superuser, attacked: RunningServer, owner: Caller, what: str
+) -> None:
+    key = made(owner, "ed25519")
+    if what == "planted":
+        superuser(POLICY, parameters=(owner.user_id,))
+    elif what == "of another key":
+        made(owner, "ed25519", name="other")
+        set_policy(owner, "other")
+        superuser(OF_ANOTHER_KEY, parameters=(owner.user_id,))
+    else:
+        set_policy(owner, "k")
+        superuser(EDIT, parameters=(owner.user_id,))
+    soon(lambda: is_not_followed(attacked, owner))
+    assert refusal(owner.keys.GetKey, kpb.GetKeyRequest(key="k")).reason == "RECORD_INVALID"
+    assert owner.crypto.Sign(SIGN, timeout=15).key_id == key.id
+    assert not owner.rotation.ListRotations(rpb.ListRotationsRequest()).rotations
+    set_policy(owner, "k")
+    assert key_of(owner).rotation_policy.every.seconds == 90 * 86_400, "its owner sets it again"
+
+
+def test_a_rotation_that_a_policy_is_said_to_have_asked_for_changes_no_key(superuser: Superuser, owner: Caller) -> None:
+    key, planted = made(owner, "ed25519"), str(uuid4())
+    set_policy(owner, "k")
+    superuser(PLANT, parameters=(planted, owner.user_id, key.id, None, None))
+    assert failed(owner, planted).startswith("RECORD_INVALID")
+    assert key_of(owner).id == key.id

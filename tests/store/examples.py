@@ -18,6 +18,14 @@ AES: Final[Row] = {
 }
 USER: Final[Row] = {"username": "carol", "email": "carol@example.org", "password_hash": "!", "salt": "!"}
 ROTATION: Final[Row] = {"user_id": OWNER, "old_key_id": OWNER, "rotation_reason": "age"}
+POLICY: Final[Row] = {
+    "user_id": OWNER,
+    "key_name": "good",
+    "on_compromise": True,
+    "is_paused": False,
+    "version": 1,
+    "policy_mac": bytes(32),
+}
 CERTIFICATE: Final[Row] = {
     "user_id": OWNER,
     "key_id": OWNER,
@@ -47,6 +55,8 @@ GOOD: Final[list[tuple[str, Row]]] = [
     ("authentication.user_sessions", SESSION),
     ("cryptography.key_rotations", ROTATION),
     ("cryptography.key_rotations", {**ROTATION, "migration_status": "in_progress", "lease_owner": OTHER, "step": "s" * 50}),
+    ("cryptography.rotation_policies", POLICY),
+    ("cryptography.rotation_policies", {**POLICY, "every_seconds": 1, "before_expiry_seconds": 1, "at_usage_percent": 99}),
     ("cryptography.certificates", CERTIFICATE),
     ("cryptography.wrapping_keys", WRAPPING),
     ("cryptography.wrapping_keys", {**WRAPPING, "retired_at": PAST, "destroyed_at": PAST}),
@@ -110,6 +120,15 @@ BAD: Final[list[tuple[str, Row, Row]]] = [
     ("cryptography.key_rotations", ROTATION, {"step": "s" * 51}),
     ("cryptography.key_rotations", ROTATION, {"step_state": "[]"}),
     ("cryptography.key_rotations", ROTATION, {"request_mac": b"short"}),
+    ("cryptography.rotation_policies", POLICY, {"key_name": ""}),
+    ("cryptography.rotation_policies", POLICY, {"key_name": "k" * 91}),
+    ("cryptography.rotation_policies", POLICY, {"every_seconds": 0}),
+    ("cryptography.rotation_policies", POLICY, {"before_expiry_seconds": 0}),
+    ("cryptography.rotation_policies", POLICY, {"at_usage_percent": 0}),
+    ("cryptography.rotation_policies", POLICY, {"at_usage_percent": 100}),
+    ("cryptography.rotation_policies", POLICY, {"version": 0}),
+    ("cryptography.rotation_policies", POLICY, {"policy_mac": b"short"}),
+    ("cryptography.rotation_policies", POLICY, {"requests": -1}),
     ("cryptography.certificates", CERTIFICATE, {"certificate_type": "pgp"}),
     ("cryptography.certificates", CERTIFICATE, {"revocation_status": "lost"}),
     ("cryptography.wrapping_keys", WRAPPING, {"kind": "other"}),
@@ -200,6 +219,7 @@ ONE_OF_EACH: Final[dict[str, Row]] = {
     "authentication.login_history": {"id": ONE, "user_id": OWNER, "login_method": "password", "success": True},
     "cryptography.keys": {**AES, "id": KEY, "parent_key_id": None, "custody": "RESIDENT", "hsm_key_id": "00ff"},
     "cryptography.key_rotations": {**ROTATION, "id": ONE, "old_key_id": KEY, "new_key_id": None, "initiated_by": OWNER},
+    "cryptography.rotation_policies": POLICY,
     "cryptography.certificates": {**CERTIFICATE, "id": ONE, "key_id": KEY},
     "cryptography.wrapping_keys": WRAPPING,
     "cryptography.rewrapping": {"id": ONE, "sealing_key_id": OWNER, "slice": 0},
@@ -255,6 +275,7 @@ SECOND: Final[dict[str, Row]] = {
     "cryptography.restored_keys": {"key_id": OTHER, "user_id": OTHER},
     "cryptography.key_grants": {"key_id": THIRD_KEY},
     "cryptography.key_rotations": {"old_key_id": THIRD_KEY},
+    "cryptography.rotation_policies": {"key_name": "second"},
     "cryptography.wrapping_keys": {"kind": "sealing"},
     "cryptography.rewrapping": {"slice": 1},
     "cryptography.request_records": {"user_id": OTHER},

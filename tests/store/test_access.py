@@ -57,9 +57,11 @@ ENTRANCES: Final = {
     "audit.record_refusals": {"kms_service"},
     "authentication.assign_role": {"admin_users"},
     "authentication.create_service_user": {"admin_users"},
+    "cryptography.adopt_child": {"job_runner"},
     "cryptography.begin_first_epoch": {"job_runner"},
     "cryptography.claim_rewrapping": {"job_runner"},
     "cryptography.claim_rotations": {"job_runner"},
+    "cryptography.clear_rotation_policy": {"authenticated_users"},
     "cryptography.complete_rewrapping": {"job_runner"},
     "cryptography.complete_rotation": {"job_runner"},
     "cryptography.confirm_restored_key": {"admin_users"},
@@ -74,14 +76,22 @@ ENTRANCES: Final = {
     "cryptography.forget_answers": {"job_runner"},
     "cryptography.grant_key": {"authenticated_users"},
     "cryptography.keep_answer": {"authenticated_users"},
+    "cryptography.look_at_policy_later": {"job_runner"},
+    "cryptography.mark_addresses": {"job_runner"},
     "cryptography.move_key": {"authenticated_users"},
     "cryptography.note_wrapping_keys_destroyed": {"job_runner"},
     "cryptography.plan_rewrapping": {"job_runner"},
     "cryptography.release_rewrapping": {"job_runner"},
+    "cryptography.policies_reached": {"job_runner"},
+    "cryptography.policies_to_look_at": {"job_runner"},
     "cryptography.release_rotation": {"job_runner"},
+    "cryptography.request_due_rotation": {"job_runner"},
     "cryptography.request_rotation": {"authenticated_users"},
     "cryptography.retire_wrapping_keys": {"job_runner"},
+    "cryptography.retry_rotation": {"authenticated_users"},
     "cryptography.revoke_grant": {"authenticated_users"},
+    "cryptography.rotation_backlog": {"job_runner"},
+    "cryptography.set_rotation_policy": {"authenticated_users"},
     "cryptography.settle": {"kms_service"},
     "cryptography.settled": {"kms_service"},
     "cryptography.store_rewrapped": {"job_runner"},
@@ -227,7 +237,8 @@ ROWS_OF_A_USER: Final = """
     INSERT INTO authentication.users (id, username, email, password_hash, salt)
         VALUES (%(user)s, %(name)s, %(name)s || '@example.org', '!', '!');
     INSERT INTO authentication.user_profiles (user_id) VALUES (%(user)s);
-    INSERT INTO authentication.user_roles (user_id, role_id) SELECT %(user)s, id FROM authentication.roles;
+    INSERT INTO authentication.user_roles (user_id, role_id)
+        SELECT %(user)s, id FROM authentication.roles WHERE name <> 'rotator'; -- whose policy opens the rotations of all users
     INSERT INTO authentication.user_sessions (user_id, session_token, refresh_token, expires_at)
         VALUES (%(user)s, repeat('0', 64), repeat('1', 64), now() + interval '1 hour');
     INSERT INTO authentication.login_history (user_id, login_method, success) VALUES (%(user)s, 'password', true);
@@ -237,6 +248,8 @@ ROWS_OF_A_USER: Final = """
         (%(key)s, %(user)s, 'old', 'aes', 'encryption', 'kcv:000000', 'x', 256, 'SEALED', 'GENERATED'),
         (gen_random_uuid(), %(user)s, 'new', 'aes', 'encryption', 'kcv:000000', 'x', 256, 'SEALED', 'GENERATED');
     INSERT INTO cryptography.key_rotations (user_id, old_key_id, rotation_reason) VALUES (%(user)s, %(key)s, 'age');
+    INSERT INTO cryptography.rotation_policies (user_id, key_name, on_compromise, is_paused, version, policy_mac)
+        VALUES (%(user)s, 'old', true, false, 1, decode(repeat('00', 32), 'hex'));
     INSERT INTO cryptography.certificates (user_id, key_id, certificate_type, certificate_data)
         VALUES (%(user)s, %(key)s, 'x509', 'x');
     INSERT INTO cryptography.key_grants (owner_id, key_id, grantee_id, operations, granted_by)

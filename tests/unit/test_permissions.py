@@ -55,6 +55,19 @@ def test_who_may_use_compromised_keys_may_all_that_others_may_and_not_read_the_t
             check_permitted(held, rpc)
 
 
+def test_who_rotates_the_keys_of_others_does_nothing_else() -> None:
+    rotator = frozenset({Permission.KEYS_ROTATE})
+    for rpc in ("RotationService/RotateKey", "RotationService/RetryRotation", "AdminService/GetStatus"):
+        check_permitted(rotator, rpc)
+        check_permitted(NOBODY, rpc)
+    for rpc in ("KeyService/CreateKey", "CryptoService/Sign", "KeyService/GetKey", "AnyService/ThatComesLater"):
+        with pytest.raises(KmsError, match="rotates keys and does nothing else"):
+            check_permitted(rotator, rpc)
+    for rpc in ("RotationService/RotateKey", "AuditService/SearchEvents"):
+        with pytest.raises(KmsError, match="nothing else"):
+            check_permitted(rotator | AUDITOR, rpc)
+
+
 def test_the_permissions_that_migrations_give_to_roles_are_those_of_the_table() -> None:
     given = {found for file in SCHEMA.glob("V*.sql") for found in re.findall(r'"([a-z]+:[a-z-]+)"', file.read_text())}
     assert given == set(Permission)

@@ -99,14 +99,14 @@ def record(**fields: Any) -> KeyRecord:  # noqa: ANN401
 
 
 def test_a_request_is_acted_on_for_a_day_and_not_after_the_key_was_deactivated() -> None:
-    check_still_wanted(REQUEST, record(), MOMENT + timedelta(hours=23))
-    check_still_wanted(REQUEST, record(deactivated_at=MOMENT - timedelta(seconds=1)), MOMENT)
+    check_still_wanted(record(), MOMENT, MOMENT + timedelta(hours=23))
+    check_still_wanted(record(deactivated_at=MOMENT - timedelta(seconds=1)), MOMENT, MOMENT)
     for key, now, reason in (
         (record(), MOMENT + timedelta(hours=25), Reason.DEADLINE_EXCEEDED),
         (record(deactivated_at=MOMENT + timedelta(seconds=1)), MOMENT + timedelta(hours=1), Reason.KEY_INACTIVE),
     ):
         with pytest.raises(KmsError) as caught:
-            check_still_wanted(REQUEST, key, now)
+            check_still_wanted(key, MOMENT, now)
         assert caught.value.reason is reason
 
 

@@ -4,27 +4,30 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, cast
 
+from kms.rotation.jobs import rewrapping_job
 from kms.rotation.master_keys import MasterKeys
 from kms.store.ledger import open_ledger
 from kms.store.pool import Pool
 from kms.store.repeats import StoredRepeats
 from kms.wiring.jobs import JobParts, forget_answers, upkeep_jobs
+from kms.wiring.rotation import RotationParts
 from tests.fixtures.postgres import Database
 from tests.store.uses import a_repeat, make_key, make_user, rows, sign
 
 
 def named(parts: Mapping[str, object]) -> list[str]:
     """Return the names of the jobs of a worker with *parts*; the rest of it is absent."""
-    absent = cast(
-        Any, SimpleNamespace(opens=None, check=None, watch=None, ask=None, records=None, serve_term=None, do_due=None, write=None)
-    )
-    fields = dict.fromkeys(JobParts.__dataclass_fields__, absent) | {"master_keys": MasterKeys(absent, absent, needs_copy=False)}
+    absent = cast(Any, SimpleNamespace(opens=None, check=None, watch=None, ask=None, records=None, serve_term=None, write=None))
+    working = cast(Any, SimpleNamespace(do_due=None, ask_for_due=None))
+    master_keys, rewrapping = MasterKeys(absent, absent, needs_copy=False), rewrapping_job(absent, absent)
+    rotation = RotationParts(absent, absent, working, working, absent, master_keys, rewrapping)
+    fields = {**dict.fromkeys(JobParts.__dataclass_fields__, absent), "rotation": rotation}
     return [job.name for job in upkeep_jobs(JobParts(**{**fields, **parts}))]
 
 
 def test_a_worker_has_the_jobs_that_its_parts_are_for() -> None:
-    leased = ["rotations", "master_keys", "rewrapping"]
-    every = ["partitions", "destruction", "repeats", "condition", "disk", *leased, "database"]
+    rotation = ["rotations", "rotation policies", "master_keys", "rewrapping"]
+    every = ["partitions", "destruction", "repeats", "condition", "disk", *rotation, "database"]
     none = {"is_first": False, "journal": None, "uses": None, "sealer": None}
     assert named(none) == every
     assert named({**none, "is_first": True}) == [*every, "residents"]
