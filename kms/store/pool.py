@@ -9,15 +9,18 @@ import select
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Final, LiteralString, TypeVar
 
 import psycopg
 import psycopg_pool
 from psycopg import AsyncConnection
 from psycopg import errors as pg
+from psycopg.abc import Buffer
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg.rows import DictRow, dict_row
+from psycopg.types.datetime import TimestamptzLoader
 from psycopg_pool import AsyncConnectionPool
 
 from kms.domain.errors import KmsError
@@ -40,6 +43,7 @@ _CONNECTION_DEFAULTS: Final[Mapping[str, Any]] = {
     "keepalives_count": 5,
     "tcp_user_timeout": 15_000,
 }
+_LAST_MOMENT: Final = datetime.max.replace(tzinfo=UTC)
 _IDLE_CONNECTIONS: Final = 2
 _RECONNECT_SECONDS: Final = 3.0
 _CLOSE_SECONDS: Final = 5.0
@@ -78,6 +82,20 @@ BEFORE_LOGIN: Final = Acting("none")
 def as_user(user_id: UserId) -> Acting:
     """Act as the user: his rows and no others."""
     return Acting("authenticated_users", str(user_id))
+
+
+class _MomentLoader(TimestamptzLoader):
+    """Reads a moment that no calendar has, such as infinity, as the last one.
+
+    No record of ours has either, so the MAC of that row fails, and the rows beside it are read.
+    """
+
+    def load(self, data: Buffer) -> datetime:
+        """Return the moment."""
+        try:
+            return super().load(data)
+        except psycopg.DataError:
+            return _LAST_MOMENT
 
 
 class PooledConnection(AsyncConnection[DictRow]):
@@ -242,6 +260,7 @@ def connection_settings(dsn: str) -> dict[str, Any]:
 
 
 async def _configure(connection: PooledConnection) -> None:
+    connection.adapters.register_loader("timestamptz", _MomentLoader)
     await take_own_settings(connection)
     await connection.execute(CONFIGURE)
 
