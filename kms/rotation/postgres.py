@@ -74,8 +74,9 @@ SWITCH: Final = """
     ) AS verdict
 """
 COPY_GRANTS: Final = "SELECT cryptography.copy_grants(%(rotation)s, %(worker)s, %(claim)s) AS copied"
-# How far ahead we date a switch. SQL takes the key's lock before that moment, so every use of the key has an earlier date.
-_MARGINS: Final = (timedelta(milliseconds=20), timedelta(milliseconds=100), timedelta(milliseconds=500), timedelta(seconds=2))
+# How far ahead we date a switch. SQL takes the key's lock before that moment, so every use of the key has an earlier date. It
+# holds the lock until then: at most half of the second for which a batch of uses waits for it, or uses would fail.
+_MARGINS: Final = tuple(timedelta(milliseconds=milliseconds) for milliseconds in (20, 100, 500, 500, 500))
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,8 +50,9 @@ OF_DESTROYED_KEYS: Final = f"""
         AND NOT EXISTS (SELECT FROM cryptography.keys AS l WHERE l.hsm_key_id = k.hsm_key_id AND l.destroyed_at IS NULL)
 """
 OF_KEYS: Final = f"SELECT {COLUMNS} FROM cryptography.keys WHERE id = ANY (%(ids)s)"
-# How far ahead a move is dated: the key's lock is had before that moment, so that every use is recorded earlier.
-_MARGINS: Final = (timedelta(milliseconds=20), timedelta(milliseconds=100), timedelta(milliseconds=500), timedelta(seconds=2))
+# How far ahead a move is dated: the key's lock is had before that moment, so that every use is recorded earlier. The lock is held
+# until then: at most half of the second for which a batch of uses waits for it, or uses would fail.
+_MARGINS: Final = tuple(timedelta(milliseconds=milliseconds) for milliseconds in (20, 100, 300, 500))
 _DESTROYED_MAX: Final = 100
 _EXPECTED: Final = {
     "occurred_at": "expected a moment that has passed",

@@ -20,7 +20,9 @@ from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId
 from kms.domain.keys import Custody, KeyRecord
 from kms.domain.lifecycle import Change, Move, State, check_move
+from kms.rotation import postgres as rotations
 from kms.store import lifecycle as lifecycle_module
+from kms.store.batches import CONFIGURE
 from kms.store.keys import StoredKeys
 from kms.store.lifecycle import StoredLifecycle
 from kms.store.pool import Pool
@@ -541,3 +543,10 @@ async def test_a_limit_that_is_raised_never_gets_a_mac(database: Database, store
         await lifecycle.move(a_call(alice), key.identity.key_id, Move.UPDATE, Change(max_usage_count=6), version=None)
     assert caught.value.metadata == {"field": "max_usage_count"}
     assert not any(b"i6" in data for data in made_of)
+
+
+@pytest.mark.parametrize("margins", [lifecycle_module._MARGINS, rotations._MARGINS], ids=["a move", "a rotation"])
+def test_nothing_holds_a_key_for_as_long_as_its_uses_wait(margins: tuple[timedelta, ...]) -> None:
+    """A move and a switch hold the lock of the key until their moment. A batch of uses waits for a lock for a second."""
+    assert "set_config('lock_timeout', '1s', false)" in CONFIGURE
+    assert max(margins) <= timedelta(seconds=0.5)
