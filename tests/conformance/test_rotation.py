@@ -3,6 +3,9 @@
 The promises of RotationService in docs/, over gRPC.
 """
 
+import threading
+import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
@@ -321,6 +324,84 @@ def test_callers_who_use_the_name_notice_nothing(server: RunningServer) -> None:
         verify = cpb.VerifyRequest(key=signed.key_id, message=message, signature=signed.signature)
         assert caller.crypto.Verify(verify).valid
         assert caller.crypto.Decrypt(cpb.DecryptRequest(ciphertext=sealed.ciphertext)).plaintext == message
+
+
+def lineage(caller: Caller, name: str) -> dict[str, kpb.Key]:
+    """Return the keys that had the name *name*, by their ids."""
+    keys, token = list[kpb.Key](), ""
+    while not keys or token:
+        page = caller.keys.ListKeys(kpb.ListKeysRequest(page_token=token, name_prefix=name))
+        keys, token = [*keys, *page.keys], page.next_page_token
+    return {key.id: key for key in keys if key.name.partition("@")[0] == name}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_fifty_clients_notice_nothing_of_a_hundred_rotations(deployment: Deployment) -> None:
+    """Fifty clients of two workers sign and encrypt by name, and a third key with a limit, while three keys are rotated."""
+    limit, rotations = 40, 34
+    names = {"signs": "ed25519", "seals": "aes", "limited": "ed25519"}
+    is_over = threading.Event()
+    deployment.write_config(sessions_max=18)
+    with deployment.serving("--workers", "2") as server:
+        caller = server.caller()
+        for name, kind in names.items():
+            request = create(kind, name=name)
+            if name == "limited":
+                request.max_usage_count = limit
+            caller.keys.CreateKey(request, timeout=60)
+
+        def use(number: int) -> tuple[list[tuple[bytes, cpb.SignResponse, cpb.EncryptResponse]], list[str]]:
+            client, limited = server.again(caller), list[str]()
+            results = list[tuple[bytes, cpb.SignResponse, cpb.EncryptResponse]]()
+            while not is_over.is_set():
+                message = b"%d-%d" % (number, len(results))
+                signed = client.crypto.Sign(cpb.SignRequest(key="signs", message=message), timeout=60)
+                sealed = client.crypto.Encrypt(cpb.EncryptRequest(key="seals", plaintext=message), timeout=60)
+                results.append((message, signed, sealed))
+                try:
+                    limited.append(client.crypto.Sign(cpb.SignRequest(key="limited", message=message), timeout=60).key_id)
+                except grpc.RpcError as error:
+                    assert refusal_of(error).reason == "USAGE_LIMIT_REACHED"
+            return results, limited
+
+        began = time.monotonic()
+        with ThreadPoolExecutor(50) as pool:
+            working = [pool.submit(use, number) for number in range(50)]
+            try:
+                for _ in range(rotations):
+                    for name in names:
+                        assert rotate(caller, key=name).status == rpb.ROTATION_STATUS_COMPLETED
+            finally:
+                is_over.set()
+            seconds = time.monotonic() - began
+            done = [work.result() for work in working]
+        results, limited = [each for found, _ in done for each in found], Counter(key for _, found in done for key in found)
+        reached = sum(number == limit for number in limited.values())
+        uses = 2 * len(results) + limited.total()
+        print(f"{3 * rotations} rotations, {uses} uses in {seconds:.0f} s; {reached} of {rotations + 1} limits reached")
+        keys = {name: lineage(caller, name) for name in names}
+        assert {len(found) for found in keys.values()} == {rotations + 1}
+        # Every use is counted under the key that it names, and under no other.
+        assert Counter(signed.key_id for _, signed, _ in results) == counts(keys["signs"])
+        assert Counter(sealed.key_id for _, _, sealed in results) == counts(keys["seals"])
+        assert limited == counts(keys["limited"])
+        assert max(limited.values()) <= limit
+        checking = [server.again(caller) for _ in range(8)]
+
+        def check(number: int) -> None:
+            crypto = checking[number].crypto
+            for message, signed, sealed in results[number :: len(checking)]:
+                verify = cpb.VerifyRequest(key=signed.key_id, message=message, signature=signed.signature)
+                assert crypto.Verify(verify, timeout=60).valid
+                assert crypto.Decrypt(cpb.DecryptRequest(ciphertext=sealed.ciphertext), timeout=60).plaintext == message
+
+        with ThreadPoolExecutor(len(checking)) as pool:
+            list(pool.map(check, range(len(checking))))
+
+
+def counts(keys: dict[str, kpb.Key]) -> Counter[str]:
+    return Counter({key.id: key.usage_count for key in keys.values() if key.usage_count})
 
 
 def test_each_key_of_a_lineage_has_a_limit_of_its_own_and_keeps_it(server: RunningServer) -> None:
