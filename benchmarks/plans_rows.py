@@ -1,7 +1,8 @@
 """The rows of `plans.py`: the same generator for every size, with ids and names that can be told from their numbers.
 
-User 0 owns a tenth of the keys, the sessions and the events; the others share the rest. What a sweep takes at one time (keys
-due for destruction, answers to be forgotten, keys to be confirmed) has the same number of rows in every size.
+User 0 owns a tenth of the keys, the sessions, the events and the rotations; the others share the rest. What a sweep takes at one
+time (keys due for destruction, answers to be forgotten, keys to be confirmed, rotations that are due) has the same number of rows
+in every size.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from kms.store.migrate import migrate
 DUE: Final = 200
 UNCONFIRMED: Final = 50
 FORGOTTEN: Final = 1_000
+ROTATIONS_DUE: Final = 100
 WORKERS: Final = 2
 _CHUNK: Final = 500_000
 
@@ -36,7 +38,12 @@ LEDGER_WRITERS: Final = """
     INSERT INTO cryptography.ledger_writers (writer_id, batch, written_at)
         SELECT md5('writer' || n)::uuid, n, now() FROM generate_series(1, 50) AS n
 """
-FIRST_EPOCH: Final = "SELECT cryptography.begin_first_epoch()"
+FIRST_EPOCH: Final = """
+    SELECT cryptography.begin_first_epoch(
+        clock_timestamp(), here.system_identifier, here.timeline, here.database_oid, sha256('epoch')
+    )
+    FROM cryptography.location() AS here
+"""
 KEYS: Final = f"""
     INSERT INTO cryptography.keys (
         id, user_id, key_name, key_type, key_purpose, key_curve, public_key, encrypted_private_key, key_status, key_strength,
@@ -91,6 +98,18 @@ RESTORED: Final = f"""
     SELECT {_KEY}, {_OWNER}, 1, 'active', true, CASE WHEN n > {UNCONFIRMED} THEN now() END, CASE WHEN n > {UNCONFIRMED} THEN 0 END
     {_NUMBERS}
 """
+# Each finished rotation leads to the next key; every fiftieth has failed.
+ROTATIONS: Final = f"""
+    INSERT INTO cryptography.key_rotations (
+        id, user_id, old_key_id, new_key_id, rotation_reason, initiated_by, migration_status, completed_at, created_at,
+        next_attempt_at, attempts, request_mac
+    )
+    SELECT md5('rotation' || n)::uuid, {_OWNER}, {_KEY}, CASE WHEN n > {ROTATIONS_DUE} THEN md5('key' || n + 1)::uuid END, 'age',
+        {_OWNER}, kind, CASE kind WHEN 'completed' THEN {_PAST} END, {_PAST}, {_PAST}, 1, sha256('request')
+    {_NUMBERS} CROSS JOIN LATERAL (
+        SELECT CASE WHEN n <= {ROTATIONS_DUE} THEN 'pending' WHEN n %% 50 = 1 THEN 'failed' ELSE 'completed' END AS kind
+    )
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +140,11 @@ def key_id(number: int) -> UUID:
     return _id("key", number)
 
 
+def rotation_id(number: int) -> UUID:
+    """Return the id of a rotation."""
+    return _id("rotation", number)
+
+
 def certificate_id(number: int) -> UUID:
     """Return the id of a certificate."""
     return _id("certificate", number)
@@ -147,6 +171,7 @@ def generate(dsn: str, size: Size) -> None:
         ANSWERS: max(size.keys // 5, 2 * FORGOTTEN),
         CERTIFICATES: size.keys // 10,
         RESTORED: size.keys // 10,
+        ROTATIONS: size.keys,
     }
     chunks = [
         (statement, {"users": size.users, "keys": size.keys, "rows": rows, "first": first, "last": min(first + _CHUNK - 1, rows)})

@@ -7,17 +7,18 @@ import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 from uuid import UUID, uuid4
 
 from psycopg.types.json import Jsonb
 
-from benchmarks.plans_rows import DUE, UNCONFIRMED, Size, certificate_id, key_id, key_name, user_id
+from benchmarks.plans_rows import DUE, UNCONFIRMED, Size, certificate_id, key_id, key_name, rotation_id, user_id
 from kms.store.keys import WALKED_MAX
 from kms.store.trail import SCANNED_MAX
 
 _USABLE_FROM: Final = 1 + max(DUE, UNCONFIRMED)
+_AHEAD: Final = timedelta(milliseconds=20)  # a move waits for its moment, so this is in its time
 _PEM: Final = "-----BEGIN PUBLIC KEY-----\n" + "A" * 124
 
 
@@ -55,9 +56,16 @@ def _insert(size: Size) -> Sending:
     owner = size.owner(a_key(size))
     new_id = uuid4()
     columns: dict[str, Any] = dict.fromkeys(("hsm_key_id", "max_usage_count", "activated_at", "expires_at"))
-    columns |= {"id": new_id, "caller": owner, "name": f"new-{new_id.hex}", "type": "secp256r1", "purpose": "signing"}
-    columns |= {"curve": "secp256r1", "strength": 256, "bound_to": "", "origin": "GENERATED", "custody": "SEALED"}
-    columns |= {"public_key": _PEM, "envelope": "e" * 300, "metadata": Jsonb({})}
+    columns |= {
+        "id": new_id,
+        "user_id": owner,
+        "key_name": f"new-{new_id.hex}",
+        "key_type": "secp256r1",
+        "key_purpose": "signing",
+    }
+    columns |= {"key_curve": "secp256r1", "key_strength": 256, "bound_to": "", "origin": "GENERATED", "custody": "SEALED"}
+    columns |= {"public_key": _PEM, "encrypted_private_key": "e" * 300, "metadata": Jsonb({}), "created_at": datetime.now(UTC)}
+    columns |= {"key_status": "active", "record_mac": bytes(32)}
     return Sending(owner, columns)
 
 
@@ -94,6 +102,7 @@ def _move(move: str, **change: object) -> Make:
     def make(size: Size) -> Sending:
         number = a_key(size)
         parameters = {"key": key_id(number), "move": move, "change": Jsonb(change), "user_version": 0, "version": 1}
+        parameters |= {"moment": datetime.now(UTC) + _AHEAD, "mac": bytes(32)}
         return Sending(size.owner(number), parameters | {"request_id": str(uuid4()), "peer": "192.0.2.7"})
 
     return make
@@ -159,15 +168,51 @@ def _fixed(**parameters: object) -> Make:
     return lambda _: Sending(None, parameters)
 
 
+def _begin(_: Size) -> Sending:
+    epoch = {"number": 2, "cause": "RECOVERED", "begun_at": datetime.now(UTC), "backup_created_at": None, "timeline": "00000001"}
+    return Sending(None, epoch | {"system_identifier": 1, "database_oid": 1, "record_mac": bytes(32)})
+
+
 def _confirm(_: Size) -> Sending:
-    return Sending(None, {"key": key_id(random.randint(1, UNCONFIRMED)), "count": 5})  # noqa: S311  # no secret
+    return Sending(None, {"key": key_id(random.randint(1, UNCONFIRMED)), "count": 5, "version": 1, "mac": bytes(32)})  # noqa: S311
+
+
+def _claim(size: Size) -> Sending:
+    claim = {"worker": uuid4(), "items_max": 4, "lease_seconds": 15.0, "attempts_max": 10, "item": None}
+    return Sending(None, claim, role="job_runner")
+
+
+def _claim_one(size: Size) -> Sending:
+    return Sending(None, {**dict(_claim(size).parameters), "item": rotation_id(a_key(size))}, role="job_runner")
+
+
+def _ask_for_rotation(size: Size) -> Sending:
+    number = a_key(size)
+    asked = {"rotation": uuid4(), "key": key_id(number), "reason": "age", "allows_compromised": False, "mac": bytes(32)}
+    asked |= {"moment": datetime.now(UTC), "user_version": 0, "request_id": str(uuid4()), "peer": "192.0.2.7"}
+    return Sending(size.owner(number), asked)
+
+
+def _rotation(size: Size) -> Sending:
+    number = a_key(size)
+    return Sending(size.owner(number), {"caller": size.owner(number), "id": rotation_id(number)})
+
+
+def _rotations(*, of_the_many: bool, status: str | None = None) -> Make:
+    def make(size: Size) -> Sending:
+        number = a_key(size)
+        owner = user_id(0) if of_the_many else size.owner(number)
+        parameters: dict[str, Any] = {"caller": owner, "created_at": None, "id": None, "status": status, "limit": 51}
+        return Sending(owner, parameters | {"key": key_id(number)})
+
+    return make
 
 
 _KEY_SUBJECTS: Final = _replay(key_id, lambda size: size.keys)
 CASES: Final[Mapping[str, Mapping[str, Make]]] = {
     "batches.SETTLE": {"1 use": _settle(1), "64 uses": _settle(64)},
     "batches.SETTLED": {"": lambda _: Sending(None, {"writer": uuid4(), "number": 1})},
-    "epoch.BEGIN": {"": _fixed(cause="RECOVERED", backup_created_at=None)},
+    "epoch.BEGIN": {"": _begin},
     "epoch.COMPROMISE_KEYS": {"16 keys": _KEY_SUBJECTS},
     "epoch.CONFIRM": {"": _confirm},
     "epoch.DESTROY_KEYS": {"16 keys": _KEY_SUBJECTS},
@@ -193,7 +238,8 @@ CASES: Final[Mapping[str, Mapping[str, Make]]] = {
         "the user of a tenth, a type that he has not": _page(of_the_many=True, type="rsa"),
         "the user of a tenth, a state that no key has": _page(of_the_many=True, state="compromised"),
     },
-    "lifecycle.DESTROYED_OBJECTS": {"": _fixed(objects=["00ff", "00fe", "00fd", "00fc"])},
+    "keys.PAGE_OF_LINEAGE": {"": _page(of_the_many=True, lineage=key_name(1))},
+    "lifecycle.OF_DESTROYED_KEYS": {"": _fixed(objects=["00ff", "00fe", "00fd", "00fc"])},
     "lifecycle.MOVE": {
         "update": _move("update", metadata={"a": "b"}),
         "deactivate": _move("deactivate", reason="a"),
@@ -202,7 +248,18 @@ CASES: Final[Mapping[str, Mapping[str, Make]]] = {
     "partitions.DETACH": {"": _fixed(parent="audit.security_events", name="security_events_2024_01")},
     "partitions.ENSURE": {"": _fixed(days=90)},
     "pool.ACT_AS": {"": lambda size: Sending(None, ["authenticated_users", str(size.owner(a_key(size)))])},
+    "keys.PREDECESSORS": {"": lambda size: Sending(user_id(0), {"caller": user_id(0), "name": key_name(a_key(size))})},
     "refusals.RECORD": {"100 refusals": _refusals},
+    "rotation.leases.CLAIM": {"4 of 100 that are due": _claim, "one": _claim_one},
+    "rotation.postgres.FIND": {"": _rotation},
+    "rotation.postgres.PAGE": {
+        "a user": _rotations(of_the_many=False),
+        "the user of a tenth": _rotations(of_the_many=True),
+        "the user of a tenth, failed": _rotations(of_the_many=True, status="failed"),
+        "the user of a tenth, a status that none has": _rotations(of_the_many=True, status="in_progress"),
+    },
+    "rotation.postgres.PAGE_OF_KEY": {"": _rotations(of_the_many=False)},
+    "rotation.postgres.REQUEST": {"": _ask_for_rotation},
     "repeats.FIND": {"": _answer},
     "migrate.AS_ROLE": {"": _fixed(role="postgres")},
     "migrate.RECORD": {"": _fixed(version="V9999", description="", script_name="", checksum="")},

@@ -13,7 +13,7 @@ from kms.config import ClientConfig
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
-from google.rpc import error_details_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from kms.v1 import admin_pb2_grpc, audit_pb2, audit_pb2_grpc, crypto_pb2_grpc, keys_pb2_grpc, rotation_pb2, rotation_pb2_grpc
@@ -48,18 +48,20 @@ class Client:
             raise call_error(error, self._config.server) from None
 
     def pages(self, method: _Method[Any, Any], request: Any, field: str, limit: int) -> Iterator[Any]:  # noqa: ANN401
-        """Yield what the pages of a list hold in *field*, at most *limit* items; 0: all. Raises `CallError`.
-
-        An empty page is not always the last: only a page without a token is.
-        """
+        """Yield what the pages of a list hold in *field*, at most *limit* items; 0: all. Raises `CallError`."""
         count = 0
-        while True:
-            page = self.call(method, request)
+        for page in self.whole_pages(method, request):
             for item in getattr(page, field):
                 yield item
                 count += 1
                 if count == limit:
                     return
+
+    def whole_pages(self, method: _Method[Any, Any], request: Any) -> Iterator[Any]:  # noqa: ANN401
+        """Yield the pages of a list. An empty page is not always the last: only a page without a token is."""
+        while True:
+            page = self.call(method, request)
+            yield page
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token
@@ -125,10 +127,24 @@ def call_error(error: grpc.RpcError, server: str) -> CallError:
     code: grpc.StatusCode = call.code()
     message = str(call.details() or code.name)
     status = rpc_status.from_call(call)
-    for detail in status.details if status is not None else ():
-        info = error_details_pb2.ErrorInfo()
-        if detail.Unpack(info):
-            return CallError(code.name, info.reason, message, info.metadata)
+    info = _info(status) if status is not None else None
+    if info is not None:
+        return CallError(code.name, info.reason, message, info.metadata)
     if code is grpc.StatusCode.UNAVAILABLE:
         return CallError(code.name, _UNREACHABLE, f"{server} does not answer as a KMS server: {message}", {"server": server})
     return CallError(code.name, code.name, message, {})
+
+
+def status_error(status: status_pb2.Status) -> CallError:
+    """Return what the status of an item of a batch says."""
+    info = _info(status) or error_details_pb2.ErrorInfo()
+    code = code_pb2.Code.Name(status.code)  # type: ignore[arg-type]  # the field is a number of this enumeration
+    return CallError(code, info.reason or code, status.message, info.metadata)
+
+
+def _info(status: status_pb2.Status) -> error_details_pb2.ErrorInfo | None:
+    for detail in status.details:
+        info = error_details_pb2.ErrorInfo()
+        if detail.Unpack(info):
+            return info
+    return None

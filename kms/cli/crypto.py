@@ -132,12 +132,8 @@ def decrypt(
         bool, typer.Option("--raw-oaep", help="The input is bare RSA-OAEP made elsewhere; needs --key and --oaep-hash.")
     ] = False,
     oaep_hash: options.OaepHashOption = None,
-    allow_compromised: Annotated[
-        bool, typer.Option("--allow-compromised", help="Also with a key that is compromised; needs the role recovery.")
-    ] = False,
-    allow_revoked: Annotated[
-        bool, typer.Option("--allow-revoked", help="Also with a key that is revoked; needs the role recovery.")
-    ] = False,
+    allow_compromised: options.AllowCompromisedOption = False,
+    allow_revoked: options.AllowRevokedOption = False,
     out: options.OutOption = None,
     encoding: options.EncodingOption = None,
 ) -> None:
@@ -250,7 +246,6 @@ def register(app: typer.Typer) -> None:
         "kms decrypt --in secret.kms --out secret.txt",
         "printf secret | kms encrypt backups | kms decrypt",
         "kms decrypt --in mail.oaep --raw-oaep --key inbox --oaep-hash sha-1",
-        "kms decrypt --allow-compromised --in secret.kms | kms encrypt backups-2 --out secret-2.kms",
     )(decrypt)
     command(
         app,

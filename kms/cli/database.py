@@ -180,6 +180,8 @@ def _told(beginning: "Beginning") -> dict[str, Any]:
         "deactivated": beginning.deactivated,
         "unconfirmed": beginning.unconfirmed,
         "invalid": list(map(str, beginning.invalid)),
+        "superseded": list(map(str, beginning.superseded)),
+        "lost_successors": list(map(str, beginning.lost_successors)),
     }
 
 

@@ -72,11 +72,11 @@ def from_base64(text: str, where: str) -> bytes:
         raise typer.BadParameter(f"{where}: expected base64") from None
 
 
-def read_aad(text: str | None, hexadecimal: str | None) -> bytes:
-    """Return the associated data that is given as text or in hexadecimal; none is empty."""
+def read_aad(text: str | None, hexadecimal: str | None, *, option: str = "--aad") -> bytes:
+    """Return the associated data that is given as text (*option*) or in hexadecimal (*option*`-hex`); none is empty."""
     if text is not None and hexadecimal is not None:
-        raise typer.BadParameter("give only one of --aad and --aad-hex")
-    return from_hex(hexadecimal, "--aad-hex") if hexadecimal is not None else (text or "").encode(errors="surrogateescape")
+        raise typer.BadParameter(f"give only one of {option} and {option}-hex")
+    return from_hex(hexadecimal, f"{option}-hex") if hexadecimal is not None else (text or "").encode(errors="surrogateescape")
 
 
 def _read(stream: BinaryIO, name: str, bytes_max: int) -> bytes:

@@ -72,6 +72,7 @@ def list_keys(
     purpose: Annotated[Purpose | None, typer.Option(help="Only keys of this purpose.")] = None,
     state: Annotated[State | None, typer.Option(help="Only keys in this state.")] = None,
     prefix: Annotated[str, typer.Option(help="Only keys whose name begins so.")] = "",
+    lineage: Annotated[str, typer.Option(metavar="KEY", help="Only this key, its predecessors and successors.")] = "",
     limit: Annotated[int, typer.Option(min=0, help="At most so many; 0: all.")] = 0,
 ) -> None:
     """List your keys in the order of their names.
@@ -89,6 +90,7 @@ def list_keys(
             purpose=number(enums.PURPOSES, purpose),
             state=number(enums.STATES, state),
             name_prefix=prefix,
+            lineage=lineage,
         )
         found = [key_fields(key) for key in client.pages(client.keys.ListKeys, request, "keys", limit)]
     if invocation.as_json:
@@ -137,7 +139,14 @@ def register(app: typer.Typer) -> typer.Typer:
         "kms key create backups --type aes --custody-min wrapped --json",
         "kms key create vouchers --type ed25519 --limit 1000 --expires 2027-01-01",
     )(create)
-    command(keys, "list", "kms key list", "kms key list --type rsa --json", "kms key list --prefix pay | cut -f 1")(list_keys)
+    command(
+        keys,
+        "list",
+        "kms key list",
+        "kms key list --type rsa --json",
+        "kms key list --prefix pay | cut -f 1",
+        "kms key list --lineage payments",
+    )(list_keys)
     command(keys, "show", "kms key show payments", "kms key show payments --json | jq -r .custody")(show)
     command(keys, "public", "kms key public payments", "kms key public payments --format der --out payments.der")(public)
     return keys

@@ -8,7 +8,22 @@ from typing import Annotated, Final, NoReturn
 
 import typer
 
-from kms.cli import audit, crypto, database, events, hsm, keys, moves, partitions, records, rotations, service, status, users
+from kms.cli import (
+    audit,
+    crypto,
+    database,
+    events,
+    hsm,
+    keys,
+    moves,
+    partitions,
+    records,
+    reencryption,
+    rotations,
+    service,
+    status,
+    users,
+)
 from kms.cli.failures import EXIT_CODES_HELP, ExitCode, Failure, failure_of, interrupted, report, usage_failure
 from kms.cli.invocation import Invocation, JsonOption
 from kms.cli.output import guard_streams
@@ -43,7 +58,7 @@ def _global(
     ctx.obj = Invocation(config_file, as_json)
 
 
-for _part in (service, database, partitions, hsm, records, users, crypto, status):
+for _part in (service, database, partitions, hsm, records, users, crypto, reencryption, status):
     _part.register(app)
 _keys = keys.register(app)
 moves.register(_keys)

@@ -24,4 +24,10 @@ AadHexOption = Annotated[str | None, typer.Option("--aad-hex", metavar="HEX", he
 SchemeOption = Annotated[Scheme | None, typer.Option(help="Default: the key type's own; for rsa: rsa-pss.")]
 HashOption = Annotated[Hash | None, typer.Option("--hash", help="Default: sha-256; none for ed25519.")]
 OaepHashOption = Annotated[Hash | None, typer.Option("--oaep-hash", help="RSA: default the strongest that the HSM does.")]
+AllowCompromisedOption = Annotated[
+    bool, typer.Option("--allow-compromised", help="Also with a key that is compromised; needs the role recovery.")
+]
+AllowRevokedOption = Annotated[
+    bool, typer.Option("--allow-revoked", help="Also with a key that is revoked; needs the role recovery.")
+]
 FormOption = Annotated[SignatureForm | None, typer.Option("--format", help="ECDSA only; default: der.")]

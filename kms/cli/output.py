@@ -12,9 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final, TextIO, cast
+from typing import TYPE_CHECKING, Any, Final, TextIO, cast
 
 from kms.domain.text import escaped, has_hidden, json_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 STDOUT: Final = Path("-")
 
@@ -63,7 +66,7 @@ def print_fields(fields: Mapping[str, object]) -> None:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
+def changing_line() -> Iterator[Callable[[str], None]]:
     """Yield what shows how far something is: on a terminal in one line that changes, else in a line for each text."""
     if not sys.stdout.isatty():
         yield lambda text: print(escaped(text, keep="\t"), flush=True)
@@ -83,15 +86,40 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             print("\t".join(map(escaped, row)))
         return
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(*headings, box=box.SIMPLE_HEAD)
     for row in rows:
         table.add_row(*map(escaped, row))
+    _console().print(table)
+
+
+@contextmanager
+def progress(total: int, done: int, *, quiet: bool) -> Iterator[Callable[[int, str], None]]:
+    """Show how many of *total* are done: *done* at first, and then what the function that is yielded is called with.
+
+    A terminal gets a bar. A pipe gets a line for each call. *quiet* shows nothing.
+    """
+    if quiet:
+        yield lambda done, remark: None
+        return
+    if not sys.stdout.isatty():
+        yield lambda done, remark: print(f"{done} of {total} done, {remark}", flush=True)
+        return
+    from rich import progress as bars
+
+    columns = (bars.BarColumn(), bars.MofNCompleteColumn(), bars.TextColumn("{task.description}"), bars.TimeRemainingColumn())
+    with bars.Progress(*columns, console=_console(), redirect_stdout=False, redirect_stderr=False) as bar:
+        task = bar.add_task("", total=total, completed=done)
+        yield lambda done, remark: bar.update(task, completed=done, description=remark)
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
     # rich steers the terminal, so it writes to the stream itself. It would make pictures of texts like :key:.
     stream = sys.stdout.stream if isinstance(sys.stdout, _Guarded) else sys.stdout
-    Console(file=stream, markup=False, emoji=False, highlight=False).print(table)
+    return Console(file=stream, markup=False, emoji=False, highlight=False)
 
 
 def text_of(data: bytes, encoding: Encoding | None) -> str:
@@ -146,6 +174,8 @@ def write_file(path: Path, content: bytes, *, private: bool = False) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # before the name: a power failure must not leave an empty file under it
         if not private:
             os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -9,14 +10,19 @@ import typer
 
 from kms.cli.failures import CallError
 from kms.cli.invocation import Invocation, command, group
+from kms.cli.moments import MOMENTS, stamp
 from kms.cli.options import KeyArgument
-from kms.cli.output import print_fields, print_json, print_table, progress
+from kms.cli.output import changing_line, print_fields, print_json, print_table
 from kms.domain.text import json_text
 
 if TYPE_CHECKING:
     from kms.v1 import keys_pb2, rotation_pb2
 
 _PAGE: Final = 200
+_USAGE_PAGE: Final = 50
+_USAGE_COLUMNS: Final = (
+    *("name", "superseded_at", "counted_since", "action", "user_id", "count", "last_used_at", "last_peer", "key_id"),
+)
 _COLUMNS: Final = ("created_at", "status", "old_key_id", "new_key_id", "affected_records_count", "reason", "id")
 
 RotationArgument = Annotated[str, typer.Argument(metavar="ROTATION", help="A rotation's id.", show_default=False)]
@@ -95,7 +101,7 @@ def watch(invocation: Invocation, rotation: RotationArgument) -> None:
         from kms.v1 import rotation_pb2
 
         last = rotation_pb2.Rotation()
-        with progress() as show_line:
+        with changing_line() as show_line:
             for last in client.watched(rotation):
                 fields = _fields(last)
                 columns = (fields["status"], str(last.attempts), last.new_key_id, last.error_message)
@@ -188,11 +194,41 @@ def show(invocation: Invocation, rotation: RotationArgument) -> None:
         _print(invocation, client.call(client.rotation.GetRotation, request).rotation)
 
 
+def usage(
+    invocation: Invocation,
+    key: KeyArgument,
+    since: Annotated[
+        datetime | None, typer.Option(formats=MOMENTS, help="Count uses from this moment on. Default: 30 days ago.")
+    ] = None,
+) -> None:
+    """Show how often the predecessors of a key are still used, by whom and by which operation: when can one of them go?
+
+    The trail tells. It has neither kms verify nor refused calls. Each predecessor has a line, also if nobody used it.
+    Into a pipe: name, superseded, counted since, operation, user, uses, last used, from which address, and id, with tabs between.
+    """
+    with invocation.client() as client:
+        from kms.v1 import rotation_pb2
+
+        request = rotation_pb2.GetLineageUsageRequest(key=key, since=stamp(since), page_size=_USAGE_PAGE)
+        found, invalid = [], list[str]()
+        for page in client.whole_pages(client.rotation.GetLineageUsage, request):
+            found += [_usage_fields(each) for each in page.predecessors]
+            invalid += page.invalid_key_ids
+    if invocation.as_json:
+        print_json({"predecessors": found, "invalid_key_ids": invalid})
+    else:
+        print_table([column.replace("_", " ") for column in _USAGE_COLUMNS], [row for each in found for row in _usage_rows(each)])
+    if invalid:
+        message = f"the records of these predecessors are not as the service left them: {', '.join(invalid)}"
+        raise CallError("DATA_LOSS", "RECORD_INVALID", message, {})
+
+
 def register(app: typer.Typer, keys: typer.Typer) -> None:
     """Add `rotate` to *keys*, the group `kms key`, and the group `kms rotation` to *app*."""
     command(keys, "rotate", "kms key rotate payments --reason 'a year old'")(rotate)
     rotations = group(app, "rotation", "Look at rotations, and try them again.")
     command(rotations, "list", "kms rotation list", "kms rotation list --key payments --status failed --json")(list_rotations)
+    command(rotations, "usage", "kms rotation usage backups", "kms rotation usage backups --since 2026-01-01 --json")(usage)
     command(rotations, "show", "kms rotation show 3b3c7a53-8d2c-4d4c-9a4e-0c8f2d1a6b57")(show)
     command(
         keys,
@@ -289,3 +325,29 @@ def _fields(rotation: "rotation_pb2.Rotation") -> dict[str, Any]:
         "completed_at": rotation.completed_at.ToJsonString() if rotation.HasField("completed_at") else "",
     }
     return {name: value for name, value in fields.items() if value != ""}
+
+
+def _usage_fields(found: "rotation_pb2.PredecessorUsage") -> dict[str, Any]:
+    """Return a predecessor and its uses as `--json` shows them."""
+    uses = [
+        {
+            "action": use.action,
+            "user_id": use.user_id,
+            "count": use.count,
+            "last_used_at": use.last_used_at.ToJsonString(),
+            "last_peer": use.last_peer,
+        }
+        for use in found.uses
+    ]
+    return {
+        "key_id": found.key_id,
+        "name": found.name,
+        "superseded_at": found.superseded_at.ToJsonString(),
+        "counted_since": found.counted_since.ToJsonString(),
+        "uses": uses,
+    }
+
+
+def _usage_rows(predecessor: dict[str, Any]) -> list[list[str]]:
+    lines = predecessor["uses"] or [{"count": 0}]
+    return [[str({**predecessor, **line}.get(column, "")) for column in _USAGE_COLUMNS] for line in lines]

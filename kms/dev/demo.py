@@ -239,6 +239,10 @@ def _rotate(client: Client, report: Report) -> None:
         if sealed:
             opened = client.call(client.crypto.Decrypt, crypto_pb2.DecryptRequest(ciphertext=sealed)).plaintext
             report.check(opened == SECRET, f"{name:<9} what {name}@1 sealed opens")
+            moved = client.call(client.crypto.ReEncrypt, crypto_pb2.ReEncryptRequest(ciphertext=sealed))
+            found = client.call(client.crypto.Decrypt, crypto_pb2.DecryptRequest(ciphertext=moved.ciphertext))
+            is_moved = (found.plaintext, found.key_id) == (SECRET, key.id)
+            report.check(is_moved, f"{name:<9} moved to the successor (ReEncrypt): the new ciphertext opens, too")
         else:
             signed = client.call(client.crypto.Sign, crypto_pb2.SignRequest(key=name, message=MESSAGE))
             report.check(signed.key_id == key.id, f"{name:<9} the name signs with the successor")

@@ -114,12 +114,13 @@ class UsableKey:
 
 @dataclass(frozen=True, slots=True)
 class KeyFilter:
-    """Which of the caller's keys to list; None does not restrict."""
+    """Which of the caller's keys to list; None does not restrict. `lineage` is the name that its current key has."""
 
     key_type: str | None = None
     purpose: str | None = None
     status: str | None = None
     name_prefix: str | None = None
+    lineage: KeyName | None = None
 
 
 def usage_limit(key_type: str, max_usage_count: int | None) -> int | None:

@@ -38,7 +38,7 @@ from kms.rotation.rotation import (
     successor,
     superseded,
 )
-from kms.store.journal import Journal, changed_line
+from kms.store.journal import Journal, superseded_line
 from kms.store.journal_knowledge import JournalKnowledge
 from kms.store.journaled import write_line
 from kms.store.keys import FIND_BY_ID, PREDECESSORS, keep_answer, key_record
@@ -116,17 +116,17 @@ class StoredRotations:
             "request_id": call.request_id,
             "peer": call.peer,
         }
-        try:
-            async with self.pool.transaction(as_user(call.user.user_id)) as connection:
+        async with self.pool.transaction(as_user(call.user.user_id)) as connection:
+            try:
                 row = await (await connection.execute(REQUEST, parameters)).fetchone()
-                if row is None or not isinstance(row["id"], UUID):
-                    raise record_invalid(request.key_id)
-                if repeat_of is not None:
-                    await keep_answer(connection, repeat_of(row["id"]))
-        except pg.InvalidAuthorizationSpecification:
-            raise credentials_invalid() from None
-        except pg.NoDataFound:
-            raise key_not_found() from None
+            except pg.InvalidAuthorizationSpecification:
+                raise credentials_invalid() from None
+            except pg.NoDataFound:
+                raise key_not_found() from None
+            if row is None or not isinstance(row["id"], UUID):
+                raise record_invalid(request.key_id)
+            if repeat_of is not None:
+                await keep_answer(connection, repeat_of(row["id"]))
         rotation_id: UUID = row["id"]
         return rotation_id
 
@@ -257,8 +257,7 @@ class StoredRotations:
             raise record_invalid(old_id)
         if self.journal is not None and not (self.knowledge is not None and self.knowledge.knows(old_id, old.version)):
             # From here on no earlier row of the predecessor is believed, and no restore makes it active.
-            line = changed_line(old_id, old.version, occurred_at=self.records.clock(), what="superseded")
-            await write_line(self.journal, line)
+            await write_line(self.journal, superseded_line(old_id, old.version, key_id, occurred_at=self.records.clock()))
         return key
 
     async def has_key(self, owner: UserId, key_id: KeyId) -> bool:

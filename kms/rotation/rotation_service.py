@@ -10,7 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from kms.app.ports import Call
-from kms.domain.errors import malformed
+from kms.domain.errors import KmsError, malformed
 from kms.domain.fields import open_token, parse_optional_number, token_of
 from kms.domain.ids import parse_key_ref, parse_uuid
 from kms.domain.keys import KeyRecord
@@ -18,12 +18,15 @@ from kms.rotation.policy import RotationPolicy, Triggers
 from kms.rotation.rotating import Rotating
 from kms.rotation.rotation import Rotation, RotationFilter, RotationPlace, RotationStatus
 from kms.rotation.scheduling import Schedule, Scheduling
+from kms.rotation.usage import CountedUses, LineageUsage
 from kms.rpc import convert, enums
 from kms.v1 import keys_pb2
 from kms.v1 import rotation_pb2 as pb
 
 PAGE_DEFAULT: Final = 50
 PAGE_MAX: Final = 200
+USAGE_PAGE_DEFAULT: Final = 20
+USAGE_PAGE_MAX: Final = 50
 STATUSES: Final[Mapping["pb.RotationStatus.ValueType", RotationStatus]] = {
     pb.ROTATION_STATUS_PENDING: RotationStatus.PENDING,
     pb.ROTATION_STATUS_IN_PROGRESS: RotationStatus.IN_PROGRESS,
@@ -34,10 +37,11 @@ STATUSES: Final[Mapping["pb.RotationStatus.ValueType", RotationStatus]] = {
 
 @dataclass(frozen=True, slots=True)
 class RotationServicer:
-    """Decodes, calls `Rotating` and `Scheduling`, encodes."""
+    """Decodes, calls `Rotating`, `Scheduling` and `LineageUsage`, encodes."""
 
     rotating: Rotating
     scheduling: Scheduling
+    usage: LineageUsage
 
     async def RotateKey(self, request: pb.RotateKeyRequest, call: Call) -> pb.RotateKeyResponse:
         """Rotate a key."""
@@ -92,6 +96,19 @@ class RotationServicer:
         rotations = [wire_rotation(rotation) for rotation in found[:limit]]
         token = _page_token(found[limit - 1], which) if len(found) > limit else ""
         return pb.ListRotationsResponse(rotations=rotations, next_page_token=token)
+
+    async def GetLineageUsage(self, request: pb.GetLineageUsageRequest, call: Call) -> pb.GetLineageUsageResponse:
+        """Tell how often the predecessors of a key are still used."""
+        limit = parse_optional_number(request.page_size, field="page_size", most=USAGE_PAGE_MAX) or USAGE_PAGE_DEFAULT
+        since, caller = convert.moment(request, "since"), call.user.user_id
+        lineage = await self.usage.lineage(caller, parse_key_ref(request.key))
+        which = (str(lineage), "" if since is None else since.isoformat())
+        page = await self.usage.page(caller, lineage, since, after=_parse_usage_token(request.page_token, which), limit=limit)
+        return pb.GetLineageUsageResponse(
+            predecessors=[wire_usage(key, counted) for key, counted in page.keys],
+            next_page_token="" if page.goes_on_after is None else token_of(*which, page.goes_on_after),
+            invalid_key_ids=map(str, page.invalid),
+        )
 
 
 def wire_rotation(rotation: Rotation) -> pb.Rotation:
@@ -173,3 +190,39 @@ def _parse_page_token(token: str, which: RotationFilter) -> RotationPlace | None
 
 def _fingerprint(which: RotationFilter) -> tuple[str, str]:
     return str(which.key_id or ""), str(which.status or "")
+
+
+def wire_usage(key: KeyRecord, counted: CountedUses) -> pb.PredecessorUsage:
+    """Return the uses of a predecessor as a client sees them."""
+    uses = [
+        pb.PredecessorUsage.Use(
+            action=use.action,
+            user_id="" if use.user_id is None else str(use.user_id),
+            count=use.count,
+            last_used_at=convert.stamp(use.last_used_at),
+            last_peer=use.last_peer,
+        )
+        for use in counted.uses
+    ]
+    return pb.PredecessorUsage(
+        key_id=str(key.identity.key_id),
+        name=key.name,
+        superseded_at=convert.stamp(key.superseded_at),
+        counted_since=convert.stamp(counted.since),
+        uses=uses,
+    )
+
+
+def _parse_usage_token(token: str, which: tuple[str, str]) -> str:
+    if not token:
+        return ""
+    expected = malformed("page_token", "expected next_page_token of the page before, with the same key and since")
+    match open_token(token, expected=expected):
+        case [lineage, since, str(after)] if (lineage, since) == which:
+            pass
+        case _:
+            raise expected
+    try:
+        return str(parse_key_ref(after))
+    except KmsError:
+        raise expected from None

@@ -13,10 +13,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from kms.domain.errors import KmsError, malformed
 from kms.domain.fields import open_token, parse_moment, parse_number, parse_optional_number, parse_span, token_of
-from kms.domain.ids import parse_key_name, parse_key_ref
+from kms.domain.ids import KeyName, parse_key_name, parse_key_ref
 from kms.domain.keys import KeyFilter, KeyRecord
 from kms.domain.lifecycle import Change, Use
 from kms.keys.crypto.encryption import DATA_KEY_BYTES_DEFAULT, Decrypted, Encrypted, ToDecrypt, ToEncrypt, ToGenerate
+from kms.keys.crypto.reencryption import ReEncrypted, ToReEncrypt
 from kms.keys.crypto.signing import Signature, ToSign, ToVerify, Verification
 from kms.keys.ledger.repeats import RepeatableRequest
 from kms.rpc import enums
@@ -77,8 +78,8 @@ def der_of(pem: str) -> bytes:
     return base64.b64decode("".join(line for line in pem.splitlines() if not line.startswith("-----")))
 
 
-def page_request(request: keys_pb2.ListKeysRequest) -> tuple[KeyFilter, str, int]:
-    """Return the filter, the name to begin behind, and the page's size."""
+def page_request(request: keys_pb2.ListKeysRequest, lineage: KeyName | None) -> tuple[KeyFilter, str, int]:
+    """Return the filter, the name to begin behind, and the page's size. *lineage* is the name that `lineage` stands for."""
     page_size = parse_optional_number(request.page_size, field="page_size", most=PAGE_MAX)
     if request.name_prefix:
         parse_key_name(request.name_prefix, field="name_prefix")
@@ -87,6 +88,7 @@ def page_request(request: keys_pb2.ListKeysRequest) -> tuple[KeyFilter, str, int
         purpose=enums.optional(enums.PURPOSES, request.purpose, "purpose"),
         status=enums.optional(enums.STATES, request.state, "state"),
         name_prefix=request.name_prefix or None,
+        lineage=lineage,
     )
     return which, _parse_page_token(request.page_token, which), page_size or PAGE_DEFAULT
 
@@ -114,7 +116,7 @@ def _parse_page_token(token: str, which: KeyFilter) -> str:
 
 
 def _fingerprint(which: KeyFilter) -> str:
-    parts = [which.key_type, which.purpose, which.status, which.name_prefix]
+    parts = [which.key_type, which.purpose, which.status, which.name_prefix, which.lineage]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -168,6 +170,13 @@ def wire_decrypted(decrypted: Decrypted) -> crypto_pb2.DecryptResponse:
     return crypto_pb2.DecryptResponse(plaintext=decrypted.plaintext, key_id=str(decrypted.key_id))
 
 
+def wire_reencrypted(moved: ReEncrypted) -> crypto_pb2.ReEncryptResponse:
+    """Return a ciphertext that was moved to another key as a client sees it."""
+    return crypto_pb2.ReEncryptResponse(
+        ciphertext=moved.ciphertext, key_id=str(moved.key_id), source_key_id=str(moved.source_key_id)
+    )
+
+
 def to_encrypt(request: crypto_pb2.EncryptRequest) -> ToEncrypt:
     """Return what an Encrypt request is about."""
     oaep_hash = enums.optional(enums.HASHES, request.oaep_hash, "oaep_hash")
@@ -188,7 +197,20 @@ def to_decrypt(request: crypto_pb2.DecryptRequest) -> ToDecrypt:
     )
 
 
-def _uses(request: crypto_pb2.DecryptRequest) -> Iterator[Use]:
+def to_reencrypt(request: crypto_pb2.ReEncryptRequest) -> ToReEncrypt:
+    """Return what a ReEncrypt request is about."""
+    return ToReEncrypt(
+        ciphertext=request.ciphertext,
+        aad=request.aad,
+        source_key=parse_key_ref(request.source_key, field="source_key") if request.source_key else None,
+        key=parse_key_ref(request.key) if request.key else None,
+        new_aad=request.new_aad if request.HasField("new_aad") else None,
+        oaep_hash=enums.optional(enums.HASHES, request.oaep_hash, "oaep_hash"),
+        uses=tuple(_uses(request)),
+    )
+
+
+def _uses(request: crypto_pb2.DecryptRequest | crypto_pb2.ReEncryptRequest) -> Iterator[Use]:
     yield Use.PROCESS
     if request.allow_compromised:
         yield Use.PROCESS_COMPROMISED
@@ -205,6 +227,7 @@ def to_generate(request: crypto_pb2.GenerateDataKeyRequest) -> ToGenerate:
 def repeatable(
     request: crypto_pb2.SignRequest
     | crypto_pb2.EncryptRequest
+    | crypto_pb2.ReEncryptRequest
     | crypto_pb2.GenerateDataKeyRequest
     | keys_pb2.CreateKeyRequest
     | rotation_pb2.RotateKeyRequest,

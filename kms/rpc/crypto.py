@@ -12,7 +12,7 @@ from kms.rpc.batches import check_items
 from kms.rpc.status import status_of
 from kms.v1 import crypto_pb2 as pb
 
-Message = TypeVar("Message", pb.SignRequest, pb.VerifyRequest, pb.EncryptRequest, pb.DecryptRequest)
+Message = TypeVar("Message", pb.SignRequest, pb.VerifyRequest, pb.EncryptRequest, pb.DecryptRequest, pb.ReEncryptRequest)
 Request = TypeVar("Request")
 Result = TypeVar("Result")
 Wire = TypeVar("Wire")
@@ -39,6 +39,11 @@ class CryptoServicer:
     async def Decrypt(self, request: pb.DecryptRequest, call: Call) -> pb.DecryptResponse:
         """Decrypt a ciphertext."""
         return convert.wire_decrypted(await self.uses.decrypt(call, convert.to_decrypt(request)))
+
+    async def ReEncrypt(self, request: pb.ReEncryptRequest, call: Call) -> pb.ReEncryptResponse:
+        """Move a ciphertext to another key."""
+        moved = await self.uses.reencrypt(call, convert.to_reencrypt(request), convert.repeatable(request))
+        return convert.wire_reencrypted(moved)
 
     async def GenerateDataKey(self, request: pb.GenerateDataKeyRequest, call: Call) -> pb.GenerateDataKeyResponse:
         """Make a data key."""
@@ -76,6 +81,13 @@ class CryptoServicer:
         items = _items(request.items, lambda item: Item(convert.to_decrypt(item)))
         outcomes = await self.uses.decrypt_each(call, items)
         return pb.BatchDecryptResponse(items=_wire_items(outcomes, convert.wire_decrypted, pb.BatchDecryptResponse.Item))
+
+    async def BatchReEncrypt(self, request: pb.BatchReEncryptRequest, call: Call) -> pb.BatchReEncryptResponse:
+        """Move the ciphertext of each item to another key."""
+        check_items(request.items, lambda item: len(item.ciphertext) + len(item.aad) + len(item.new_aad))
+        items = _items(request.items, lambda item: Item(convert.to_reencrypt(item), convert.repeatable(item)))
+        outcomes = await self.uses.reencrypt_each(call, items)
+        return pb.BatchReEncryptResponse(items=_wire_items(outcomes, convert.wire_reencrypted, pb.BatchReEncryptResponse.Item))
 
 
 def _items(messages: Sequence[Message], parse: Callable[[Message], Item[Request]]) -> list[Item[Request] | KmsError]:

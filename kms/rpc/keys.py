@@ -10,7 +10,7 @@ from kms.app.moving import Moving
 from kms.app.ports import Call
 from kms.domain.algorithms import key_spec
 from kms.domain.errors import KmsError, Reason, about_key
-from kms.domain.ids import parse_key_name, parse_key_ref
+from kms.domain.ids import base_name, parse_key_name, parse_key_ref
 from kms.domain.key_row import PENDING_DAYS_DEFAULT
 from kms.domain.keys import KeyRecord
 from kms.domain.lifecycle import Change, Move
@@ -64,8 +64,11 @@ class KeyServicer:
 
     async def ListKeys(self, request: keys_pb2.ListKeysRequest, call: Call) -> keys_pb2.ListKeysResponse:
         """List the caller's keys."""
-        which, after, limit = convert.page_request(request)
-        page = await self.keyring.keys.page(call.user.user_id, which, after=after, limit=limit)
+        keys, caller, lineage = self.keyring.keys, call.user.user_id, None
+        if request.lineage:
+            lineage = base_name((await require_key(keys, caller, parse_key_ref(request.lineage, field="lineage"))).name)
+        which, after, limit = convert.page_request(request, lineage)
+        page = await keys.page(caller, which, after=after, limit=limit)
         token = convert.page_token(page.goes_on_after, which) if page.goes_on_after is not None else ""
         for key_id in page.invalid:
             self.repeats.settling.ledger.note_refusal(call, "ListKeys", key_id, Reason.RECORD_INVALID)

@@ -23,7 +23,7 @@ from kms.domain.errors import KmsError, Reason, malformed
 from kms.domain.key_row import AUTHENTICATED, Row, epoch_bytes
 from kms.domain.restoring import Restoring, confirmed
 from kms.store.errors import unavailable
-from kms.store.journal import Entry, Event
+from kms.store.journal import Entry, Event, is_superseded, successor_in
 from kms.store.journal_knowledge import JournalKnowledge
 from kms.store.keys import key_record
 from kms.store.pool import AS_ADMINISTRATOR, AS_JOB, Pool
@@ -124,6 +124,7 @@ DEACTIVATE: Final = """
     )
     SELECT (SELECT count(*) FROM noted), (SELECT count(*) FROM deactivated)
 """
+SUPERSEDED: Final = "SELECT id, superseded_at IS NOT NULL FROM cryptography.keys WHERE id = ANY (%(ids)s::uuid[])"
 REVOKE_KEYS: Final = """
     UPDATE cryptography.keys AS k
     SET key_status = 'revoked', revoked_at = told.at
@@ -196,7 +197,9 @@ class UnconfirmedKey:
 class Beginning:
     """What the beginning of an epoch did. `replayed` counts the rows that the journal changed, by event.
 
-    `invalid` are keys whose records were not as the service had left them: they stay refused (RECORD_INVALID).
+    `invalid` are keys whose records were not as the service had left them: they stay refused (RECORD_INVALID). `superseded` are
+    keys that were rotated since, as the journal says: they have their names again. `lost_successors` are keys that such rotations
+    made, as far as the journal names them: the database does not have them.
     """
 
     number: int
@@ -204,7 +207,9 @@ class Beginning:
     emptied: tuple[str, ...]
     unconfirmed: int
     deactivated: int
-    invalid: tuple[UUID, ...] = ()
+    invalid: tuple[UUID, ...]
+    superseded: tuple[UUID, ...]
+    lost_successors: tuple[UUID, ...]
 
 
 async def check_epoch(pool: Pool, records: Records, *, was_served: bool = False) -> tuple[int, UUID]:
@@ -271,19 +276,20 @@ async def confirm_key(
         "version": rows[0]["version"],
         "mac": await records.mac_of_key(after),
     }
-    try:
-        async with pool.transaction(AS_ADMINISTRATOR) as connection:
+    async with pool.transaction(AS_ADMINISTRATOR) as connection:
+        try:
             row = await (await connection.execute(CONFIRM, parameters)).fetchone()
-    except pg.NoDataFound:
-        raise _waits_for_nothing() from None
-    except pg.SerializationFailure:
-        raise KmsError(Reason.STALE, "the key was changed meanwhile: run the command again") from None
-    except pg.InvalidParameterValue as error:
-        raise malformed("count", error.diag.message_primary or "") from None
-    except pg.NumericValueOutOfRange:
-        raise malformed("count", "expected a number of uses") from None
+        except pg.NoDataFound:
+            raise _waits_for_nothing() from None
+        except pg.SerializationFailure:
+            raise KmsError(Reason.STALE, "the key was changed meanwhile: run the command again") from None
+        except pg.InvalidParameterValue as error:
+            raise malformed("count", error.diag.message_primary or "") from None
+        except pg.NumericValueOutOfRange:
+            raise malformed("count", "expected a number of uses") from None
     assert row is not None  # noqa: S101  # a function that returns no set gives a row or raises
-    return bool(row["is_active"])
+    # A key that was rotated while it waited has a successor, and stays superseded.
+    return bool(row["is_active"]) and after["superseded_at"] is None
 
 
 def read_epoch(connection: psycopg.Connection[Any]) -> Epoch | None:
@@ -328,9 +334,10 @@ def begin_epoch(
             connection.execute(POSTPONE, {"begun_at": begun_at})
             parameters = {"every_key": not is_complete, "changed": changed, "epoch": number, "begun_at": begun_at}
             row = connection.execute(DEACTIVATE, parameters).fetchone()
+        superseded, lost = _undone_rotations(connection, journal)
     assert row is not None  # noqa: S101  # a SELECT without FROM gives a row
     unconfirmed, deactivated = row
-    return Beginning(number, replayed, emptied, unconfirmed, deactivated, tuple(invalid))
+    return Beginning(number, replayed, emptied, unconfirmed, deactivated, tuple(invalid), superseded, lost)
 
 
 def continue_epoch(connection: psycopg.Connection[Any], mac: TokenMac) -> int:
@@ -363,6 +370,19 @@ def _told(event: Event, journal: Sequence[Entry]) -> dict[UUID, datetime]:
 def _replay(connection: psycopg.Connection[Any], event: Event, told: Mapping[UUID, datetime]) -> int:
     parameters = {"subjects": list(told.keys()), "moments": list(told.values())}
     return connection.execute(_REPLAYS[event], parameters).rowcount
+
+
+def _undone_rotations(connection: psycopg.Connection[Any], journal: Sequence[Entry]) -> tuple[tuple[UUID, ...], tuple[UUID, ...]]:
+    """Return the keys that *journal* knows as superseded and the database does not, and the successors that it does not have."""
+    told: dict[UUID, UUID | None] = {}
+    for entry in filter(is_superseded, journal):
+        told[entry.subject] = successor_in(entry) or told.get(entry.subject)  # another machine's line may not name it
+    successors = [successor for successor in told.values() if successor is not None]
+    held: dict[UUID, bool] = dict(connection.execute(SUPERSEDED, {"ids": [*told, *successors]}).fetchall())
+    return (
+        tuple(key for key in told if held.get(key) is False),
+        tuple(successor for successor in successors if successor not in held),
+    )
 
 
 def _empty_tables(connection: psycopg.Connection[Any]) -> tuple[str, ...]:

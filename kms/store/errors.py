@@ -1,4 +1,4 @@
-"""Translation of psycopg's exceptions. What is not translated is a bug, and is raised as it is."""
+"""Translation of psycopg's exceptions. None of them leaves the store."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,6 +6,7 @@ from typing import Final
 
 import psycopg
 import psycopg_pool
+import structlog
 from psycopg import errors as pg
 
 from kms.domain.errors import KmsError, Reason, malformed
@@ -19,6 +20,7 @@ _NAME_TAKEN: Final = {
     "keys_user_id_key_name_key": "you have a key of that name",
     "users_username_key": "there is a user of that name",
 }
+_LOG = structlog.get_logger("kms.store")
 
 
 def unavailable(detail: str) -> KmsError:
@@ -32,25 +34,33 @@ def translated() -> Iterator[None]:
 
     STORE_UNAVAILABLE, NAME_TAKEN, MALFORMED, KEY_INACTIVE, RECORD_INVALID.
 
-    STORE_UNAVAILABLE of a write leaves open whether it was stored.
+    STORE_UNAVAILABLE of a write leaves open whether it was stored. Who expects another error catches it in the block.
     """
     try:
         yield
-    except pg.UniqueViolation as error:
-        message = _NAME_TAKEN.get(error.diag.constraint_name or "")
-        if message is None:
-            raise
-        raise KmsError(Reason.NAME_TAKEN, message, field="name") from None
-    except psycopg.DataError as error:
-        if error.sqlstate is not None:
-            raise
-        if "NUL" not in str(error):
-            # A value that the driver cannot read, such as a moment at infinity: no record of ours has it.
-            raise record_invalid() from None
-        raise malformed("text", "expected no NUL character") from None
     except _UNAVAILABLE as error:
         # To the driver it is an operational error, as if the server were in trouble.
         if isinstance(error, pg.ObjectNotInPrerequisiteState) and error.diag.constraint_name == _UNCONFIRMED:
             message = "the key was restored from a backup, and waits until an administrator confirms how often it was used"
             raise KmsError(Reason.KEY_INACTIVE, message) from None
         raise unavailable("the database does not answer") from error
+    except psycopg.Error as error:
+        raise _refusal(error) from error
+
+
+def unexpected(error: psycopg.Error) -> KmsError:
+    """Return STORE_UNAVAILABLE for what no statement of ours raises, and log *error*.
+
+    It is a bug, or somebody has changed the database: a function, a constraint, a right.
+    """
+    _LOG.error("the database refuses a statement of the service", sqlstate=error.sqlstate, exc_info=error)
+    return unavailable("the database does not do what it is asked to: the log of the service says more")
+
+
+def _refusal(error: psycopg.Error) -> KmsError:
+    if isinstance(error, pg.UniqueViolation) and (taken := _NAME_TAKEN.get(error.diag.constraint_name or "")) is not None:
+        return KmsError(Reason.NAME_TAKEN, taken, field="name")
+    if isinstance(error, psycopg.DataError) and error.sqlstate is None:
+        # The driver cannot send the value, or read it. A moment at infinity is one that it cannot read: no record of ours has it.
+        return malformed("text", "expected no NUL character") if "NUL" in str(error) else record_invalid()
+    return unexpected(error)

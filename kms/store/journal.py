@@ -84,6 +84,35 @@ def uses_in(line: Line) -> int:
     return int(number) if number.isdecimal() else 0
 
 
+def superseded_line(key_id: UUID, version: int, successor: UUID, *, occurred_at: datetime) -> Line:
+    """Return the line of a key that is at *version* since *successor* took its name."""
+    return changed_line(key_id, version, occurred_at=occurred_at, what=f"superseded successor={successor}")
+
+
+def is_superseded(line: Line) -> bool:
+    """Whether *line* says that its key got a successor, be it written by a rotation or from the trail."""
+    return line.event is Event.KEY_CHANGED and _words(line)[0].removeprefix("key.") == "superseded"
+
+
+def successor_in(line: Line) -> UUID | None:
+    """Return the successor in a line that `superseded_line` made, None for another."""
+    word = word_in(line, "successor")
+    try:
+        return None if word is None else UUID(word)
+    except ValueError:
+        return None
+
+
+def word_in(line: Line, name: str) -> str | None:
+    """Return what a line that `changed_line` made says of *name*."""
+    return next((word.partition("=")[2] for word in _words(line) if word.startswith(f"{name}=")), None)
+
+
+def _words(line: Line) -> list[str]:
+    """Return the words of a changed key's line before the caller's reason, which may say anything."""
+    return line.reason.partition(", ")[2].partition(": ")[0].split(" ")
+
+
 def epoch_number(line: Line) -> int:
     """Return the number in a line of `see_epoch`."""
     number = line.reason.removeprefix("epoch ")

@@ -19,7 +19,7 @@ from kms.domain.key_row import record_invalid
 from kms.domain.keys import KeyFilter, KeyRecord, UsableKey
 from kms.domain.lifecycle import State
 from kms.store.errors import unavailable
-from kms.store.journal import Entry, Event, epoch_number, parse_line, uses_in, version_in
+from kms.store.journal import Entry, Event, epoch_number, parse_line, uses_in, version_in, word_in
 
 _ENDS = (Event.KEY_COMPROMISED, Event.KEY_REVOKED, Event.KEY_DESTROYED)
 
@@ -204,19 +204,13 @@ def _narrower(known: Narrowed, told: Narrowed) -> Narrowed:
     return Narrowed(max(known.version, told.version), min(counts, default=None), min(ends, default=None))
 
 
-def _word_in(line: Entry, name: str) -> str | None:
-    """Return what a line of ours says of *name*, before the caller's reason, which may say anything."""
-    what = line.reason.partition(", ")[2].partition(": ")[0]
-    return next((word.partition("=")[2] for word in what.split(" ") if word.startswith(f"{name}=")), None)
-
-
 def _number_in(line: Entry, name: str) -> int | None:
-    word = _word_in(line, name)
+    word = word_in(line, name)
     return int(word) if word is not None and word.isdecimal() else None
 
 
 def _moment_in(line: Entry, name: str) -> datetime | None:
-    word = _word_in(line, name)
+    word = word_in(line, name)
     try:
         return None if word is None else datetime.fromisoformat(word)
     except ValueError:

@@ -62,16 +62,14 @@ WALKED_MAX: Final = 1_000
 # One call looks at so many keys, or a filter that few fit would take it through all of them: the last of them tells where to
 # go on, whether it fits or not. Names are ASCII and compared byte by byte: DEL is behind every character of a name, so the
 # prefix is a range of the index.
-PAGE: Final = f"""
-    SELECT {COLUMNS}, now, fits, place
-    FROM (
-        SELECT {_RECORD}, {_STATE} AS state, row_number() OVER (ORDER BY key_name) AS place
+_WALK: Final = f"""
+        SELECT {_RECORD}, {_STATE} AS state
         FROM cryptography.keys
         WHERE user_id = %(caller)s AND key_name > %(after)s
             AND key_name >= %(prefix)s AND key_name < %(prefix)s || chr(127)
-        ORDER BY key_name
-        LIMIT %(walked_max)s
-    ) AS walked
+"""
+_IN_ORDER: Final = "ORDER BY key_name LIMIT %(walked_max)s"
+_FITTING: Final = """
     CROSS JOIN LATERAL (
         SELECT (%(type)s::text IS NULL OR key_type = %(type)s)
             AND (%(purpose)s::text IS NULL OR key_purpose = %(purpose)s)
@@ -80,6 +78,24 @@ PAGE: Final = f"""
     WHERE fits OR place = %(walked_max)s
     ORDER BY key_name
     LIMIT %(rows_max)s
+"""
+_NUMBERED: Final = f"SELECT {COLUMNS}, now, state, row_number() OVER (ORDER BY key_name) AS place"
+PAGE: Final = f"""
+    SELECT {COLUMNS}, now, fits, place
+    FROM ({_NUMBERED} FROM ({_WALK} {_IN_ORDER}) AS walk) AS walked {_FITTING}
+"""
+# A lineage is two ranges of the index: names such as `k-2` stand between `k` and `k@1`.
+PAGE_OF_LINEAGE: Final = f"""
+    SELECT {COLUMNS}, now, fits, place
+    FROM (
+        {_NUMBERED}
+        FROM (
+            ({_WALK} AND key_name = %(lineage)s)
+            UNION ALL
+            ({_WALK} AND key_name > %(lineage)s || '@' AND key_name < %(lineage)s || 'A' {_IN_ORDER})
+            {_IN_ORDER}
+        ) AS walk
+    ) AS walked {_FITTING}
 """
 
 
@@ -95,27 +111,27 @@ class StoredKeys:
 
     async def insert(self, caller: UserId, key: NewKey, *, call: Call | None = None, repeat: Repeat | None = None) -> KeyRecord:
         """Store a key: see `Keys.insert`."""
-        try:
-            # Before a connection is held: the token may be slow.
-            row = _new_row(caller, key, (await self.pool.fetch(as_user(caller), NOW))[0]["now"])
-            parameters = {
-                **row,
-                "metadata": Jsonb(row["metadata"]),
-                "encrypted_private_key": key.material.envelope,
-                "record_mac": await self.records.mac_of_key(row),
-            }
-            async with self.pool.transaction(as_user(caller)) as connection:
-                if call is not None:
-                    await connection.execute(FOR_CALL, {"request_id": call.request_id, "peer": call.peer})
+        # Before a connection is held: the token may be slow.
+        row = _new_row(caller, key, (await self.pool.fetch(as_user(caller), NOW))[0]["now"])
+        parameters = {
+            **row,
+            "metadata": Jsonb(row["metadata"]),
+            "encrypted_private_key": key.material.envelope,
+            "record_mac": await self.records.mac_of_key(row),
+        }
+        async with self.pool.transaction(as_user(caller)) as connection:
+            if call is not None:
+                await connection.execute(FOR_CALL, {"request_id": call.request_id, "peer": call.peer})
+            try:
                 stored = await (await connection.execute(INSERT, parameters)).fetchone()
-                assert stored is not None  # noqa: S101  # INSERT … RETURNING gives a row or raises
-                record = await self._proven(stored, caller, key.identity.key_id)
-                if repeat is not None:
-                    await keep_answer(connection, repeat)
-        except pg.CheckViolation as error:
-            if error.diag.constraint_name != "key_expiration_logic":
-                raise
-            raise malformed("expires_at", "expected a moment ahead") from None
+            except pg.CheckViolation as error:
+                if error.diag.constraint_name != "key_expiration_logic":
+                    raise
+                raise malformed("expires_at", "expected a moment ahead") from None
+            assert stored is not None  # noqa: S101  # INSERT … RETURNING gives a row or raises
+            record = await self._proven(stored, caller, key.identity.key_id)
+            if repeat is not None:
+                await keep_answer(connection, repeat)
         return record
 
     async def find(self, caller: UserId, ref: KeyRef, *, recent: bool = False) -> KeyRecord | None:
@@ -147,13 +163,15 @@ class StoredKeys:
             "caller": caller,
             "after": after,
             "prefix": which.name_prefix or "",
+            "lineage": which.lineage,
             "type": which.key_type,
             "purpose": which.purpose,
             "state": which.status,
             "walked_max": WALKED_MAX,
             "rows_max": limit + 1,
         }
-        rows = await self.pool.fetch(as_user(caller), PAGE, parameters)
+        query = PAGE if which.lineage is None else PAGE_OF_LINEAGE
+        rows = await self.pool.fetch(as_user(caller), query, parameters)
         fitting = [row for row in rows if row["fits"]]
         found, invalid = await self._listed(caller, fitting[:limit])
         if len(fitting) > limit:

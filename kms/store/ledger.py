@@ -27,7 +27,7 @@ from kms.domain.key_row import record_invalid
 from kms.domain.lifecycle import State, check_use
 from kms.domain.permissions import check_use_permitted
 from kms.store.batches import BatchConnection, connect, encoded
-from kms.store.errors import unavailable
+from kms.store.errors import unavailable, unexpected
 from kms.store.pool import Pool, connection_settings
 from kms.store.refusals import Refusals, open_refusals
 from kms.store.repeats import StoredRepeats
@@ -159,7 +159,7 @@ class _Writer:
         for waiting in batch:
             waiting.is_sent = False
         if len(batch) == 1:
-            _fail(batch, unavailable("the use could not be recorded in time") if _passes(error) else error)
+            _fail(batch, unavailable("the use could not be recorded in time") if _passes(error) else unexpected(error))
             return
         stuck: set[KeyId] = set()
         for waiting in batch:

@@ -122,11 +122,8 @@ class StoredLifecycle:
             "request_id": call.request_id,
             "peer": call.peer,
         }
-        try:
-            # Not `transaction`, which would hold the key's lock until we have answered: others move and use it too.
-            (verdict,), after = await self.pool.fetch_each(as_user(caller), (MOVE, parameters), (FIND_BY_ID, which))
-        except pg.SerializationFailure:
-            raise _stale() from None
+        # Not `transaction`, which would hold the key's lock until we have answered: others move and use it too.
+        (verdict,), after = await self.pool.fetch_each(as_user(caller), (MOVE, parameters), (FIND_BY_ID, which))
         if verdict["verdict"] == "BUSY":
             raise _BusyError
         if verdict["verdict"] != "OK":

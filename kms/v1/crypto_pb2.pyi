@@ -405,6 +405,87 @@ class DecryptResponse(_message.Message):
 Global___DecryptResponse: _TypeAlias = DecryptResponse  # noqa: Y015
 
 @_typing.final
+class ReEncryptRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CIPHERTEXT_FIELD_NUMBER: _builtins.int
+    AAD_FIELD_NUMBER: _builtins.int
+    SOURCE_KEY_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    NEW_AAD_FIELD_NUMBER: _builtins.int
+    OAEP_HASH_FIELD_NUMBER: _builtins.int
+    ALLOW_COMPROMISED_FIELD_NUMBER: _builtins.int
+    ALLOW_REVOKED_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ciphertext: _builtins.bytes
+    """As Encrypt, GenerateDataKey or ReEncrypt returned it, at most 66,560 bytes. Bare RSA-OAEP is not taken."""
+    aad: _builtins.bytes
+    """The associated data of `ciphertext`."""
+    source_key: _builtins.str
+    """Optional: INCORRECT_KEY if the ciphertext is of another key, as `key` of DecryptRequest."""
+    key: _builtins.str
+    """The key of the new ciphertext. Empty: the current key of the lineage that `ciphertext` is of."""
+    new_aad: _builtins.bytes
+    """The associated data of the new ciphertext, at most 65,536 bytes. Absent: the same as `aad`. Present and empty: none."""
+    oaep_hash: Global___HashAlgorithm.ValueType
+    """As in EncryptRequest, for the new ciphertext."""
+    allow_compromised: _builtins.bool
+    """Open `ciphertext` also if its key is compromised, or revoked. As in DecryptRequest, with the same permissions."""
+    allow_revoked: _builtins.bool
+    request_id: _builtins.str
+    """Optional; see above. A repeat decrypts nothing."""
+    def __init__(
+        self,
+        *,
+        ciphertext: _builtins.bytes = ...,
+        aad: _builtins.bytes = ...,
+        source_key: _builtins.str = ...,
+        key: _builtins.str = ...,
+        new_aad: _builtins.bytes | None = ...,
+        oaep_hash: Global___HashAlgorithm.ValueType = ...,
+        allow_compromised: _builtins.bool = ...,
+        allow_revoked: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_new_aad", b"_new_aad", "new_aad", b"new_aad"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_new_aad", b"_new_aad", "aad", b"aad", "allow_compromised", b"allow_compromised", "allow_revoked", b"allow_revoked", "ciphertext", b"ciphertext", "key", b"key", "new_aad", b"new_aad", "oaep_hash", b"oaep_hash", "request_id", b"request_id", "source_key", b"source_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__new_aad: _TypeAlias = _typing.Literal["new_aad"]  # noqa: Y015
+    _WhichOneofArgType__new_aad: _TypeAlias = _typing.Literal["_new_aad", b"_new_aad"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__new_aad) -> _WhichOneofReturnType__new_aad | None: ...
+
+Global___ReEncryptRequest: _TypeAlias = ReEncryptRequest  # noqa: Y015
+
+@_typing.final
+class ReEncryptResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CIPHERTEXT_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    SOURCE_KEY_ID_FIELD_NUMBER: _builtins.int
+    ciphertext: _builtins.bytes
+    """Self-describing: it names its key."""
+    key_id: _builtins.str
+    """The key of the new ciphertext."""
+    source_key_id: _builtins.str
+    """The key of the old one."""
+    def __init__(
+        self,
+        *,
+        ciphertext: _builtins.bytes = ...,
+        key_id: _builtins.str = ...,
+        source_key_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ciphertext", b"ciphertext", "key_id", b"key_id", "source_key_id", b"source_key_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReEncryptResponse: _TypeAlias = ReEncryptResponse  # noqa: Y015
+
+@_typing.final
 class GenerateDataKeyRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -760,3 +841,67 @@ class BatchDecryptResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BatchDecryptResponse: _TypeAlias = BatchDecryptResponse  # noqa: Y015
+
+@_typing.final
+class BatchReEncryptRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEMS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReEncryptRequest]: ...
+    def __init__(
+        self,
+        *,
+        items: _abc.Iterable[Global___ReEncryptRequest] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchReEncryptRequest: _TypeAlias = BatchReEncryptRequest  # noqa: Y015
+
+@_typing.final
+class BatchReEncryptResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Item(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        RESULT_FIELD_NUMBER: _builtins.int
+        ERROR_FIELD_NUMBER: _builtins.int
+        @_builtins.property
+        def result(self) -> Global___ReEncryptResponse: ...
+        @_builtins.property
+        def error(self) -> _status_pb2.Status: ...
+        def __init__(
+            self,
+            *,
+            result: Global___ReEncryptResponse | None = ...,
+            error: _status_pb2.Status | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome", "result", b"result"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome", "result", b"result"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["result", "error"]  # noqa: Y015
+        _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+        def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+    ITEMS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatchReEncryptResponse.Item]: ...
+    def __init__(
+        self,
+        *,
+        items: _abc.Iterable[Global___BatchReEncryptResponse.Item] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchReEncryptResponse: _TypeAlias = BatchReEncryptResponse  # noqa: Y015

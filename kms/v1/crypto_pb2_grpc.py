@@ -58,6 +58,11 @@ class CryptoServiceStub:
                 request_serializer=kms_dot_v1_dot_crypto__pb2.DecryptRequest.SerializeToString,
                 response_deserializer=kms_dot_v1_dot_crypto__pb2.DecryptResponse.FromString,
                 _registered_method=True)
+        self.ReEncrypt = channel.unary_unary(
+                '/kms.v1.CryptoService/ReEncrypt',
+                request_serializer=kms_dot_v1_dot_crypto__pb2.ReEncryptRequest.SerializeToString,
+                response_deserializer=kms_dot_v1_dot_crypto__pb2.ReEncryptResponse.FromString,
+                _registered_method=True)
         self.GenerateDataKey = channel.unary_unary(
                 '/kms.v1.CryptoService/GenerateDataKey',
                 request_serializer=kms_dot_v1_dot_crypto__pb2.GenerateDataKeyRequest.SerializeToString,
@@ -87,6 +92,11 @@ class CryptoServiceStub:
                 '/kms.v1.CryptoService/BatchDecrypt',
                 request_serializer=kms_dot_v1_dot_crypto__pb2.BatchDecryptRequest.SerializeToString,
                 response_deserializer=kms_dot_v1_dot_crypto__pb2.BatchDecryptResponse.FromString,
+                _registered_method=True)
+        self.BatchReEncrypt = channel.unary_unary(
+                '/kms.v1.CryptoService/BatchReEncrypt',
+                request_serializer=kms_dot_v1_dot_crypto__pb2.BatchReEncryptRequest.SerializeToString,
+                response_deserializer=kms_dot_v1_dot_crypto__pb2.BatchReEncryptResponse.FromString,
                 _registered_method=True)
 
 
@@ -119,6 +129,18 @@ class CryptoServiceServicer:
     def Decrypt(self, request, context):
         """INVALID_ARGUMENT (CIPHERTEXT_INVALID) whatever is wrong with the ciphertext or its associated data. A key that is compromised
         or revoked decrypts only where the request says so and the caller is permitted to.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReEncrypt(self, request, context):
+        """Moves a ciphertext to the current key of its lineage, or to another key of the caller. The plaintext never leaves the service.
+        Charged as one encryption under the new key. The trail has both operations: `decrypt.reencrypt` of the old key, which is recorded
+        first, and `encrypt.reencrypt` of the new one. If the new key cannot encrypt, nothing is decrypted. A ciphertext that is under
+        the current key already is encrypted again, under a fresh nonce.
+
+        The refusals are those of Decrypt for the old key and those of Encrypt for the new one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -163,6 +185,12 @@ class CryptoServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def BatchReEncrypt(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CryptoServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -185,6 +213,11 @@ def add_CryptoServiceServicer_to_server(servicer, server):
                     servicer.Decrypt,
                     request_deserializer=kms_dot_v1_dot_crypto__pb2.DecryptRequest.FromString,
                     response_serializer=kms_dot_v1_dot_crypto__pb2.DecryptResponse.SerializeToString,
+            ),
+            'ReEncrypt': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReEncrypt,
+                    request_deserializer=kms_dot_v1_dot_crypto__pb2.ReEncryptRequest.FromString,
+                    response_serializer=kms_dot_v1_dot_crypto__pb2.ReEncryptResponse.SerializeToString,
             ),
             'GenerateDataKey': grpc.unary_unary_rpc_method_handler(
                     servicer.GenerateDataKey,
@@ -215,6 +248,11 @@ def add_CryptoServiceServicer_to_server(servicer, server):
                     servicer.BatchDecrypt,
                     request_deserializer=kms_dot_v1_dot_crypto__pb2.BatchDecryptRequest.FromString,
                     response_serializer=kms_dot_v1_dot_crypto__pb2.BatchDecryptResponse.SerializeToString,
+            ),
+            'BatchReEncrypt': grpc.unary_unary_rpc_method_handler(
+                    servicer.BatchReEncrypt,
+                    request_deserializer=kms_dot_v1_dot_crypto__pb2.BatchReEncryptRequest.FromString,
+                    response_serializer=kms_dot_v1_dot_crypto__pb2.BatchReEncryptResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -329,6 +367,33 @@ class CryptoService:
             '/kms.v1.CryptoService/Decrypt',
             kms_dot_v1_dot_crypto__pb2.DecryptRequest.SerializeToString,
             kms_dot_v1_dot_crypto__pb2.DecryptResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReEncrypt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kms.v1.CryptoService/ReEncrypt',
+            kms_dot_v1_dot_crypto__pb2.ReEncryptRequest.SerializeToString,
+            kms_dot_v1_dot_crypto__pb2.ReEncryptResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -491,6 +556,33 @@ class CryptoService:
             '/kms.v1.CryptoService/BatchDecrypt',
             kms_dot_v1_dot_crypto__pb2.BatchDecryptRequest.SerializeToString,
             kms_dot_v1_dot_crypto__pb2.BatchDecryptResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BatchReEncrypt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kms.v1.CryptoService/BatchReEncrypt',
+            kms_dot_v1_dot_crypto__pb2.BatchReEncryptRequest.SerializeToString,
+            kms_dot_v1_dot_crypto__pb2.BatchReEncryptResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,14 @@ class CryptoServiceStub:
     """INVALID_ARGUMENT (CIPHERTEXT_INVALID) whatever is wrong with the ciphertext or its associated data. A key that is compromised
     or revoked decrypts only where the request says so and the caller is permitted to.
     """
+    ReEncrypt: _grpc.UnaryUnaryMultiCallable[_crypto_pb2.ReEncryptRequest, _crypto_pb2.ReEncryptResponse]
+    """Moves a ciphertext to the current key of its lineage, or to another key of the caller. The plaintext never leaves the service.
+    Charged as one encryption under the new key. The trail has both operations: `decrypt.reencrypt` of the old key, which is recorded
+    first, and `encrypt.reencrypt` of the new one. If the new key cannot encrypt, nothing is decrypted. A ciphertext that is under
+    the current key already is encrypted again, under a fresh nonce.
+
+    The refusals are those of Decrypt for the old key and those of Encrypt for the new one.
+    """
     GenerateDataKey: _grpc.UnaryUnaryMultiCallable[_crypto_pb2.GenerateDataKeyRequest, _crypto_pb2.GenerateDataKeyResponse]
     """Makes a data key from the HSM's randomness and encrypts it under an AES key."""
     GenerateRandom: _grpc.UnaryUnaryMultiCallable[_crypto_pb2.GenerateRandomRequest, _crypto_pb2.GenerateRandomResponse]
@@ -55,6 +63,7 @@ class CryptoServiceStub:
     BatchVerify: _grpc.UnaryUnaryMultiCallable[_crypto_pb2.BatchVerifyRequest, _crypto_pb2.BatchVerifyResponse]
     BatchEncrypt: _grpc.UnaryUnaryMultiCallable[_crypto_pb2.BatchEncryptRequest, _crypto_pb2.BatchEncryptResponse]
     BatchDecrypt: _grpc.UnaryUnaryMultiCallable[_crypto_pb2.BatchDecryptRequest, _crypto_pb2.BatchDecryptResponse]
+    BatchReEncrypt: _grpc.UnaryUnaryMultiCallable[_crypto_pb2.BatchReEncryptRequest, _crypto_pb2.BatchReEncryptResponse]
 
 @_typing.type_check_only
 class CryptoServiceAsyncStub(CryptoServiceStub):
@@ -73,6 +82,14 @@ class CryptoServiceAsyncStub(CryptoServiceStub):
     """INVALID_ARGUMENT (CIPHERTEXT_INVALID) whatever is wrong with the ciphertext or its associated data. A key that is compromised
     or revoked decrypts only where the request says so and the caller is permitted to.
     """
+    ReEncrypt: _aio.UnaryUnaryMultiCallable[_crypto_pb2.ReEncryptRequest, _crypto_pb2.ReEncryptResponse]  # type: ignore[assignment]
+    """Moves a ciphertext to the current key of its lineage, or to another key of the caller. The plaintext never leaves the service.
+    Charged as one encryption under the new key. The trail has both operations: `decrypt.reencrypt` of the old key, which is recorded
+    first, and `encrypt.reencrypt` of the new one. If the new key cannot encrypt, nothing is decrypted. A ciphertext that is under
+    the current key already is encrypted again, under a fresh nonce.
+
+    The refusals are those of Decrypt for the old key and those of Encrypt for the new one.
+    """
     GenerateDataKey: _aio.UnaryUnaryMultiCallable[_crypto_pb2.GenerateDataKeyRequest, _crypto_pb2.GenerateDataKeyResponse]  # type: ignore[assignment]
     """Makes a data key from the HSM's randomness and encrypts it under an AES key."""
     GenerateRandom: _aio.UnaryUnaryMultiCallable[_crypto_pb2.GenerateRandomRequest, _crypto_pb2.GenerateRandomResponse]  # type: ignore[assignment]
@@ -83,6 +100,7 @@ class CryptoServiceAsyncStub(CryptoServiceStub):
     BatchVerify: _aio.UnaryUnaryMultiCallable[_crypto_pb2.BatchVerifyRequest, _crypto_pb2.BatchVerifyResponse]  # type: ignore[assignment]
     BatchEncrypt: _aio.UnaryUnaryMultiCallable[_crypto_pb2.BatchEncryptRequest, _crypto_pb2.BatchEncryptResponse]  # type: ignore[assignment]
     BatchDecrypt: _aio.UnaryUnaryMultiCallable[_crypto_pb2.BatchDecryptRequest, _crypto_pb2.BatchDecryptResponse]  # type: ignore[assignment]
+    BatchReEncrypt: _aio.UnaryUnaryMultiCallable[_crypto_pb2.BatchReEncryptRequest, _crypto_pb2.BatchReEncryptResponse]  # type: ignore[assignment]
 
 class CryptoServiceServicer(metaclass=_abc_1.ABCMeta):
     """Uses keys. Messages and plaintexts are at most 65,536 bytes: sign a digest or take a data key for more.
@@ -121,6 +139,20 @@ class CryptoServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_crypto_pb2.DecryptResponse, _abc.Awaitable[_crypto_pb2.DecryptResponse]]:
         """INVALID_ARGUMENT (CIPHERTEXT_INVALID) whatever is wrong with the ciphertext or its associated data. A key that is compromised
         or revoked decrypts only where the request says so and the caller is permitted to.
+        """
+
+    @_abc_1.abstractmethod
+    def ReEncrypt(
+        self,
+        request: _crypto_pb2.ReEncryptRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_crypto_pb2.ReEncryptResponse, _abc.Awaitable[_crypto_pb2.ReEncryptResponse]]:
+        """Moves a ciphertext to the current key of its lineage, or to another key of the caller. The plaintext never leaves the service.
+        Charged as one encryption under the new key. The trail has both operations: `decrypt.reencrypt` of the old key, which is recorded
+        first, and `encrypt.reencrypt` of the new one. If the new key cannot encrypt, nothing is decrypted. A ciphertext that is under
+        the current key already is encrypted again, under a fresh nonce.
+
+        The refusals are those of Decrypt for the old key and those of Encrypt for the new one.
         """
 
     @_abc_1.abstractmethod
@@ -168,5 +200,12 @@ class CryptoServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _crypto_pb2.BatchDecryptRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_crypto_pb2.BatchDecryptResponse, _abc.Awaitable[_crypto_pb2.BatchDecryptResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def BatchReEncrypt(
+        self,
+        request: _crypto_pb2.BatchReEncryptRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_crypto_pb2.BatchReEncryptResponse, _abc.Awaitable[_crypto_pb2.BatchReEncryptResponse]]: ...
 
 def add_CryptoServiceServicer_to_server(servicer: CryptoServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -491,6 +491,7 @@ class ListKeysRequest(_message.Message):
     PURPOSE_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     NAME_PREFIX_FIELD_NUMBER: _builtins.int
+    LINEAGE_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """Keys on a page at most. 0: 50; above 200: MALFORMED."""
     page_token: _builtins.str
@@ -500,6 +501,10 @@ class ListKeysRequest(_message.Message):
     state: Global___KeyState.ValueType
     name_prefix: _builtins.str
     """Begins as a key name does; empty: no restriction."""
+    lineage: _builtins.str
+    """A key: only the keys of its lineage, which are the key that has the name now and its predecessors. KEY_NOT_FOUND if the caller
+    has no such key. Empty: no restriction.
+    """
     def __init__(
         self,
         *,
@@ -509,10 +514,11 @@ class ListKeysRequest(_message.Message):
         purpose: Global___KeyPurpose.ValueType = ...,
         state: Global___KeyState.ValueType = ...,
         name_prefix: _builtins.str = ...,
+        lineage: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name_prefix", b"name_prefix", "page_size", b"page_size", "page_token", b"page_token", "purpose", b"purpose", "state", b"state", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lineage", b"lineage", "name_prefix", b"name_prefix", "page_size", b"page_size", "page_token", b"page_token", "purpose", b"purpose", "state", b"state", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

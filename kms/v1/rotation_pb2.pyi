@@ -382,3 +382,141 @@ class ListRotationsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListRotationsResponse: _TypeAlias = ListRotationsResponse  # noqa: Y015
+
+@_typing.final
+class GetLineageUsageRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """A key of the lineage."""
+    page_size: _builtins.int
+    """0: 20; at most 50."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before, with the same key and `since`."""
+    @_builtins.property
+    def since(self) -> _timestamp_pb2.Timestamp:
+        """Count uses from this moment on. Absent: from 30 days ago."""
+
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        since: _timestamp_pb2.Timestamp | None = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["since", b"since"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "page_size", b"page_size", "page_token", b"page_token", "since", b"since"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLineageUsageRequest: _TypeAlias = GetLineageUsageRequest  # noqa: Y015
+
+@_typing.final
+class GetLineageUsageResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREDECESSORS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    INVALID_KEY_IDS_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty: this is the last page."""
+    @_builtins.property
+    def predecessors(self) -> _containers.RepeatedCompositeFieldContainer[Global___PredecessorUsage]:
+        """In the order of their names. A page can have fewer than `page_size`, or none."""
+
+    @_builtins.property
+    def invalid_key_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of predecessors whose records are not as the service left them: nothing is said of their uses."""
+
+    def __init__(
+        self,
+        *,
+        predecessors: _abc.Iterable[Global___PredecessorUsage] | None = ...,
+        next_page_token: _builtins.str = ...,
+        invalid_key_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["invalid_key_ids", b"invalid_key_ids", "next_page_token", b"next_page_token", "predecessors", b"predecessors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLineageUsageResponse: _TypeAlias = GetLineageUsageResponse  # noqa: Y015
+
+@_typing.final
+class PredecessorUsage(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Use(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        ACTION_FIELD_NUMBER: _builtins.int
+        USER_ID_FIELD_NUMBER: _builtins.int
+        COUNT_FIELD_NUMBER: _builtins.int
+        LAST_USED_AT_FIELD_NUMBER: _builtins.int
+        LAST_PEER_FIELD_NUMBER: _builtins.int
+        action: _builtins.str
+        """`decrypt`, `decrypt.reencrypt`, …, as in the trail."""
+        user_id: _builtins.str
+        count: _builtins.int
+        last_peer: _builtins.str
+        """The address, without its port, from which the last use came."""
+        @_builtins.property
+        def last_used_at(self) -> _timestamp_pb2.Timestamp: ...
+        def __init__(
+            self,
+            *,
+            action: _builtins.str = ...,
+            user_id: _builtins.str = ...,
+            count: _builtins.int = ...,
+            last_used_at: _timestamp_pb2.Timestamp | None = ...,
+            last_peer: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["last_used_at", b"last_used_at"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "count", b"count", "last_peer", b"last_peer", "last_used_at", b"last_used_at", "user_id", b"user_id"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    SUPERSEDED_AT_FIELD_NUMBER: _builtins.int
+    COUNTED_SINCE_FIELD_NUMBER: _builtins.int
+    USES_FIELD_NUMBER: _builtins.int
+    key_id: _builtins.str
+    name: _builtins.str
+    @_builtins.property
+    def superseded_at(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def counted_since(self) -> _timestamp_pb2.Timestamp:
+        """The uses from this moment on are counted: `since`, or when the key was superseded if that was later. Of a key with more than
+        10,000 entries in the trail since then, the newest 10,000 are looked at, and this is the moment of the oldest of them.
+        """
+
+    @_builtins.property
+    def uses(self) -> _containers.RepeatedCompositeFieldContainer[Global___PredecessorUsage.Use]:
+        """The most frequent first. Empty: the key was not used."""
+
+    def __init__(
+        self,
+        *,
+        key_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        superseded_at: _timestamp_pb2.Timestamp | None = ...,
+        counted_since: _timestamp_pb2.Timestamp | None = ...,
+        uses: _abc.Iterable[Global___PredecessorUsage.Use] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["counted_since", b"counted_since", "superseded_at", b"superseded_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counted_since", b"counted_since", "key_id", b"key_id", "name", b"name", "superseded_at", b"superseded_at", "uses", b"uses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PredecessorUsage: _TypeAlias = PredecessorUsage  # noqa: Y015

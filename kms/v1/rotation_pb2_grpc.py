@@ -70,6 +70,11 @@ class RotationServiceStub:
                 request_serializer=kms_dot_v1_dot_rotation__pb2.ListRotationsRequest.SerializeToString,
                 response_deserializer=kms_dot_v1_dot_rotation__pb2.ListRotationsResponse.FromString,
                 _registered_method=True)
+        self.GetLineageUsage = channel.unary_unary(
+                '/kms.v1.RotationService/GetLineageUsage',
+                request_serializer=kms_dot_v1_dot_rotation__pb2.GetLineageUsageRequest.SerializeToString,
+                response_deserializer=kms_dot_v1_dot_rotation__pb2.GetLineageUsageResponse.FromString,
+                _registered_method=True)
 
 
 class RotationServiceServicer:
@@ -135,6 +140,15 @@ class RotationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetLineageUsage(self, request, context):
+        """Tells from the trail how often the predecessors of a key are still used, by whom and by which operation, for its owner: when
+        can a predecessor go? Counted is each use that the trail has since the predecessor was superseded. Not counted are Verify and
+        GetPublicKey, which are not recorded, repeats by `request_id`, which use no key, and refused calls (`request.refused`).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RotationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -167,6 +181,11 @@ def add_RotationServiceServicer_to_server(servicer, server):
                     servicer.ListRotations,
                     request_deserializer=kms_dot_v1_dot_rotation__pb2.ListRotationsRequest.FromString,
                     response_serializer=kms_dot_v1_dot_rotation__pb2.ListRotationsResponse.SerializeToString,
+            ),
+            'GetLineageUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLineageUsage,
+                    request_deserializer=kms_dot_v1_dot_rotation__pb2.GetLineageUsageRequest.FromString,
+                    response_serializer=kms_dot_v1_dot_rotation__pb2.GetLineageUsageResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -337,6 +356,33 @@ class RotationService:
             '/kms.v1.RotationService/ListRotations',
             kms_dot_v1_dot_rotation__pb2.ListRotationsRequest.SerializeToString,
             kms_dot_v1_dot_rotation__pb2.ListRotationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLineageUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kms.v1.RotationService/GetLineageUsage',
+            kms_dot_v1_dot_rotation__pb2.GetLineageUsageRequest.SerializeToString,
+            kms_dot_v1_dot_rotation__pb2.GetLineageUsageResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -67,6 +67,11 @@ class RotationServiceStub:
     """
     ListRotations: _grpc.UnaryUnaryMultiCallable[_rotation_pb2.ListRotationsRequest, _rotation_pb2.ListRotationsResponse]
     """Lists the rotations of the caller's keys, the newest first."""
+    GetLineageUsage: _grpc.UnaryUnaryMultiCallable[_rotation_pb2.GetLineageUsageRequest, _rotation_pb2.GetLineageUsageResponse]
+    """Tells from the trail how often the predecessors of a key are still used, by whom and by which operation, for its owner: when
+    can a predecessor go? Counted is each use that the trail has since the predecessor was superseded. Not counted are Verify and
+    GetPublicKey, which are not recorded, repeats by `request_id`, which use no key, and refused calls (`request.refused`).
+    """
 
 @_typing.type_check_only
 class RotationServiceAsyncStub(RotationServiceStub):
@@ -107,6 +112,11 @@ class RotationServiceAsyncStub(RotationServiceStub):
     """
     ListRotations: _aio.UnaryUnaryMultiCallable[_rotation_pb2.ListRotationsRequest, _rotation_pb2.ListRotationsResponse]  # type: ignore[assignment]
     """Lists the rotations of the caller's keys, the newest first."""
+    GetLineageUsage: _aio.UnaryUnaryMultiCallable[_rotation_pb2.GetLineageUsageRequest, _rotation_pb2.GetLineageUsageResponse]  # type: ignore[assignment]
+    """Tells from the trail how often the predecessors of a key are still used, by whom and by which operation, for its owner: when
+    can a predecessor go? Counted is each use that the trail has since the predecessor was superseded. Not counted are Verify and
+    GetPublicKey, which are not recorded, repeats by `request_id`, which use no key, and refused calls (`request.refused`).
+    """
 
 class RotationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Gives keys successors. The successor takes the name of the key; the predecessor becomes `name@1`, `name@2`, …, and is superseded:
@@ -180,5 +190,16 @@ class RotationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_rotation_pb2.ListRotationsResponse, _abc.Awaitable[_rotation_pb2.ListRotationsResponse]]:
         """Lists the rotations of the caller's keys, the newest first."""
+
+    @_abc_1.abstractmethod
+    def GetLineageUsage(
+        self,
+        request: _rotation_pb2.GetLineageUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_rotation_pb2.GetLineageUsageResponse, _abc.Awaitable[_rotation_pb2.GetLineageUsageResponse]]:
+        """Tells from the trail how often the predecessors of a key are still used, by whom and by which operation, for its owner: when
+        can a predecessor go? Counted is each use that the trail has since the predecessor was superseded. Not counted are Verify and
+        GetPublicKey, which are not recorded, repeats by `request_id`, which use no key, and refused calls (`request.refused`).
+        """
 
 def add_RotationServiceServicer_to_server(servicer: RotationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

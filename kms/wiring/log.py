@@ -3,6 +3,7 @@
 import logging
 import re
 import sys
+import threading
 from collections.abc import MutableMapping
 from typing import Any, Final
 
@@ -38,6 +39,8 @@ def configure_log(level: str, *, worker: int | None = None) -> None:
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(level=logging.WARNING, handlers=[_Forwarded()], force=True)
+    sys.unraisablehook = _log_unraisable
+    threading.excepthook = _log_end_of_thread
 
 
 def redacted(logger: object, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -60,6 +63,18 @@ def _shown(value: object) -> object:
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_shown(each) for each in value]
     return value if value is None or isinstance(value, (bool, int, float)) else _shown(repr(value))
+
+
+def _log_unraisable(found: "sys.UnraisableHookArgs") -> None:
+    """Log what nobody can catch: an exception in a finalizer, or in a generator that is thrown away."""
+    structlog.get_logger("kms").warning(
+        "exception ignored", at=repr(found.object), message=found.err_msg, exc_info=found.exc_value or found.exc_type
+    )
+
+
+def _log_end_of_thread(found: threading.ExceptHookArgs) -> None:
+    name, error = found.thread and found.thread.name, found.exc_value or found.exc_type
+    structlog.get_logger("kms").error("a thread has ended", thread=name, exc_info=error)
 
 
 class _Forwarded(logging.Handler):

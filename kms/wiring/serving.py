@@ -35,6 +35,8 @@ from kms.pki.public_keys import PublicKeyOperations
 from kms.rotation.rotating import Rotating
 from kms.rotation.rotation_service import RotationServicer, add_schedule
 from kms.rotation.scheduling import Scheduling
+from kms.rotation.usage import LineageUsage, Uses
+from kms.rotation.usage_postgres import StoredUses
 from kms.rpc.admin import AdminServicer
 from kms.rpc.audit import AuditServicer
 from kms.rpc.batches import run_batch
@@ -203,6 +205,7 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
             ForgettingLedger(settled, keys, users),
             lifecycle,
             rotation,
+            StoredUses(pool),
             identity,
             telemetry,
             connections,
@@ -234,6 +237,7 @@ def _server(
     ledger: Ledger,
     lifecycle: Lifecycle,
     rotation: RotationParts,
+    uses: Uses,
     identity: ClientIdentity,
     telemetry: Telemetry,
     connections: Connections,
@@ -266,6 +270,7 @@ def _server(
                 partial(asyncio.sleep, _WATCH_SECONDS),
             ),
             scheduling,
+            LineageUsage(keys, uses),
         ),
         transport=transport_limits(config),
         faults=lambda: reports.condition.faults,

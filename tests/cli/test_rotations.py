@@ -11,8 +11,8 @@ def as_ada(kms: Kms, server: RunningServer) -> Kms:
     """`kms` as a new user of the running server."""
     config = server.client_config("ada")
 
-    def run(*arguments: object) -> Ended:
-        return kms("--config", config, *arguments)
+    def run(*arguments: object, stdin: bytes = b"") -> Ended:
+        return kms("--config", config, *arguments, stdin=stdin)
 
     return run
 
@@ -27,6 +27,8 @@ def test_a_key_is_rotated_and_its_log_is_shown(as_ada: Kms) -> None:
     predecessor = as_ada("key", "show", "k@1", "--json").json
     assert (predecessor["id"], predecessor["successor_id"], predecessor["state"]) == (created["id"], shown["id"], "inactive")
     assert "superseded_at" in predecessor
+    lineage = as_ada("key", "list", "--lineage", "k@1", "--json").json["keys"]
+    assert [key["id"] for key in lineage] == [shown["id"], predecessor["id"]]
     assert as_ada("rotation", "show", rotated["id"], "--json").json == rotated
     assert as_ada("rotation", "list", "--json").json == {"rotations": [rotated]}
     again = as_ada("key", "rotate", "k", "--reason", "again")
@@ -84,3 +86,21 @@ def test_a_policy_is_set_shown_paused_and_cleared(as_ada: Kms) -> None:
     assert as_ada("key", "rotation", "k", "--at-usage", "many").code == 2
     assert as_ada("key", "rotation", "k", "--clear", "--every", "90d").code == 2
     assert set(as_ada("key", "rotation", "k", "--clear", "--json").json) == {"key_id"}
+
+
+def test_the_uses_of_predecessors_are_shown(as_ada: Kms, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kms.cli.rotations._USAGE_PAGE", 1)
+    as_ada("key", "create", "k", "--type", "aes")
+    old = as_ada("encrypt", "k", stdin=b"secret").out
+    for _ in range(2):
+        as_ada("key", "rotate", "k", "--reason", "yearly")
+    for _ in range(3):
+        as_ada("decrypt", stdin=old)
+    used, unused = as_ada("rotation", "usage", "k", "--json").json["predecessors"]
+    assert (used["name"], used["superseded_at"], unused["name"], unused["uses"]) == ("k@1", used["counted_since"], "k@2", [])
+    [use] = used["uses"]
+    assert (use["action"], use["count"], use["last_peer"]) == ("decrypt", 3, "127.0.0.1")
+    rows = [line.split("\t") for line in as_ada("rotation", "usage", "k@2").out.decode().splitlines()]
+    assert [[row[0], row[3], row[5]] for row in rows] == [["k@1", "decrypt", "3"], ["k@2", "", "0"]]
+    later = as_ada("rotation", "usage", "k", "--since", "2100-01-01", "--json").json["predecessors"]
+    assert [each["uses"] for each in later] == [[], []]

@@ -31,6 +31,7 @@ GOOD: Final[dict[str, dict[str, Any]]] = {
     "VerifyRequest": {"key": "ec", "message": b"m", "signature": bytes.fromhex("3006020101020101")},
     "EncryptRequest": {"key": "aes", "plaintext": b"p"},
     "DecryptRequest": {"ciphertext": b"\x01" + bytes(60)},
+    "ReEncryptRequest": {"ciphertext": b"\x01" + bytes(60)},
     "GenerateDataKeyRequest": {"key": "aes"},
     "GenerateRandomRequest": {"size_bytes": 16},
     "UpdateKeyRequest": {"key": "aes"},

@@ -94,6 +94,38 @@ def test_the_lineage_is_shown_in_both_directions(caller: Caller) -> None:
     assert [key.HasField("superseded_at") for key in shown] == [True] * 10 + [False]
 
 
+def test_a_list_of_a_lineage_has_its_keys_alone(caller: Caller, server: RunningServer) -> None:
+    ids = [made(caller, "ed25519").id]
+    for name in ("k-2", "k2", "other"):
+        made(caller, "ed25519", name=name)
+    ids += [rotate(caller).new_key_id for _ in range(3)]
+    rotate(caller, key="other")
+
+    def listed(**fields: object) -> dict[str, str]:
+        return {key.name: key.id for key in caller.keys.ListKeys(kpb.ListKeysRequest(**fields)).keys}  # type: ignore[arg-type]
+
+    names = ["k@1", "k@2", "k@3", "k"]
+    for ref in ("k", "k@1", ids[2]):
+        assert listed(lineage=ref) == dict(zip(names, ids, strict=True))
+    assert list(listed(lineage="k", state=kpb.KEY_STATE_ACTIVE)) == ["k"]
+    assert list(listed(lineage="k", name_prefix="k2")) == []
+    pages: list[list[str]] = []
+    request = kpb.ListKeysRequest(lineage="k@2", page_size=1)
+    while not pages or request.page_token:
+        page = caller.keys.ListKeys(request)
+        pages.append([key.name for key in page.keys])
+        request.page_token = page.next_page_token
+    assert pages == [["k"], ["k@1"], ["k@2"], ["k@3"]]
+    token = caller.keys.ListKeys(kpb.ListKeysRequest(lineage="k", page_size=1)).next_page_token
+    for lineage in ("", "other"):
+        found = refusal(caller.keys.ListKeys, kpb.ListKeysRequest(page_token=token, lineage=lineage))
+        assert (found.reason, found.metadata) == ("MALFORMED", {"field": "page_token"})
+    assert listed(lineage=ids[0], page_size=1, page_token=token) == {"k@1": ids[0]}, "any key of the lineage names it"
+    stranger = server.caller()
+    for ref in ("none", "k@4", ids[0]):
+        assert refusal(stranger.keys.ListKeys, kpb.ListKeysRequest(lineage=ref)).reason == "KEY_NOT_FOUND"
+
+
 def test_a_key_that_lives_for_a_while_has_a_successor_that_lives_as_long(caller: Caller) -> None:
     request = create("ed25519")
     request.expires_at.FromDatetime(datetime.now(UTC) + timedelta(days=30))

@@ -21,24 +21,26 @@ from tests.conformance.requests import create, made
 from tests.conformance.test_rotation import key_of, rotate
 from tests.fixtures.server import Caller, Deployment
 
-# Where the database stops: at the beginning of a function, or after its work and before its transaction ends.
-BEGINNING = ("\nBEGIN\n", "\nBEGIN\n    PERFORM pg_sleep(120);\n")
+# Where the database stops: at the beginning of a function, or after its work and before its transaction ends. It waits there for
+# a lock that `standing_still` holds.
+STAND = "PERFORM pg_advisory_xact_lock(4711);"
+BEGINNING = ("\nBEGIN\n", f"\nBEGIN\n    {STAND}\n")
 STEPS = {
     "request, not made": ("request_rotation", *BEGINNING),
-    "request, not committed": ("request_rotation", "RETURN rotation;", "PERFORM pg_sleep(120); RETURN rotation;"),
+    "request, not committed": ("request_rotation", "RETURN rotation;", f"{STAND} RETURN rotation;"),
     "claim": ("claim_rotations", *BEGINNING),
     "successor made, switch not begun": ("switch_key", *BEGINNING),
-    "switch, not committed": ("switch_key", "RETURN 'OK';", "PERFORM pg_sleep(120); RETURN 'OK';"),
+    "switch, not committed": ("switch_key", "RETURN 'OK';", f"{STAND} RETURN 'OK';"),
     "switched, dependents not begun": ("copy_grants", *BEGINNING),
-    "dependents, not committed": ("copy_grants", "RETURN in_common;", "PERFORM pg_sleep(120); RETURN in_common;"),
+    "dependents, not committed": ("copy_grants", "RETURN in_common;", f"{STAND} RETURN in_common;"),
     "end, not begun": ("complete_rotation", *BEGINNING),
-    "end, not committed": ("complete_rotation", "RETURN FOUND;", "PERFORM pg_sleep(120); RETURN TRUE;"),
+    "end, not committed": ("complete_rotation", "RETURN FOUND;", f"{STAND} RETURN TRUE;"),
 }
 # The others are in the slow set: each costs three starts of a service.
 ALWAYS = {"request, not committed", "successor made, switch not begun", "switch, not committed", "switched, dependents not begun"}
 DEFINITION = "SELECT pg_get_functiondef(oid) FROM pg_proc WHERE pronamespace = 'cryptography'::regnamespace AND proname = %s"
 REQUESTED = "SELECT count(*) > 0 FROM cryptography.key_rotations"
-SLEEPING = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'"
+STANDING = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'advisory'"
 END = (
     "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = current_database() AND usename = 'kms_service'"
 )
@@ -56,17 +58,27 @@ def admin(deployment: Deployment) -> Iterator[psycopg.Connection[Any]]:
 
 @contextmanager
 def standing_still(admin: psycopg.Connection[Any], step: str) -> Iterator[None]:
-    """Let the database stand still at *step* within the block."""
+    """Let the database stand still at *step* within the block. At its end the database goes on, be it killed or not."""
     function, before, after = STEPS[step]
     row = admin.execute(DEFINITION, (function,)).fetchone()
     assert row is not None
     definition = str(row[0])
     assert before in definition
+    admin.execute("SELECT pg_advisory_lock(4711)")
     admin.execute(definition.replace(before, after, 1).encode())
     try:
         yield
     finally:
-        admin.execute(definition.encode())
+        if not admin.closed:
+            admin.execute(definition.encode())
+            admin.execute("SELECT pg_advisory_unlock(4711)")
+
+
+def await_standing(admin: psycopg.Connection[Any], step: str) -> None:
+    """Wait until a rotation stands at *step*."""
+    # The job of the service stands still in its claim too, and perhaps before anybody asked for a rotation.
+    asked = "SELECT true" if step.startswith("request") else REQUESTED
+    wait_for(lambda: admin.execute(STANDING).fetchone() != (0,) and admin.execute(asked.encode()).fetchone() == (True,))
 
 
 def rotate_and_kill(deployment: Deployment, admin: psycopg.Connection[Any], step: str, caller_id: UserId) -> None:
@@ -75,9 +87,7 @@ def rotate_and_kill(deployment: Deployment, admin: psycopg.Connection[Any], step
     with ThreadPoolExecutor(1) as pool, suppress(AssertionError), deployment.serving() as server:
         with standing_still(admin, step):
             rotating = pool.submit(ended, server.caller(caller_id))
-            # The job of the service stands still in its claim too, and perhaps before anybody asked for a rotation.
-            asked = "SELECT true" if step.startswith("request") else REQUESTED
-            wait_for(lambda: admin.execute(SLEEPING).fetchone() != (0,) and admin.execute(asked.encode()).fetchone() == (True,))
+            await_standing(admin, step)
             os.kill(server.process.pid, signal.SIGKILL)
             server.process.wait(20)
             rotating.result(60)

@@ -47,6 +47,7 @@ GOOD: Final[dict[str, dict[str, Any]]] = {
     "VerifyRequest": {"key": "ec", "message": b"m", "signature": bytes.fromhex("3006020101020101")},
     "EncryptRequest": {"key": "aes", "plaintext": b"p"},
     "DecryptRequest": {"ciphertext": b"\x01" + bytes(60)},
+    "ReEncryptRequest": {"ciphertext": b"\x01" + bytes(60)},
     "GenerateDataKeyRequest": {"key": "aes"},
     "GenerateRandomRequest": {"size_bytes": 16},
     "UpdateKeyRequest": {"key": "aes", "metadata": {"entries": {"a": "b"}}},
@@ -58,6 +59,7 @@ GOOD: Final[dict[str, dict[str, Any]]] = {
     "RetryRotationRequest": {"rotation_id": "00000000-0000-4000-8000-000000000000"},
     "SetRotationPolicyRequest": {"key": "aes", "policy": {"on_compromise": True}},
     "WatchRotationRequest": {"rotation_id": "00000000-0000-4000-8000-000000000000"},
+    "GetLineageUsageRequest": {"key": "aes"},
     "GetRotationRequest": {"rotation_id": "00000000-0000-4000-8000-000000000000"},
 }
 
@@ -138,6 +140,7 @@ KINDS: Final[dict[str, Kind]] = {
     "ListKeysRequest.purpose": ENUM,
     "ListKeysRequest.state": ENUM,
     "ListKeysRequest.name_prefix": PREFIX,
+    "ListKeysRequest.lineage": Kind(OPTIONAL_KEY.refused),
     "UpdateKeyRequest.max_usage_count": LIMIT,
     "UpdateKeyRequest.expires_at": MOMENT,
     "UpdateKeyRequest.metadata": KEY_METADATA,
@@ -173,13 +176,22 @@ KINDS: Final[dict[str, Kind]] = {
     "DecryptRequest.oaep_hash": ENUM,
     "DecryptRequest.allow_compromised": FLAG,
     "DecryptRequest.allow_revoked": FLAG,
+    "ReEncryptRequest.ciphertext": CIPHERTEXT,
+    "ReEncryptRequest.aad": MESSAGE,
+    "ReEncryptRequest.source_key": Kind(OPTIONAL_KEY.refused),
+    "ReEncryptRequest.key": OPTIONAL_KEY,
+    "ReEncryptRequest.new_aad": MESSAGE,
+    "ReEncryptRequest.oaep_hash": ENUM,
+    "ReEncryptRequest.allow_compromised": FLAG,
+    "ReEncryptRequest.allow_revoked": FLAG,
+    "ReEncryptRequest.request_id": REQUEST_ID,
     "GenerateDataKeyRequest.key": KEY,
     "GenerateDataKeyRequest.size_bytes": DATA_KEY_SIZE,
     "GenerateDataKeyRequest.aad": MESSAGE,
     "GenerateDataKeyRequest.without_plaintext": FLAG,
     "GenerateDataKeyRequest.request_id": REQUEST_ID,
     "GenerateRandomRequest.size_bytes": RANDOM_SIZE,
-    **{f"Batch{use}Request.items": ITEMS for use in ("Sign", "Verify", "Encrypt", "Decrypt")},
+    **{f"Batch{use}Request.items": ITEMS for use in ("Sign", "Verify", "Encrypt", "Decrypt", "ReEncrypt")},
     "SearchEventsRequest.since": MOMENT,
     "SearchEventsRequest.until": MOMENT,
     "SearchEventsRequest.user_id": ID,
@@ -214,6 +226,10 @@ KINDS: Final[dict[str, Kind]] = {
     "ListRotationsRequest.status": ENUM,
     "ListRotationsRequest.page_size": Kind((201, 2**31, 2**32 - 1)),
     "ListRotationsRequest.page_token": TOKEN,
+    "GetLineageUsageRequest.key": KEY,
+    "GetLineageUsageRequest.since": MOMENT,
+    "GetLineageUsageRequest.page_size": Kind((51, 2**31, 2**32 - 1)),
+    "GetLineageUsageRequest.page_token": TOKEN,
 }
 
 
@@ -337,7 +353,10 @@ def test_an_item_that_its_kind_refuses_is_malformed_and_named_alone(
             some.append(bad.pop())
         answer = call(request(items=[good, *(item for item, _ in some), good]), timeout=60)
         first, *answered, last = answer.items
-        assert method.name == "BatchDecrypt" or (first.HasField("result") and last.HasField("result")), (first, last)
+        assert method.name in ("BatchDecrypt", "BatchReEncrypt") or (first.HasField("result") and last.HasField("result")), (
+            first,
+            last,
+        )
         for (item, field), got in zip(some, answered, strict=True):
             assert got.HasField("error"), str(item)[:200]
             assert _refused_field(got.error) == ("MALFORMED", field), (str(item)[:200], got)

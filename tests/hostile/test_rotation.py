@@ -10,12 +10,13 @@ from google.protobuf.duration_pb2 import Duration
 from kms.v1 import crypto_pb2 as cpb
 from kms.v1 import keys_pb2 as kpb
 from kms.v1 import rotation_pb2 as rpb
-from tests.conformance.refusals import refusal
+from tests.conformance.refusals import refusal, refusal_of
 from tests.conformance.requests import made
 from tests.conformance.test_outages import soon
 from tests.conformance.test_rotation import key_of, rotate
 from tests.fixtures.server import Caller, RunningServer
 from tests.hostile.conftest import Superuser
+from tests.hostile.test_records import forget
 
 SIGN = cpb.SignRequest(key="k", message=b"m")
 TRAIL = ("tr_keys_record_creation", "tr_keys_record_change")
@@ -209,3 +210,60 @@ def test_a_rotation_that_a_policy_is_said_to_have_asked_for_changes_no_key(super
     superuser(PLANT, parameters=(planted, owner.user_id, key.id, None, None))
     assert failed(owner, planted).startswith("RECORD_INVALID")
     assert key_of(owner).id == key.id
+
+
+# Re-encryption.
+
+
+def moves(caller: Caller, ciphertext: bytes) -> str:
+    """Return what becomes of moving a ciphertext: OK, or the reason of the refusal."""
+    try:
+        caller.crypto.ReEncrypt(cpb.ReEncryptRequest(ciphertext=ciphertext), timeout=15)
+    except grpc.RpcError as error:
+        return refusal_of(error).reason
+    return "OK"
+
+
+@pytest.mark.parametrize("renamed", ["the old key", "the new key"])
+def test_a_key_of_another_lineage_is_never_taken_for_the_current_one(superuser: Superuser, owner: Caller, renamed: str) -> None:
+    first, other = made(owner, "aes"), made(owner, "aes", name="other")
+    ciphertext = owner.crypto.Encrypt(cpb.EncryptRequest(key="k", plaintext=b"p")).ciphertext
+    new = rotate(owner).new_key_id
+    if renamed == "the old key":
+        superuser(f"UPDATE cryptography.keys SET key_name = 'other@1' WHERE id = '{first.id}'")
+    else:
+        superuser(
+            f"UPDATE cryptography.keys SET key_name = 'x' WHERE id = '{new}'",
+            f"UPDATE cryptography.keys SET key_name = 'k' WHERE id = '{other.id}'",
+        )
+    forget()
+    assert moves(owner, ciphertext) == "RECORD_INVALID"
+    assert superuser(f"SELECT usage_counter FROM cryptography.keys WHERE id = '{other.id}'") == [{"usage_counter": 0}]
+
+
+def test_a_row_of_another_key_is_never_taken_for_the_old_key(superuser: Superuser, owner: Caller) -> None:
+    first, other = made(owner, "aes"), made(owner, "aes", name="other")
+    ciphertext = owner.crypto.Encrypt(cpb.EncryptRequest(key="k", plaintext=b"p")).ciphertext
+    foreign = owner.crypto.Encrypt(cpb.EncryptRequest(key="other", plaintext=b"p")).ciphertext
+    rotate(owner)
+    superuser(
+        f"DELETE FROM cryptography.keys WHERE id = '{first.id}'",
+        f"UPDATE cryptography.keys SET id = '{first.id}' WHERE id = '{other.id}'",
+    )
+    forget()
+    for each in (ciphertext, ciphertext[:17] + foreign[17:]):
+        assert moves(owner, each) == "RECORD_INVALID"
+
+
+def test_a_limit_holds_for_moved_ciphertexts_whatever_the_database_counts(superuser: Superuser, owner: Caller) -> None:
+    made(owner, "aes")
+    ciphertext = owner.crypto.Encrypt(cpb.EncryptRequest(key="k", plaintext=b"p")).ciphertext
+    new = rotate(owner).new_key_id
+    owner.keys.UpdateKey(kpb.UpdateKeyRequest(key="k", max_usage_count=2))
+    outcomes = []
+    for _ in range(4):
+        outcomes.append(moves(owner, ciphertext))
+        superuser(f"UPDATE cryptography.keys SET usage_counter = 0 WHERE id = '{new}'")
+    assert outcomes[0] == "OK"
+    assert outcomes.count("OK") <= 2
+    assert outcomes[-1] != "OK"

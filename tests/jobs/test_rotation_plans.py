@@ -7,9 +7,13 @@ import psycopg
 import pytest
 
 from kms.rotation import leases as rotation_leases
+from kms.rotation.usage_postgres import USES
+from kms.store.pool import ACT_AS
+from kms.store.trail import IN_ORDER
 from tests.fixtures.postgres import Database
 from tests.jobs.rotations import ALICE, OLD
 from tests.store.test_plans import WATCH, nested_plans, scanned_whole
+from tests.store.test_statements import numbered
 
 # Without the checks of references, which would take most of the time.
 FINISHED: Final = """
@@ -22,6 +26,19 @@ FINISHED: Final = """
         SELECT '{user}', gen_random_uuid(), 'age' FROM generate_series(1, 50);
     SET session_replication_role = origin;
     ANALYZE cryptography.key_rotations;
+"""
+
+
+USED: Final = """
+    SET session_replication_role = replica;
+    INSERT INTO audit.security_events (event_type, severity, user_id, resource_id, action, outcome, source_ip, created_at)
+        SELECT 'key.used', 'low', '{user}', '{key}', 'decrypt', 'success', '192.0.2.1', now() - n * interval '5 minutes'
+        FROM generate_series(1, {uses}) AS n;
+    INSERT INTO audit.security_events (event_type, severity, user_id, resource_id, action, outcome, created_at)
+        SELECT 'key.used', 'low', '{user}', gen_random_uuid(), 'decrypt', 'success', now() - n * interval '5 minutes'
+        FROM generate_series(1, {uses}) AS n;
+    SET session_replication_role = origin;
+    ANALYZE audit.security_events;
 """
 
 
@@ -48,3 +65,30 @@ def test_among_many_finished_rotations_nothing_reads_the_table_whole(filled: psy
     assert [table for plan in own for table in scanned_whole(plan)] == []
     searched = {"idx_key_rotations_due"} if name == "CLAIM" else set()
     assert {index for plan in own for index in indexes(plan)} == {"key_rotations_pkey"} | searched
+
+
+@pytest.mark.parametrize("uses", [10_000, pytest.param(200_000, marks=pytest.mark.slow)])
+def test_among_many_uses_a_report_reads_the_newest_of_its_keys_by_an_index(filled_database: Database, uses: int) -> None:
+    looked_at = 1_000
+    # As numbered() numbers them, in a plan for all values, as the service runs it.
+    prepare = f"PREPARE used AS {numbered(USES)}"
+    arguments = f"NULL, interval '30 days', ARRAY['{OLD}'::uuid], ARRAY['2000-01-01'::timestamptz], {looked_at}"
+    with psycopg.connect(filled_database.admin_dsn) as connection:
+        connection.execute(USED.format(user=ALICE, key=OLD, uses=uses).encode())
+        connection.execute(ACT_AS, ("authenticated_users", str(ALICE)))
+        connection.execute(IN_ORDER)
+        connection.execute(prepare.encode())
+        row = connection.execute(f"EXPLAIN (ANALYZE, FORMAT JSON) EXECUTE used ({arguments})".encode()).fetchone()
+        assert row is not None
+        scans = [node for node in nodes(row[0][0]["Plan"]) if node["Node Type"].endswith("Scan") and node["Actual Loops"]]
+        events = [node for node in scans if "security_events" in node.get("Relation Name", "")]
+        assert events
+        assert {name for node in events if "resource_id" not in (name := node.get("Index Name", "none"))} == set()
+        assert sum(node["Actual Rows"] for node in events) <= looked_at + len(events)
+        connection.rollback()
+
+
+def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for child in plan.get("Plans", ()):
+        yield from nodes(child)

@@ -2,6 +2,7 @@
 
 import asyncio
 from datetime import datetime, timedelta
+from typing import Any
 from uuid import uuid4
 
 import psycopg
@@ -146,7 +147,7 @@ async def test_a_page_looks_at_a_thousand_keys_and_goes_on_behind_the_last_of_th
     await keys.insert(alice, new_key(alice, "n0000", KeyType.AES))
     as_superuser(database, COPIES)
 
-    async def page(after: str, limit: int, **which: str) -> tuple[list[str], str | None]:
+    async def page(after: str, limit: int, **which: Any) -> tuple[list[str], str | None]:  # noqa: ANN401
         found = await keys.page(alice, KeyFilter(**which), after=after, limit=limit)
         return [record.name for record in found.keys], found.goes_on_after
 
@@ -163,7 +164,7 @@ async def test_every_filter_restricts_and_all_together(database: Database, keys:
         await keys.insert(alice, new_key(alice, name, key_type))
     as_superuser(database, b"UPDATE cryptography.keys SET deactivated_at = now() WHERE key_name = 'old'")
 
-    async def names(**which: str) -> list[str]:
+    async def names(**which: Any) -> list[str]:  # noqa: ANN401
         return [record.name for record in (await keys.page(alice, KeyFilter(**which), after="", limit=10)).keys]
 
     assert await names(key_type="aes") == ["app/aes", "apz", "old"]
@@ -175,6 +176,27 @@ async def test_every_filter_restricts_and_all_together(database: Database, keys:
     assert await names(name_prefix="%") == []
     assert await names(name_prefix="a_") == []
     assert await names(key_type="aes", purpose="encryption", status="active", name_prefix="app") == ["app/aes"]
+
+
+async def test_a_lineage_is_its_keys_and_no_key_with_a_name_like_theirs(
+    database: Database, keys: StoredKeys, alice: UserId
+) -> None:
+    lineage = ["k", *sorted(f"k@{number}" for number in range(1, 13))]
+    for name in ("K", "j", "k-1", "k.1", "k/1", "k1", "kA", "k_", "kk", "k1@1", *lineage):
+        await keys.insert(alice, new_key(alice, name.replace("@", "_at_"), KeyType.AES))
+    as_superuser(database, b"UPDATE cryptography.keys SET key_name = replace(key_name, '_at_', '@')")
+
+    async def page(after: str, limit: int, **which: Any) -> tuple[list[str], str | None]:  # noqa: ANN401
+        found = await keys.page(alice, KeyFilter(**which), after=after, limit=limit)
+        return [record.name for record in found.keys], found.goes_on_after
+
+    assert await page("", 100, lineage="k") == (lineage, None)
+    assert await page("", 5, lineage="k") == (lineage[:5], lineage[4])
+    assert await page(lineage[4], 100, lineage="k") == (lineage[5:], None)
+    assert await page("", 100, lineage="k", name_prefix="k@1") == (["k@1", "k@10", "k@11", "k@12"], None)
+    assert await page("", 100, lineage="k1") == (["k1", "k1@1"], None)
+    assert await page("", 100, lineage="kA") == (["kA"], None)
+    assert await page("", 100, lineage="k", key_type="rsa") == ([], None)
 
 
 async def test_time_changes_the_state_without_any_job(database: Database, keys: StoredKeys, alice: UserId) -> None:

@@ -335,7 +335,8 @@ async def test_an_entry_that_the_database_cannot_take_harms_no_other(
         ledger.settle(sign(alice, key)), ledger.settle(poisoned), ledger.settle(sign(alice, key)), return_exceptions=True
     )
     assert (outcomes[0], outcomes[2]) == (None, None)
-    assert isinstance(outcomes[1], psycopg.DataError)
+    assert isinstance(outcomes[1], KmsError)
+    assert outcomes[1].reason is Reason.STORE_UNAVAILABLE
     assert (counter(database, key), charges(database, key)) == (2, 2)
 
 

@@ -7,7 +7,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -71,6 +71,14 @@ async def test_a_block_that_raises_is_rolled_back(database: Database, store: Poo
         assert connection.execute(b"SELECT count(*) FROM authentication.users").fetchone() == (0,)
 
 
+@contextmanager
+def refused_with(cause: type[psycopg.Error]) -> Iterator[None]:
+    """Expect STORE_UNAVAILABLE because of *cause*."""
+    with pytest.raises(KmsError) as caught:
+        yield
+    assert (caught.value.reason, type(caught.value.__cause__)) == (Reason.STORE_UNAVAILABLE, cause)
+
+
 async def test_an_error_at_commit_is_raised(database: Database, store: Pool) -> None:
     with psycopg.connect(database.admin_dsn) as connection:
         connection.execute(
@@ -78,14 +86,14 @@ async def test_an_error_at_commit_is_raised(database: Database, store: Pool) -> 
             b"CREATE CONSTRAINT TRIGGER refuse AFTER INSERT ON authentication.users DEFERRABLE INITIALLY DEFERRED"
             b" FOR EACH ROW EXECUTE FUNCTION public.refuse()"
         )
-    with pytest.raises(psycopg.errors.UniqueViolation):
+    with refused_with(psycopg.errors.UniqueViolation):
         async with store.transaction(AS_ADMINISTRATOR) as connection:
             await (await connection.execute("SELECT authentication.create_service_user('signer')")).fetchone()
     assert await store.fetch(BEFORE_LOGIN, "SELECT 1 AS one") == [{"one": 1}]
 
 
 async def test_a_statement_that_was_sent_and_never_fetched_still_raises(store: Pool) -> None:
-    with pytest.raises(psycopg.errors.DivisionByZero):
+    with refused_with(psycopg.errors.DivisionByZero):
         async with store.transaction(AS_JOB) as connection:
             await connection.execute("SELECT 1/0")
 

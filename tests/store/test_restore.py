@@ -12,6 +12,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
+from kms.app.records import Records
 from kms.dev.postgres import EmbeddedPostgres, temporary_postgres
 from kms.domain.algorithms import KeyType
 from kms.domain.errors import KmsError, Reason
@@ -21,7 +22,7 @@ from kms.store.backup import backup, connected
 from kms.store.backup_catalog import read_catalog, read_properties, read_roles
 from kms.store.backup_file import seal
 from kms.store.epoch import Cause, begin_epoch, check_epoch, confirm_key, continue_epoch, current_epoch, unconfirmed_keys
-from kms.store.journal import Event, Journal, changed_line, read_journal
+from kms.store.journal import Event, Journal, changed_line, read_journal, superseded_line
 from kms.store.lifecycle import StoredLifecycle
 from kms.store.migrate import check, set_service_password
 from kms.store.pool import Pool, connection_settings, open_pool
@@ -459,6 +460,27 @@ async def test_a_key_that_was_changed_after_the_backup_waits_for_its_confirmatio
         assert states(connection)["after"] == "active"
 
 
+def test_a_rotation_that_the_backup_does_not_have_is_told(
+    database: Database, admin: psycopg.Connection[Any], other: str, tmp_path: Path
+) -> None:
+    owner, lost = add_user(admin), [uuid4(), uuid4()]
+    before = add_key(admin, owner, "before", key_status="inactive", superseded_at=PAST)
+    once, twice, untold = (add_key(admin, owner, name) for name in ("once", "twice", "untold"))
+    journals = [Journal(tmp_path / "one-machine"), Journal(tmp_path / "another")]
+    file, _ = backup(database.admin_dsn, tmp_path / "one", [journal.path for journal in journals])
+    for key, successor in ((before, once), (once, lost[0]), (twice, uuid4()), (lost[0], lost[1])):
+        journals[0].write(superseded_line(key, 2, successor, occurred_at=PAST))
+    # As the follower writes it, who does not know the successor.
+    for key in (once, untold):
+        journals[1].write(changed_line(key, 2, occurred_at=PAST, what="key.superseded: old successor=x"))
+    beginning = restore(other, file, [journal.path for journal in journals], mac=mac).beginning
+    assert beginning.superseded == (once, twice, untold)
+    assert beginning.lost_successors[::2] == (lost[0], lost[1])
+    assert len(beginning.lost_successors) == 3
+    with on(other) as connection:
+        assert states(connection) == {"before": "inactive", "once": "inactive", "twice": "inactive", "untold": "inactive"}
+
+
 async def test_an_administrator_confirms_a_key_with_a_count(
     postgres: EmbeddedPostgres, database: Database, admin: psycopg.Connection[Any], tmp_path: Path
 ) -> None:
@@ -483,6 +505,20 @@ async def test_an_administrator_confirms_a_key_with_a_count(
     found = states(admin)
     assert (found["limited"], found["aes"], found["limited-inactive"]) == ("active", "inactive", "inactive")
     assert admin.execute(b"SELECT usage_counter FROM cryptography.keys WHERE key_name = 'limited'").fetchone() == (7,)
+
+
+async def test_a_key_that_changes_while_it_is_confirmed_is_stale(database: Database, admin: psycopg.Connection[Any]) -> None:
+    key = add_key(admin, add_user(admin), "aes")
+    begin_epoch(admin, Cause.RECOVERED, [], is_complete=True, mac=mac)
+
+    async def change_and_mac(data: bytes) -> bytes:
+        admin.execute(b'UPDATE cryptography.keys SET metadata = \'{"a": "b"}\' WHERE id = %s', (key,))
+        return mac(data)
+
+    async with open_pool(database.dsn, 1) as pool:
+        with pytest.raises(KmsError) as caught:
+            await confirm_key(pool, Records(change_and_mac, RECORDS.clock), key, 0)
+    assert caught.value.reason is Reason.STALE
 
 
 async def test_what_a_restore_does_to_a_key_has_the_reason_restored(

@@ -18,8 +18,11 @@ from kms.dev.postgres import EmbeddedPostgres
 from kms.pki.private_file import write_private
 from kms.store.journal import Event, Journal
 from kms.v1 import crypto_pb2 as cpb
+from kms.v1 import keys_pb2 as kpb
+from kms.v1 import rotation_pb2 as rpb
 from tests.conformance.refusals import refusal
-from tests.conformance.requests import made
+from tests.conformance.requests import create, made
+from tests.conformance.test_rotation import rotate
 from tests.fixtures.server import Caller, Deployment
 from tests.store.backup_rows import add_key
 
@@ -93,6 +96,57 @@ def test_a_restored_service_signs_on_and_counted_keys_wait(elsewhere: Deployment
         assert refusal(caller.crypto.Encrypt, request).reason == "KEY_INACTIVE"
         assert run(deployment, "epoch", "confirm", aes.id, "--count", "12") == {"key": aes.id, "count": 12, "active": True}
         assert caller.crypto.Encrypt(request, timeout=20).ciphertext
+
+
+@pytest.mark.slow
+def test_a_backup_from_before_a_rotation_lets_the_predecessor_wait_and_names_the_successor_that_is_lost(
+    elsewhere: Deployment, tmp_path: Path
+) -> None:
+    deployment, journal = elsewhere, str(tmp_path / "journal")
+    deployment.set_server(journal=journal)
+    with deployment.serving() as server:
+        caller = server.caller()
+        signer = made(caller, "ed25519", name="signer")
+        resident = caller.keys.CreateKey(create("aes", custody=kpb.CUSTODY_RESIDENT), timeout=30).key
+        early = caller.crypto.Encrypt(cpb.EncryptRequest(key="k", plaintext=b"early"), timeout=20).ciphertext
+        # So that the journal is not one to which nothing was ever written.
+        caller.keys.RevokeKey(kpb.RevokeKeyRequest(key=made(caller, "aes", name="other").id, reason="left"))
+        await_signing_key(deployment)
+        saved = run(deployment, "backup", "--out", str(tmp_path / "one"), "--journal", journal)
+        successors = {name: rotate(caller, key=name).new_key_id for name in ("signer", "k")}
+        signed = caller.crypto.Sign(cpb.SignRequest(key="signer", message=b"m"), timeout=20)
+        late = caller.crypto.Encrypt(cpb.EncryptRequest(key="k", plaintext=b"late"), timeout=20).ciphertext
+    assert signed.key_id == successors["signer"]
+    move(deployment)
+    restored = run(deployment, "restore", saved["file"], "--journal", journal)
+    assert restored["superseded"] == [signer.id, resident.id]
+    assert restored["lost_successors"] == list(successors.values())
+    with deployment.serving() as server:
+        caller = server.caller(caller.user_id)
+        assert {each["key"] for each in run(deployment, "epoch", "show")["unconfirmed"]} == {signer.id, resident.id}
+        # The predecessor has its name, and uses it for nothing.
+        assert refusal(caller.crypto.Sign, cpb.SignRequest(key="signer", message=b"m")).reason == "KEY_INACTIVE"
+        assert refusal(caller.crypto.Encrypt, cpb.EncryptRequest(key="k", plaintext=b"p")).reason == "KEY_INACTIVE"
+        assert caller.crypto.Decrypt(cpb.DecryptRequest(ciphertext=early), timeout=20).plaintext == b"early"
+        # What the successor made is its own: nothing of it is taken for the predecessor's.
+        verify = cpb.VerifyRequest(key=signed.key_id, message=b"m", signature=signed.signature)
+        assert refusal(caller.crypto.Verify, verify).reason == "KEY_NOT_FOUND"
+        verify.key = "signer"
+        assert not caller.crypto.Verify(verify, timeout=20).valid
+        assert refusal(caller.crypto.Decrypt, cpb.DecryptRequest(ciphertext=late)).reason == "KEY_NOT_FOUND"
+        assert refusal(caller.crypto.Decrypt, cpb.DecryptRequest(ciphertext=late, key="k")).reason == "INCORRECT_KEY"
+        # The token holds the RESIDENT successor, perhaps the only copy: nobody removes it.
+        found = run(deployment, "hsm", "check", code=1)["keys"]
+        assert {"id": successors["k"], "finding": "row_missing"}.items() <= next(
+            each for each in found if each["id"] == successors["k"]
+        ).items()
+        # Rotated once more, the key is served again without anybody's word on how often it was used.
+        for name in successors:
+            assert rotate(caller, key=name).status == rpb.ROTATION_STATUS_COMPLETED
+        assert sign(caller)
+        assert caller.crypto.Decrypt(cpb.DecryptRequest(ciphertext=early, key="k"), timeout=20).plaintext == b"early"
+        assert run(deployment, "epoch", "confirm", resident.id, "--count", "2")["active"] is False
+        assert refusal(caller.crypto.Encrypt, cpb.EncryptRequest(key="k@1", plaintext=b"p")).reason == "KEY_INACTIVE"
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import psycopg
 from psycopg.pq import ExecStatus
 
 import kms.jobs
+import kms.rotation
 import kms.store
 from kms.domain.lifecycle import Standing, effective_state
 from kms.store.login_settings import OWN_SETTINGS
@@ -23,11 +24,8 @@ _NOW = datetime(2030, 1, 1, tzinfo=UTC)
 
 
 def statements() -> Iterator[tuple[str, str]]:
-    modules = [
-        *pkgutil.iter_modules(kms.store.__path__, "kms.store."),
-        *pkgutil.iter_modules(kms.jobs.__path__, "kms.jobs."),
-    ]
-    for module in modules:
+    packages = (kms.store, kms.jobs, kms.rotation)
+    for module in (each for package in packages for each in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")):
         for name, value in vars(importlib.import_module(module.name)).items():
             # A fragment, from which statements are put together, begins with an underscore.
             if isinstance(value, str) and name.isupper() and not name.startswith("_") and _STATEMENT.match(value):
@@ -50,7 +48,7 @@ def numbered(statement: str) -> str:
 def test_the_search_for_statements_finds_them() -> None:
     found = dict(statements())
     known = {"keys.PAGE", "pool.ACT_AS", "users.FIND_BY_URI", "migrate.RECORD"}
-    assert {"kms.jobs.postgres.TAKE_LOCK", *(f"kms.store.{name}" for name in known)} <= set(found)
+    assert {"kms.jobs.postgres.TAKE_LOCK", "kms.rotation.leases.CLAIM", *(f"kms.store.{name}" for name in known)} <= set(found)
 
 
 def test_every_statement_prepares(database: Database) -> None:

@@ -176,3 +176,23 @@ def test_the_service_notes_that_an_event_was_processed_and_nothing_else(database
     for column in ("event_data", "aggregate_version", "occurred_at", "initiated_by"):
         with pytest.raises(errors.InsufficientPrivilege):
             run(database.dsn, "job_runner", "", f"UPDATE audit.domain_events SET {column} = DEFAULT")
+
+
+@pytest.mark.parametrize(
+    ("event", "details"),
+    [
+        ("audit.history_refused", '{"found": "' + "x" * 8_000 + '"}'),
+        ("audit.history_refused", None),
+        ("audit.history_refused", '"a text"'),
+        (None, "{}"),
+        ("key.revoked", "{}"),
+    ],
+)
+def test_an_event_about_the_history_is_a_few_words_of_a_known_kind(
+    database: Database, event: str | None, details: str | None
+) -> None:
+    query = "SELECT audit.record_history_event(%s, %s)"
+    with pytest.raises(errors.InvalidParameterValue):
+        run(database.dsn, "job_runner", "", query, (event, details))
+    run(database.dsn, "job_runner", "", query, ("audit.history_refused", '{"found": "' + "x" * 7_900 + '"}'))
+    assert len(stored(database, b"SELECT FROM audit.security_events")) == 1

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from hashlib import sha256
 from typing import Any
 from uuid import uuid4
 
@@ -15,11 +16,12 @@ from kms.domain.algorithms import Hash, KeySpec, KeyType, Purpose, Scheme, Signa
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId, KeyName, UserId
 from kms.domain.keys import Custody, HeldKey, KeyIdentity, KeyRecord, UsableKey
-from kms.domain.lifecycle import State
+from kms.domain.lifecycle import State, Use
 from kms.domain.permissions import Permission
 from kms.keys.crypto import answers
 from kms.keys.crypto.charged import ChargedUses, Item
 from kms.keys.crypto.encryption import DataKey, Encrypted, Encryption, ToDecrypt, ToEncrypt, ToGenerate
+from kms.keys.crypto.reencryption import ReEncrypted, ToReEncrypt
 from kms.keys.crypto.signing import Signature, Signing, ToSign, ToVerify
 from kms.keys.ledger.counts import Counts
 from kms.keys.ledger.repeats import RepeatableRequest, Repeats
@@ -365,6 +367,128 @@ async def test_only_a_request_with_an_id_costs_a_call_of_the_token_more(bench: B
     assert len(asked) == 1
 
 
+# Re-encryption: two uses, one of them charged.
+
+
+async def rotated(bench: Bench) -> tuple[bytes, KeyId]:
+    """Return a ciphertext of a key that has got a successor since, and the id of that key."""
+    ciphertext = (await bench.uses.encrypt(bench.call, ToEncrypt(KeyName("encrypts"), b"secret", b"aad"))).ciphertext
+    old = bench.id_of("encrypts")
+    bench.keys.change(old, name=KeyName("encrypts@1"), state=State.INACTIVE)
+    bench.keys.put(await a_key(bench.hsm, bench.user.user_id, "encrypts", AES))
+    bench.ledger.settled.clear()
+    bench.ledger.attempts.clear()
+    return ciphertext, old
+
+
+def uses_of(bench: Bench) -> list[tuple[str, KeyId, bool]]:
+    return [(entry.action, entry.key_id, entry.is_charged) for entry in bench.ledger.settled]
+
+
+async def test_a_reencryption_is_recorded_as_a_decryption_and_then_charged_as_one_encryption(bench: Bench) -> None:
+    ciphertext, old = await rotated(bench)
+    moved = await bench.uses.reencrypt(bench.call, ToReEncrypt(ciphertext, b"aad"))
+    new = bench.id_of("encrypts")
+    assert (moved.key_id, moved.source_key_id) == (new, old)
+    assert uses_of(bench) == [("decrypt.reencrypt", old, False), ("encrypt.reencrypt", new, True)]
+    opened = await bench.uses.decrypt(bench.call, replace(to_decrypt(moved.ciphertext), aad=b"aad"))
+    assert (opened.plaintext, opened.key_id) == (b"secret", new)
+
+
+@pytest.mark.parametrize("reason", sorted(RETRYABLE_REFUSALS))
+async def test_a_charge_that_is_tried_again_decrypts_nothing_again(bench: Bench, reason: Reason) -> None:
+    ciphertext, old = await rotated(bench)
+    bench.ledger.answers = [None, refused(reason)]
+    await bench.uses.reencrypt(bench.call, ToReEncrypt(ciphertext, b"aad"))
+    assert uses_of(bench) == [("decrypt.reencrypt", old, False), ("encrypt.reencrypt", bench.id_of("encrypts"), True)]
+    assert len(bench.ledger.attempts) == 3
+
+
+@pytest.mark.parametrize("reason", [Reason.OUTCOME_UNKNOWN, Reason.STORE_UNAVAILABLE, Reason.RECORD_INVALID])
+async def test_a_decryption_that_is_not_recorded_charges_nothing(bench: Bench, reason: Reason) -> None:
+    ciphertext, old = await rotated(bench)
+    bench.ledger.answers = [refused(reason)]
+    with pytest.raises(KmsError) as caught:
+        await bench.uses.reencrypt(bench.call, ToReEncrypt(ciphertext, b"aad"))
+    assert (caught.value.reason, caught.value.key_id, uses_of(bench)) == (reason, old, [])
+    assert [entry.action for entry in bench.ledger.attempts] == ["decrypt.reencrypt"]
+
+
+@pytest.mark.parametrize("state", [State.PRE_ACTIVE, State.INACTIVE, State.COMPROMISED, State.REVOKED])
+async def test_where_the_new_key_cannot_encrypt_nothing_is_opened(bench: Bench, state: State) -> None:
+    ciphertext, _ = await rotated(bench)
+    bench.keys.change(KeyName("encrypts"), state=state)
+    with pytest.raises(KmsError) as caught:
+        await bench.uses.reencrypt(bench.call, ToReEncrypt(ciphertext, b"aad"))
+    assert (caught.value.reason, caught.value.key_id) == (Reason[f"KEY_{state.name}"], bench.id_of("encrypts"))
+    assert not bench.ledger.attempts
+
+
+async def test_a_key_that_gets_a_successor_meanwhile_is_not_the_one_that_encrypts(bench: Bench) -> None:
+    ciphertext = (await bench.uses.encrypt(bench.call, ToEncrypt(KeyName("encrypts"), b"secret"))).ciphertext
+    old, new = bench.id_of("encrypts"), await a_key(bench.hsm, bench.user.user_id, "encrypts", AES)
+
+    def rotate() -> None:
+        bench.keys.change(old, name=KeyName("encrypts@1"), state=State.INACTIVE)
+        bench.keys.put(new)
+
+    def rotate_and_refuse() -> None:
+        rotate()
+        raise refused(Reason.KEY_INACTIVE)
+
+    bench.ledger.settled.clear()
+    bench.ledger.answers = [None, rotate_and_refuse]
+    moved = await bench.uses.reencrypt(bench.call, ToReEncrypt(ciphertext))
+    assert (moved.key_id, moved.source_key_id) == (new.record.identity.key_id, old)
+    assert [each[0] for each in uses_of(bench)] == ["decrypt.reencrypt", "encrypt.reencrypt"]
+
+
+async def test_a_reencryption_is_repeated_to_the_same_ciphertext_and_opens_nothing(bench: Bench) -> None:
+    ciphertext, old = await rotated(bench)
+    request = ToReEncrypt(ciphertext, b"aad")
+    first = await bench.uses.reencrypt(bench.call, request, ORDER)
+    bench.keys.change(old, state=State.REVOKED)
+    assert [await bench.uses.reencrypt(bench.call, request, ORDER) for _ in range(2)] == [first] * 2
+    assert len(bench.ledger.attempts) == 2
+    bench.keys.change(KeyName("encrypts"), state=State.REVOKED)
+    assert await reason_of(bench.uses.reencrypt(bench.call, request, ORDER)) is Reason.KEY_REVOKED
+
+
+async def test_a_repeat_after_a_lost_charge_is_charged_once(bench: Bench) -> None:
+    ciphertext, _ = await rotated(bench)
+    bench.ledger.answers = [None, refused(Reason.STORE_UNAVAILABLE)]
+    request = ToReEncrypt(ciphertext, b"aad")
+    assert await reason_of(bench.uses.reencrypt(bench.call, request, ORDER)) is Reason.STORE_UNAVAILABLE
+    await bench.uses.reencrypt(bench.call, request, ORDER)
+    assert [each[0] for each in uses_of(bench)] == ["decrypt.reencrypt", "decrypt.reencrypt", "encrypt.reencrypt"]
+
+
+async def test_a_revoked_key_gives_up_its_ciphertexts_by_flag_and_permission_alone(bench: Bench) -> None:
+    ciphertext, old = await rotated(bench)
+    bench.keys.change(old, state=State.REVOKED)
+    plain = ToReEncrypt(ciphertext, b"aad")
+    flagged = replace(plain, uses=(Use.PROCESS, Use.PROCESS_REVOKED))
+    assert await reason_of(bench.uses.reencrypt(bench.call, plain)) is Reason.KEY_REVOKED
+    assert await reason_of(bench.uses.reencrypt(bench.call, flagged)) is Reason.PERMISSION_DENIED
+    assert not bench.ledger.attempts
+    permitted = replace(bench.user, permissions=frozenset({Permission.KEYS_USE_REVOKED}))
+    moved = await bench.uses.reencrypt(replace(bench.call, user=permitted), flagged)
+    assert moved.source_key_id == old
+    assert [entry.use for entry in bench.ledger.settled] == [Use.PROCESS_REVOKED, Use.PROTECT]
+
+
+async def test_reencryptions_of_a_batch_are_charged_in_their_order(bench: Bench) -> None:
+    ciphertext, _ = await rotated(bench)
+    items = [Item(ToReEncrypt(ciphertext, b"aad", new_aad=bytes(n))) for n in range(20)]
+    wrong = Item(ToReEncrypt(ciphertext, b"another"))
+    outcomes = await bench.uses.reencrypt_each(bench.call, [*items, wrong])
+    moved = [each for each in outcomes if isinstance(each, ReEncrypted)]
+    assert [each.reason for each in outcomes if isinstance(each, KmsError)] == [Reason.CIPHERTEXT_INVALID]
+    digests = [entry.details["ciphertext_sha256"] for entry in bench.ledger.settled if entry.is_charged]
+    assert digests == [sha256(each.ciphertext).hexdigest() for each in moved]
+    assert bench.ledger.refusals == [("BatchReEncrypt", bench.id_of("encrypts@1"), Reason.CIPHERTEXT_INVALID)]
+
+
 # Batches.
 
 WISHES = [("signs", None), ("none", None), ("signs", ORDER), ("encrypts", None), ("signs", None)]
@@ -425,13 +549,15 @@ PLAIN_RSA = SignatureAlgorithm(Scheme.RSA_PKCS1, Hash.SHA_384)
         (answers.encode_signature, answers.decode_signature, Signature(b"s", KEY_ID, PLAIN_RSA)),
         (answers.encode_signature, answers.decode_signature, Signature(b"", KEY_ID, SignatureAlgorithm(Scheme.ED25519, None))),
         (answers.encode_encrypted, answers.decode_encrypted, Encrypted(b"c" * 70_000, KEY_ID)),
+        (answers.encode_reencrypted, answers.decode_reencrypted, ReEncrypted(b"c" * 70_000, KEY_ID, KeyId(uuid4()))),
         (answers.encode_data_key, answers.decode_data_key, DataKey(b"", b"c", KEY_ID)),
     ],
 )
 def test_a_stored_result_is_the_result(encode: Callable[[Any], bytes], decode: Callable[[bytes], Any], result: object) -> None:
     content = encode(result)
     assert decode(content) == result
-    kinds = {answers.decode_signature, answers.decode_encrypted, answers.decode_data_key} - {decode}
+    all_kinds = {answers.decode_signature, answers.decode_encrypted, answers.decode_reencrypted, answers.decode_data_key}
+    kinds = all_kinds - {decode}
     for other in kinds:
         with pytest.raises(ValueError, match="the content of a stored answer is no"):
             other(content)

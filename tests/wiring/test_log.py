@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import threading
 from collections.abc import Iterator
 from io import StringIO
 
@@ -22,6 +23,8 @@ def stderr(monkeypatch: pytest.MonkeyPatch) -> Iterator[StringIO]:
     """What the log writes to, configured as the service does."""
     handlers, level, written = logging.root.handlers[:], logging.root.level, StringIO()
     monkeypatch.setattr(sys, "stderr", written)
+    for module, hook in ((sys, "unraisablehook"), (threading, "excepthook")):
+        monkeypatch.setattr(module, hook, getattr(module, hook))  # put back at the end
     configure_log("info")
     yield written
     logging.root.handlers[:] = handlers
@@ -76,3 +79,28 @@ def test_what_is_no_secret_is_in_the_line_as_it_is(stderr: StringIO) -> None:
         "ok": True,
         "names": ["a"],
     }
+
+
+class _Failing:
+    def __del__(self) -> None:
+        raise ValueError(f"password={HIDDEN}")
+
+
+def test_an_exception_that_nobody_can_catch_is_a_line_of_the_log(stderr: StringIO) -> None:
+    _Failing()
+    line = json.loads(stderr.getvalue())
+    assert (line["event"], line["level"]) == ("exception ignored", "warning")
+    assert "_Failing.__del__" in line["at"]
+    assert line["exception"].endswith("ValueError: password=<redacted>")
+
+
+def test_an_exception_that_ends_a_thread_is_a_line_of_the_log(stderr: StringIO) -> None:
+    def fail() -> None:
+        raise ValueError("why")
+
+    thread = threading.Thread(target=fail, name="lane")
+    thread.start()
+    thread.join()
+    line = json.loads(stderr.getvalue())
+    assert (line["event"], line["level"], line["thread"]) == ("a thread has ended", "error", "lane")
+    assert line["exception"].endswith("ValueError: why")

@@ -10,6 +10,7 @@ from kms.domain.algorithms import Hash, Scheme, SignatureAlgorithm
 from kms.domain.envelope import lengths_prefixed
 from kms.domain.ids import KeyId
 from kms.keys.crypto.encryption import DataKey, Encrypted
+from kms.keys.crypto.reencryption import ReEncrypted
 from kms.keys.crypto.signing import Signature
 
 _LENGTH_BYTES: Final = 4
@@ -38,6 +39,19 @@ def decode_encrypted(content: bytes) -> Encrypted:
     """Return the ciphertext that `encode_encrypted` encoded."""
     key_id, ciphertext = _parts(content, b"ciphertext", 2)
     return Encrypted(ciphertext, _key_id(key_id))
+
+
+def encode_reencrypted(reencrypted: ReEncrypted) -> bytes:
+    """Return the stored form of a ciphertext that was moved to another key."""
+    return lengths_prefixed(
+        b"moved ciphertext", reencrypted.key_id.bytes, reencrypted.source_key_id.bytes, reencrypted.ciphertext
+    )
+
+
+def decode_reencrypted(content: bytes) -> ReEncrypted:
+    """Return the ciphertext that `encode_reencrypted` encoded."""
+    key_id, source_key_id, ciphertext = _parts(content, b"moved ciphertext", 3)
+    return ReEncrypted(ciphertext, _key_id(key_id), _key_id(source_key_id))
 
 
 def encode_data_key(data_key: DataKey) -> bytes:

@@ -11,24 +11,29 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
+from kms.app.keyring import require_usable_key
 from kms.app.ports import Call
 from kms.domain.errors import KmsError
 from kms.domain.ids import KeyId
+from kms.domain.lifecycle import Use
 from kms.keys.crypto.answers import (
     decode_data_key,
     decode_encrypted,
+    decode_reencrypted,
     decode_signature,
     encode_data_key,
     encode_encrypted,
+    encode_reencrypted,
     encode_signature,
 )
 from kms.keys.crypto.encryption import DataKey, Decrypted, Encrypted, Encryption, ToDecrypt, ToEncrypt, ToGenerate
+from kms.keys.crypto.reencryption import ReEncrypted, ToReEncrypt, of_new_ciphertext
 from kms.keys.crypto.signing import Signature, Signing, ToSign, ToVerify, Verification
 from kms.keys.ledger.repeats import RepeatableRequest, Repeats, StoredAnswer
 from kms.keys.ledger.settling import RETRYABLE_REFUSALS, SINGLE, Compute, PendingResult, Settling, Slot
 
 Request = TypeVar("Request")
-Result = TypeVar("Result", Signature, Encrypted, DataKey)
+Result = TypeVar("Result", Signature, Encrypted, ReEncrypted, DataKey)
 T = TypeVar("T")
 Again = Callable[[Call, StoredAnswer, bool], Awaitable[PendingResult[T]]]
 """Makes the result of a repeated request from its stored answer. True: read keys from the database, not from the cache."""
@@ -103,11 +108,31 @@ class ChargedUses:
 
     async def decrypt(self, call: Call, request: ToDecrypt, slot: Slot = SINGLE) -> Decrypted:
         """Decrypt a ciphertext; recorded. See `Encryption.decrypt`."""
+        return await self._decrypt(call, request, "decrypt", slot)
 
-        async def compute(call: Call, fresh: bool) -> PendingResult[Decrypted]:
-            return await self.encryption.decrypt(call, request, fresh=fresh)
+    async def reencrypt(
+        self, call: Call, request: ToReEncrypt, repeatable: RepeatableRequest | None = None, slot: Slot = SINGLE
+    ) -> ReEncrypted:
+        """Move a ciphertext to another key: recorded as a decryption by its key, charged as an encryption by the other.
 
-        return await self.settling.settle_use(call, compute, slot)
+        The decryption is recorded once and before anything is charged. If the other key cannot encrypt, nothing is decrypted.
+        Raises what `decrypt` raises about the one key, and what `encrypt` raises about the other.
+        """
+        opened: Decrypted | None = None
+
+        async def compute(call: Call, fresh: bool) -> PendingResult[ReEncrypted]:
+            nonlocal opened
+            request.check()
+            keys, caller = self.encryption.keys, call.user.user_id
+            target = await request.target(keys, caller)
+            await require_usable_key(keys, caller, target, Use.PROTECT, fresh=fresh)
+            opened = opened or await self._decrypt(call, request.to_decrypt(), "decrypt.reencrypt")
+            with of_new_ciphertext():
+                pending = await self.encryption.encrypt(call, request.to_encrypt(target, opened.plaintext), fresh=fresh)
+            result = ReEncrypted(pending.result.ciphertext, pending.result.key_id, opened.key_id)
+            return PendingResult(result, pending.entry and replace(pending.entry, action="encrypt.reencrypt"))
+
+        return await self._charged(call, repeatable, compute, slot, encode_reencrypted, self._again(decode_reencrypted))
 
     async def data_key(self, call: Call, request: ToGenerate, repeatable: RepeatableRequest | None = None) -> DataKey:
         """Make a data key; charged. See `Encryption.data_key`. Without its plaintext if the request says so."""
@@ -160,6 +185,23 @@ class ChargedUses:
             return await self.decrypt(call, item.request, slot)
 
         return await self.run_batch(items, decrypt, self._note(call, "BatchDecrypt"), is_charged=False)
+
+    async def reencrypt_each(self, call: Call, items: Sequence[Item[ToReEncrypt] | KmsError]) -> list[ReEncrypted | KmsError]:
+        """Move the ciphertext of each item to another key, charged in the order of the items."""
+
+        async def reencrypt(item: Item[ToReEncrypt], slot: Slot) -> ReEncrypted:
+            return await self.reencrypt(call, item.request, item.repeatable, slot)
+
+        return await self.run_batch(items, reencrypt, self._note(call, "BatchReEncrypt"), is_charged=True)
+
+    async def _decrypt(self, call: Call, request: ToDecrypt, action: str, slot: Slot = SINGLE) -> Decrypted:
+        """Decrypt a ciphertext; recorded as *action*."""
+
+        async def compute(call: Call, fresh: bool) -> PendingResult[Decrypted]:
+            pending = await self.encryption.decrypt(call, request, fresh=fresh)
+            return PendingResult(pending.result, pending.entry and replace(pending.entry, action=action))
+
+        return await self.settling.settle_use(call, compute, slot)
 
     def _note(self, call: Call, action: str) -> Callable[[KmsError], None]:
         def note(refusal: KmsError) -> None:
