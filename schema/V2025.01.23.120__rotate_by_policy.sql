@@ -545,12 +545,15 @@ REVOKE CREATE ON SCHEMA cryptography FROM kms_lifecycle;
 
 -- Policies whose key was due and has not been rotated although that was tried, or that could not be followed.
 CREATE INDEX idx_rotation_policies_overdue ON cryptography.rotation_policies (retry_at) WHERE NOT is_paused AND requests > 1;
+-- The newest that failed.
+-- squawk-ignore require-concurrent-index-creation
+CREATE INDEX idx_key_rotations_failed ON cryptography.key_rotations (created_at DESC) WHERE migration_status = 'failed';
 
 GRANT CREATE ON SCHEMA cryptography TO kms_lifecycle;
 SET LOCAL ROLE kms_lifecycle;
 
--- How the rotations are: due (for a worker to claim), running (a lease holds), failed, each to 10,000; for how many seconds the oldest
--- rotation has waited for its end; and how many policies are overdue, to 10,000.
+-- How the rotations are: due (for a worker to claim), running (a lease holds), failed, each to 1,000; for how many seconds the oldest
+-- rotation has waited for its end; and how many policies are overdue, to 1,000.
 CREATE FUNCTION cryptography.rotation_backlog()
 RETURNS TABLE (due BIGINT, running BIGINT, failed BIGINT, oldest_seconds DOUBLE PRECISION, policies_overdue BIGINT)
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
@@ -561,10 +564,15 @@ BEGIN
     RETURN QUERY
     SELECT u.due, u.running, (
         SELECT count(*)
-        FROM (SELECT FROM cryptography.key_rotations AS f WHERE f.migration_status = 'failed' LIMIT 10000) AS counted
+        FROM (
+            SELECT FROM cryptography.key_rotations AS f
+            WHERE f.migration_status = 'failed'
+            ORDER BY f.created_at DESC
+            LIMIT 1000
+        ) AS counted
     ), u.oldest_seconds, (
         SELECT count(*)
-        FROM (SELECT FROM cryptography.rotation_policies AS p WHERE NOT p.is_paused AND p.requests > 1 LIMIT 10000) AS counted
+        FROM (SELECT FROM cryptography.rotation_policies AS p WHERE NOT p.is_paused AND p.requests > 1 LIMIT 1000) AS counted
     )
     FROM (
         SELECT count(*) FILTER (WHERE r.next_attempt_at <= moment) AS due,
@@ -574,7 +582,7 @@ BEGIN
             SELECT n.next_attempt_at, n.migration_status, n.created_at FROM cryptography.key_rotations AS n
             WHERE n.migration_status IN ('pending', 'in_progress')
             ORDER BY n.next_attempt_at
-            LIMIT 10000
+            LIMIT 1000
         ) AS r
     ) AS u;
 END;

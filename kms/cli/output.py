@@ -66,7 +66,7 @@ def print_fields(fields: Mapping[str, object]) -> None:
 
 
 @contextmanager
-def status_line() -> Iterator[Callable[[str], None]]:
+def changing_line() -> Iterator[Callable[[str], None]]:
     """Yield what shows how far something is: on a terminal in one line that changes, else in a line for each text."""
     if not sys.stdout.isatty():
         yield lambda text: print(escaped(text, keep="\t"), flush=True)

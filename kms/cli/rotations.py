@@ -12,7 +12,7 @@ from kms.cli.failures import CallError
 from kms.cli.invocation import Invocation, command, group
 from kms.cli.moments import MOMENTS, stamp
 from kms.cli.options import KeyArgument
-from kms.cli.output import print_fields, print_json, print_table, status_line
+from kms.cli.output import changing_line, print_fields, print_json, print_table
 from kms.domain.text import json_text
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def watch(invocation: Invocation, rotation: RotationArgument) -> None:
         from kms.v1 import rotation_pb2
 
         last = rotation_pb2.Rotation()
-        with status_line() as show_line:
+        with changing_line() as show_line:
             for last in client.watched(rotation):
                 fields = _fields(last)
                 columns = (fields["status"], str(last.attempts), last.new_key_id, last.error_message)

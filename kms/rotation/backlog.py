@@ -13,7 +13,7 @@ _OVERDUE_SECONDS: Final = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """Numbers of rotations, each to 10,000. `oldest_seconds`: how long ago the oldest that has not ended was asked for; 0: none.
+    """Numbers of rotations, each to 1,000. `oldest_seconds`: how long ago the oldest that has not ended was asked for; 0: none.
 
     `policies_overdue` are policies whose key was due, and has not been rotated although that was tried.
     """

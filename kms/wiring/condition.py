@@ -173,12 +173,12 @@ def gauge(name: str, text: str, value: float) -> Metric:
 
 
 def _rotations(backlog: Backlog) -> Iterator[Metric]:
-    yield gauge("rotations_due", "Rotations that a worker may claim, to 10,000.", backlog.due)
-    yield gauge("rotations_running", "Rotations that a worker does, to 10,000.", backlog.running)
-    yield gauge("rotations_failed", "Rotations in the log that failed, to 10,000.", backlog.failed)
+    yield gauge("rotations_due", "Rotations that a worker may claim, to 1,000.", backlog.due)
+    yield gauge("rotations_running", "Rotations that a worker does, to 1,000.", backlog.running)
+    yield gauge("rotations_failed", "Rotations in the log that failed, to 1,000.", backlog.failed)
     oldest = "How long ago the oldest rotation that has not ended was asked for; 0: none."
     yield gauge("rotation_oldest_age_seconds", oldest, backlog.oldest_seconds)
-    overdue = "Keys that were due by policy, and were not rotated although that was tried, to 10,000."
+    overdue = "Keys that were due by policy, and were not rotated although that was tried, to 1,000."
     yield gauge("rotation_policies_overdue", overdue, backlog.policies_overdue)
 
 
