@@ -13,7 +13,9 @@ INSERT INTO authentication.roles (name, description, permissions, is_system_role
 VALUES ('rotator', 'rotates the keys of any user, and uses none', '["keys:rotate"]', TRUE);
 ALTER TABLE authentication.roles FORCE ROW LEVEL SECURITY;
 
+SET LOCAL ROLE kms_login;
 GRANT EXECUTE ON FUNCTION authentication.find_user_by_uri(UUID) TO kms_lifecycle;
+RESET ROLE;
 
 -- Whether the user for whom the transaction acts may, at this moment, rotate the keys of any user.
 CREATE FUNCTION cryptography.rotates_any() RETURNS BOOLEAN
