@@ -26,6 +26,7 @@ from kms.cli.failures import CallError
 from kms.cli.words import key_fields, number, word
 from kms.dev import second_opinion
 from kms.dev.embedded_stack import dev_stack
+from kms.dev.stack import Stack
 from kms.domain.algorithms import Hash, KeyType, Purpose, Scheme, SignatureForm
 from kms.domain.errors import KmsError
 from kms.rpc import enums
@@ -119,6 +120,7 @@ def run(*, as_json: bool = False) -> int:
             with stack.serving(), connect(stack.client) as client:
                 report.line("  healthy; the client is known by its certificate")
                 demonstrate(client, report)
+                rotate_master_keys(stack, client, report)
                 look_inside(stack.superuser_dsn, client, report)
         report.heading("Stopped; nothing is left running.")
     return conclude(report, as_json=as_json)
@@ -134,6 +136,24 @@ def demonstrate(client: Client, report: Report) -> None:
     _use_data_key(client, report)
     _rotate(client, report)
     _rotate_by_policy(client, report)
+
+
+def rotate_master_keys(stack: Stack, client: Client, report: Report) -> None:
+    """Rotate the token's own keys with `kms kek`, while the service runs."""
+    report.heading(
+        "Master keys (kms kek rotate): every envelope moves to a new generation, inside the token, while the service runs"
+    )
+    sealed = client.call(client.crypto.Encrypt, crypto_pb2.EncryptRequest(key="backups", plaintext=SECRET)).ciphertext
+    stack.kms("kek", "rotate")
+    stack.kms("kek", "watch", "--seconds", "0.5")
+    stack.kms("kek", "retire", "1")
+    old, new = json.loads(stack.kms("kek", "list", "--json"))["generations"]
+    states = (old["state"], old["envelopes"], new["state"])
+    report.check(
+        states == ("retired", 0, "in_use"), f"generation 1 keeps nothing, generation 2 keeps {new['envelopes']} envelopes"
+    )
+    opened = client.call(client.crypto.Decrypt, crypto_pb2.DecryptRequest(ciphertext=sealed)).plaintext
+    report.check(opened == SECRET, "backups   what was sealed before still opens")
 
 
 def look_inside(superuser_dsn: str, client: Client, report: Report) -> None:
