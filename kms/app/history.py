@@ -63,6 +63,18 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
+class Following:
+    """What is known of the first checkpoint in the database behind the last one of the memory.
+
+    `previous_size` is the size that it names as that before it; None if that is not known. `note` is the checkpoint whose rows go
+    on from those of the memory, empty if there was none a moment ago; None if it need not be a certain one.
+    """
+
+    previous_size: int | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class History:
     """Compares trail and memory. What differs raises `HistoryError`, and everything may raise STORE_UNAVAILABLE."""
 
@@ -92,7 +104,7 @@ class History:
             raise _stale()
         tree = await self._grown(last.tree, last.horizon, kept.horizon)
         if (tree.size, tree.root()) != (known.tree_size, known.root_hash):
-            raise _stale()
+            raise HistoryError(described(known), f"{described(stored)}, and behind it rows that do not lead there")
         return Start(last, tree, kept.horizon)
 
     async def catch_up(self, memory: OpenMemory, *, begins: bool = False) -> None:
@@ -107,21 +119,24 @@ class History:
         if kept is None or known is None:
             await self._begin(begins=begins)
             place: tuple[int, int] = (0, 0)
-            previous: int | None = 0
+            following = Following(previous_size=0)
         else:
             self.seen.has_begun = False
-            place, previous = _place(known), await self._find(known, kept)
+            place, following = _place(known), await self._find(known, kept)
         while notes := await self.trail.notes_since(*place, _NOTES_READ_MAX):
             for note in notes:
                 read = self._read(
                     note.text, "a checkpoint that this deployment's audit key has signed", "another in the database"
                 )
-                if previous not in {None, read.previous_size} or _place(read) <= place:
+                if following.previous_size not in {None, read.previous_size} or _place(read) <= place:
                     raise HistoryError(
-                        f"the checkpoint after that of {previous or place[1]} rows",
+                        f"the checkpoint after that of {following.previous_size or place[1]} rows",
                         f"{described(read)}, after {read.previous_size} rows",
                     )
-                place, previous = _place(read), read.tree_size
+                if following.note not in {None, note.text}:
+                    # It was made since we looked. Or the database says one thing now, and said another before.
+                    raise _stale()
+                place, following = _place(read), Following(read.tree_size)
                 self.seen.see(read)
             await memory.append(notes)
 
@@ -133,41 +148,40 @@ class History:
             await self.events.record(HistoryEvent.BEGUN, {"tree_size": size, "epoch": epoch})
             self.seen.has_begun = True
 
-    async def _find(self, known: Checkpoint, kept: KeptNote | None) -> int | None:
-        """Find *known* in the database, or what explains that it is not there.
-
-        Returns the size that the next checkpoint of the database names as that before it; None if that is not known.
-        """
+    async def _find(self, known: Checkpoint, kept: KeptNote | None) -> Following:
+        """Find *known* in the database, or what explains that it is not there. Return what follows it."""
         there = await self.trail.at(known.tree_size)
         stored = None if there is None else self._stored(there)
         if there is not None and stored is not None and is_same_history(stored, known):
             if kept is not None:
                 _check_horizon(known, kept, there)
             self.seen.see(known)
-            return known.tree_size
+            return Following(known.tree_size)
         # What this process has seen in the database was not lost on the way to it.
         is_seen = self.seen.checkpoint is not None and _place(self.seen.checkpoint) >= _place(known)
-        if there is None and kept is not None and not is_seen and await self._is_put_back(known, kept):
-            return None
+        if there is None and kept is not None and not is_seen:
+            following = await self._following_put_back(known, kept)
+            if following is not None:
+                return following
         if known.epoch < await self.trail.epoch():
-            return None
+            return Following()
         last = await self.trail.last()
         found = described(stored) if stored is not None else described(None if last is None else self._stored(last))
         raise HistoryError(described(known), f"{found} in the database")
 
-    async def _is_put_back(self, known: Checkpoint, kept: KeptNote) -> bool:
-        """Whether *known* only missed its way into the database, and all that is there agrees with it.
+    async def _following_put_back(self, known: Checkpoint, kept: KeptNote) -> Following | None:
+        """Return what follows *known* if it only missed its way into the database, and all that is there agrees with it.
 
-        If it is the next one, it is put there now.
+        If it is the next one, it is put there now. None: something contradicts it.
         """
         before = await self.trail.at(known.previous_size) if known.previous_size else NO_CHECKPOINT
         if before is None or kept.horizon is None or kept.horizon <= before.horizon:
-            return False
+            return None
         if before is not NO_CHECKPOINT:
             self._stored(before)
         tree = await self._grown(before.tree, before.horizon, kept.horizon)
         if (tree.size, tree.root()) != (known.tree_size, known.root_hash):
-            return False
+            return None
         place = before
         while following := await self.trail.notes(place.tree.size, 1):
             _, horizon, note = following[0]
@@ -177,14 +191,14 @@ class History:
                 self._grown(tree, kept.horizon, horizon) if is_beyond else self._grown(place.tree, place.horizon, horizon)
             )
             if (grown.size, grown.root(), later.previous_size) != (later.tree_size, later.root_hash, place.tree.size):
-                return False
+                return None
             if is_beyond:
-                return True
+                return Following(note=note)
             place = StoredCheckpoint(grown, horizon, later.epoch, note)
         if place is before:
             await self.trail.append(before.tree.size, StoredCheckpoint(tree, kept.horizon, known.epoch, kept.text))
             await self.events.record(HistoryEvent.RESTORED, {"tree_size": known.tree_size, "epoch": known.epoch})
-        return True
+        return Following(note="")
 
     async def _grown(self, tree: Frontier, horizon: int, below: int) -> Frontier:
         place = place_before(horizon)

@@ -9,6 +9,7 @@ handled here and nowhere else. A stream of answers passes the same, and as long 
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, cast
@@ -100,7 +101,8 @@ class Edge(Interceptor):
         messages, checks = (MessageReader(limits.message_seconds_max, waiting_max=limits.calls_max) for _ in range(2))
         self._entrance = Entrance(identify, connections, messages, waste)
         self._calls = InFlightLimit("calls", limits.calls_per_user_max, limits.calls_max)
-        self._streams = InFlightLimit("streams", STREAMS_PER_USER_MAX, STREAMS_MAX)
+        # Each method has its own: anybody may watch a rotation, and that must leave auditors their places.
+        self._streams = defaultdict[str, InFlightLimit](lambda: InFlightLimit("streams", STREAMS_PER_USER_MAX, STREAMS_MAX))
         self._draining = asyncio.Event()
         entrance = Entrance(identify, connections, checks, waste)
         self._bystanders = Bystanders(self._note_bystander, self._draining, entrance)
@@ -136,9 +138,8 @@ class Edge(Interceptor):
         async def stream(_: object, context: Context) -> None:
             self._entrance.check_open(context)
             seconds = seconds_left(context, STREAM_SECONDS_MAX)
-            await self._guarded(
-                method, context, self._streams, seconds, lambda body, call: self._stream(method, body, call, context)
-            )
+            limit = self._streams[method.name]
+            await self._guarded(method, context, limit, seconds, lambda body, call: self._stream(method, body, call, context))
 
         # Handlers of streams of requests begin with the headers. `MessageReader` reads the one message.
         if handler.unary_unary is not None:

@@ -111,7 +111,10 @@ def test_each_job_says_when_it_last_succeeded_and_how_often_it_failed(caller: Ca
         "residents",
         "checkpoints",
         "rotations",
-    } | {"rotation policies"}
+        "rotation policies",
+        "master_keys",
+        "rewrapping",
+    }
     assert names == {*upkeep, "health", "connections", "pulse"}
     assert {dict(labels)["name"] for name, labels in samples if name == "kms_job_success_age_seconds"} == names
     assert sum(number for (name, _), number in samples.items() if name == "kms_job_failures_total") == 0

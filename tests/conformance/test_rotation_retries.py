@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from uuid import uuid4
 
 import grpc
@@ -223,6 +224,23 @@ def test_a_rotation_is_watched_until_it_is_over(server: RunningServer) -> None:
     with pytest.raises(grpc.RpcError) as refused:
         list(watched(other, rotation.id))
     assert refusal_of(refused.value).reason == "ROTATION_NOT_FOUND"
+
+
+def test_who_watches_rotations_takes_no_place_from_auditors(server: RunningServer, auditor: Caller) -> None:
+    watching: list[Any] = []
+    for caller in (server.caller(), server.caller()):
+        made(caller, "ed25519")
+        with replaced(server, "switch_key", "RAISE EXCEPTION 'no';"):
+            rotation = rotate(caller)
+        edit(server, rotation, "next_attempt_at = now() + interval '1 hour'")
+        request = rpb.WatchRotationRequest(rotation_id=rotation.id)
+        watching += [caller.rotation.WatchRotation(request, timeout=60) for _ in range(4)]
+    for stream in watching:
+        assert next(stream).rotation.status == rpb.ROTATION_STATUS_PENDING
+    events: Any = auditor.audit.TailEvents(apb.TailEventsRequest(), timeout=60)
+    assert next(events)
+    for stream in (*watching, events):
+        stream.cancel()
 
 
 def test_a_rotation_that_has_waited_for_long_is_a_warning_and_a_number(server: RunningServer) -> None:

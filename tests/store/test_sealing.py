@@ -2,7 +2,7 @@
 
 import asyncio
 import fcntl
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -20,6 +20,7 @@ from kms.dev.postgres import EmbeddedPostgres
 from kms.domain.errors import KmsError, Reason
 from kms.domain.history import HistoryError
 from kms.domain.trail_check import Difference, EpochStart, Rollback, judged
+from kms.domain.trail_lines import Leaf, RowPlace, place_before
 from kms.hsm.token_hsm import TokenHsm
 from kms.jobs.job import Job
 from kms.jobs.runner import JobRunner
@@ -160,6 +161,57 @@ async def test_a_machine_whose_rows_another_one_has_signed_at_a_later_moment_goe
     report = await VerifyTrail(StoredSealedTrail(store), one.key.reader).verify()
     found = None if report.finding is None else report.finding.difference
     assert (found, report.unsealed) == (Difference.ROW_INSERTED if is_edited else None, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _TwoFaced(StoredSealedTrail):
+    """The trail as somebody shows it to a machine: first the rows that it has signed, and its checkpoints not always."""
+
+    rows: list[Leaf] = field(default_factory=list, kw_only=True)
+    hidden_after: int = field(kw_only=True)
+
+    async def leaves(self, after: RowPlace, below: int | None, limit: int) -> Sequence[Leaf]:
+        shown, self.rows[:] = list(self.rows), []
+        return shown or await StoredSealedTrail.leaves(self, after, below, limit)
+
+    async def notes(self, after_size: int, limit: int) -> Sequence[tuple[int, int, str]]:
+        return [] if after_size >= self.hidden_after else await StoredSealedTrail.notes(self, after_size, limit)
+
+
+async def test_a_machine_that_is_shown_its_own_rows_first_takes_over_no_checkpoint_of_others(
+    store: Pool, hsm: TokenHsm, admin: psycopg.Connection[Any], tmp_path: Path
+) -> None:
+    await check_epoch(store, RECORDS)
+    slow, fast = [await sealing_of(store, hsm, CheckpointFile(tmp_path / f"checkpoints-{number}")) for number in range(2)]
+    await slow.seal()
+    await fast.seal()
+    trail = StoredSealedTrail(store)
+    last = await trail.last()
+    assert last is not None
+    write(admin)
+    early = await trail.horizon()
+    write(admin)
+    signed = list(await trail.leaves(place_before(last.horizon), await trail.horizon(), 100))
+
+    async def lose() -> None:
+        raise KmsError(Reason.STORE_UNAVAILABLE, "the database does not answer")
+
+    with pytest.raises(KmsError):
+        await replace(slow, trail=_Overtaken(store, faster=lose)).seal()
+    with admin.transaction():
+        admin.execute("SET LOCAL session_replication_role = replica")
+        admin.execute(f"UPDATE audit.security_events SET severity = 'high' WHERE commit_order >= {last.horizon}".encode())
+    short = await replace(fast, trail=_Early(store, early=early)).seal()
+    write(admin)
+    await fast.seal()
+    remembered = (tmp_path / "checkpoints-0").read_bytes()
+    shown = _TwoFaced(store, rows=signed, hidden_after=short)
+    with pytest.raises(KmsError):
+        await replace(restarted(slow), trail=shown).seal()
+    # Nor does it sign anything itself.
+    assert (tmp_path / "checkpoints-0").read_bytes() == remembered
+    with pytest.raises(HistoryError):
+        await restarted(slow).seal()
 
 
 async def test_processes_of_one_machine_wait_for_each_other(
