@@ -201,7 +201,7 @@ class StoredRotations:
         record = key_record(row, self.records.judged_at(row["now"]))
         if self.knowledge is not None:
             self.knowledge.check(record)
-        check_rotatable(record, allow_compromised=request.allows_compromised)
+        check_rotatable(record, allow_compromised=request.allows_compromised, by=request.initiated_by)
         check_still_wanted(record, request.created_at, self.records.judged_at(row["now"]))
         counted = await self.pool.fetch(as_user(owner), PREDECESSORS, {"caller": owner, "name": str(record.name)})
         return OldKey(record.identity, row, int(counted[0]["predecessors"]))
