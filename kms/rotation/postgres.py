@@ -58,22 +58,29 @@ OWNER: Final = "SELECT cryptography.owner_for_rotation(%(key)s) AS owner"
 FIND: Final = f"SELECT {_COLUMNS} FROM cryptography.key_rotations WHERE id = %(id)s"
 
 
-def _page(whose: LiteralString) -> LiteralString:
+_OWN: Final = "user_id = %(caller)s"
+# Statements of their own for a status: an index leads to the place where the page begins, and the page is read and no more.
+_STATUS: Final = "migration_status = %(status)s"
+# The rotations of one key are few: the index of the key finds them.
+_KEY: Final = "(old_key_id = %(key)s OR new_key_id = %(key)s) AND (%(status)s::text IS NULL OR migration_status = %(status)s)"
+
+
+def _page(which: LiteralString) -> LiteralString:
     return f"""
     SELECT {_COLUMNS}
     FROM cryptography.key_rotations
-    WHERE {whose}
-        AND (%(created_at)s::timestamptz IS NULL OR (created_at, id) < (%(created_at)s, %(id)s))
-        AND (%(status)s::text IS NULL OR migration_status = %(status)s)
+    WHERE {which} AND (created_at, id) < (%(created_at)s::timestamptz, %(id)s::uuid)
     ORDER BY created_at DESC, id DESC
     LIMIT %(limit)s
 """
 
 
-PAGE: Final = _page("user_id = %(caller)s")
-PAGE_OF_KEY: Final = _page("user_id = %(caller)s AND (old_key_id = %(key)s OR new_key_id = %(key)s)")
+PAGE: Final = _page(_OWN)
+PAGE_IN_STATUS: Final = _page(f"{_OWN} AND {_STATUS}")
+PAGE_OF_KEY: Final = _page(f"{_OWN} AND {_KEY}")
 PAGE_OF_ALL: Final = _page("TRUE")
-PAGE_OF_ANY_KEY: Final = _page("(old_key_id = %(key)s OR new_key_id = %(key)s)")
+PAGE_OF_ALL_IN_STATUS: Final = _page(_STATUS)
+PAGE_OF_ANY_KEY: Final = _page(_KEY)
 SWITCH: Final = """
     SELECT cryptography.switch_key(
         %(rotation)s, %(worker)s, %(claim)s, %(version)s, %(name)s, %(mac)s, %(successor)s, %(moment)s
@@ -161,16 +168,13 @@ class StoredRotations:
         """See `Rotations.page`."""
         parameters = {
             "caller": caller.user_id,
-            "created_at": None if after is None else after.created_at,
+            "created_at": "infinity" if after is None else after.created_at,
             "id": None if after is None else after.rotation_id,
             "status": None if which.status is None else str(which.status),
             "key": which.key_id,
             "limit": limit,
         }
-        if rotates_any(caller):
-            query = PAGE_OF_ALL if which.key_id is None else PAGE_OF_ANY_KEY
-        else:
-            query = PAGE if which.key_id is None else PAGE_OF_KEY
+        query = _query(which, is_of_all=rotates_any(caller))
         return [_rotation(row, caller) for row in await self.pool.fetch(as_user(caller.user_id), query, parameters)]
 
     async def proven_request(self, lease: Lease) -> RotationRequest:
@@ -283,6 +287,14 @@ class StoredRotations:
         handover = Handover(lease, request.owner_id, request.key_id, key_id)
         [dependent] = (each for each in self.dependents if each.name == kind)
         return await dependent.take_along(self.pool, self.records, handover)
+
+
+def _query(which: RotationFilter, *, is_of_all: bool) -> LiteralString:
+    if which.key_id is not None:
+        return PAGE_OF_ANY_KEY if is_of_all else PAGE_OF_KEY
+    if which.status is not None:
+        return PAGE_OF_ALL_IN_STATUS if is_of_all else PAGE_IN_STATUS
+    return PAGE_OF_ALL if is_of_all else PAGE
 
 
 def _rotation(row: DictRow, caller: User) -> Rotation:
