@@ -41,8 +41,9 @@ from kms.rotation.rotation import (
 from kms.store.journal import Journal, superseded_line
 from kms.store.journal_knowledge import JournalKnowledge
 from kms.store.journaled import write_line
-from kms.store.keys import FIND_BY_ID, PREDECESSORS, keep_answer, key_record
+from kms.store.keys import FIND_BY_ID, PREDECESSORS, keep_answer
 from kms.store.pool import AS_JOB, Pool, as_user
+from kms.store.proven_keys import ProvenKeys
 
 _COLUMNS: Final = """id, user_id, old_key_id, new_key_id, rotation_reason, initiated_by, allows_compromised, migration_status,
     affected_records_count, error_message, created_at, completed_at, attempts"""
@@ -195,20 +196,14 @@ class StoredRotations:
     async def old_key(self, request: RotationRequest) -> OldKey:
         """See `Rotations.old_key`."""
         owner = request.owner_id
-        rows = await self.pool.fetch(as_user(owner), FIND_BY_ID, {"caller": owner, "ref": request.key_id})
-        if not rows:
+        key = await self._keys.find(owner, request.key_id)
+        if key is None:
             raise key_not_found()
-        row = rows[0]
-        if row["user_id"] != owner or row["id"] != request.key_id:
-            raise record_invalid(request.key_id)
-        await self.records.prove_key(row)
-        record = key_record(row, self.records.judged_at(row["now"]))
-        if self.knowledge is not None:
-            self.knowledge.check(record)
+        record = key.record
         check_rotatable(record, allow_compromised=request.allows_compromised, by=request.initiated_by)
-        check_still_wanted(record, request.created_at, self.records.judged_at(row["now"]))
+        check_still_wanted(record, request.created_at, self.records.judged_at(key.read_at))
         counted = await self.pool.fetch(as_user(owner), PREDECESSORS, {"caller": owner, "name": str(record.name)})
-        return OldKey(record.identity, row, int(counted[0]["predecessors"]))
+        return OldKey(record.identity, key.row, int(counted[0]["predecessors"]))
 
     async def switch(self, lease: Lease, old: OldKey, key_id: KeyId, material: KeyMaterial) -> None:
         """See `Rotations.switch`."""
@@ -257,9 +252,10 @@ class StoredRotations:
 
     async def proven_successor(self, owner: UserId, old_id: KeyId, key_id: KeyId) -> KeyRecord:
         """See `Rotations.proven_successor`."""
-        key, old = await self._record(owner, key_id), await self._record(owner, old_id)
-        if key is None or old is None or not is_successor(key, old):
+        found, predecessor = await self._keys.find(owner, key_id), await self._keys.find(owner, old_id)
+        if found is None or predecessor is None or not is_successor(found.record, predecessor.record):
             raise record_invalid(old_id)
+        key, old = found.record, predecessor.record
         if self.journal is not None and not (self.knowledge is not None and self.knowledge.knows(old_id, old.version)):
             # From here on no earlier row of the predecessor is believed, and no restore makes it active.
             await write_line(self.journal, superseded_line(old_id, old.version, key_id, occurred_at=self.records.clock()))
@@ -269,24 +265,15 @@ class StoredRotations:
         """See `Rotations.has_key`."""
         return bool(await self.pool.fetch(as_user(owner), FIND_BY_ID, {"caller": owner, "ref": key_id}))
 
-    async def _record(self, owner: UserId, key_id: KeyId) -> KeyRecord | None:
-        rows = await self.pool.fetch(as_user(owner), FIND_BY_ID, {"caller": owner, "ref": key_id})
-        if not rows:
-            return None
-        row = rows[0]
-        if row["user_id"] != owner or row["id"] != key_id:
-            raise record_invalid(key_id)
-        await self.records.prove_key(row)
-        record = key_record(row, self.records.judged_at(row["now"]))
-        if self.knowledge is not None:
-            self.knowledge.check(record)
-        return record
-
     async def take_along(self, kind: str, lease: Lease, request: RotationRequest, key_id: KeyId) -> int:
         """See `Rotations.take_along`."""
         handover = Handover(lease, request.owner_id, request.key_id, key_id)
         [dependent] = (each for each in self.dependents if each.name == kind)
-        return await dependent.take_along(self.pool, self.records, handover)
+        return await dependent.take_along(self._keys, handover)
+
+    @property
+    def _keys(self) -> ProvenKeys:
+        return ProvenKeys(self.pool, self.records, self.knowledge)
 
 
 def _query(which: RotationFilter, *, is_of_all: bool) -> LiteralString:
