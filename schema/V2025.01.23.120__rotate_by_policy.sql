@@ -69,6 +69,11 @@ CREATE POLICY key_rotations_rotator_read ON cryptography.key_rotations
     USING ((SELECT cryptography.rotates_any()));
 -- squawk-ignore require-concurrent-index-creation
 CREATE INDEX idx_key_rotations_newest ON cryptography.key_rotations (created_at DESC, id DESC);
+-- The newest in a status, of a user and of all: among a million that are completed the few others are found at once.
+-- squawk-ignore require-concurrent-index-creation
+CREATE INDEX idx_key_rotations_user_status ON cryptography.key_rotations (user_id, migration_status, created_at DESC, id DESC);
+-- squawk-ignore require-concurrent-index-creation
+CREATE INDEX idx_key_rotations_newest_in_status ON cryptography.key_rotations (migration_status, created_at DESC, id DESC);
 
 GRANT CREATE ON SCHEMA cryptography TO kms_lifecycle;
 ALTER FUNCTION cryptography.rotates_any() OWNER TO kms_lifecycle;

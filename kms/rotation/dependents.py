@@ -6,30 +6,26 @@
 
 A kind that fails holds up no other. Its step is not recorded, so the next attempt takes it up again.
 """
-# ruff: noqa: S608  # queries are put together from literals alone: LiteralString, which basedpyright checks
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, LiteralString
 from uuid import UUID
 
-from psycopg.rows import DictRow
-
-from kms.app.records import Records
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId, UserId
 from kms.domain.key_row import AUTHENTICATED, record_invalid
 from kms.jobs.leases import LeaseLostError
 from kms.jobs.leasing import Lease
 from kms.rotation.rotation import adopted
-from kms.store.keys import COLUMNS
 from kms.store.pool import AS_JOB, Pool, as_user
+from kms.store.proven_keys import ProvenKeys
 
 COPY_GRANTS: Final = "SELECT cryptography.copy_grants(%(rotation)s, %(worker)s, %(claim)s) AS taken"
 MARK_ADDRESSES: Final = "SELECT cryptography.mark_addresses(%(rotation)s, %(worker)s, %(claim)s) AS taken"
 CHILDREN_MAX: Final = 100
-CHILDREN: Final = f"""
-    SELECT {COLUMNS} FROM cryptography.keys
+CHILDREN: Final = """
+    SELECT id FROM cryptography.keys
     WHERE user_id = %(owner)s AND parent_key_id = %(parent)s AND destroyed_at IS NULL
         AND (%(after)s::uuid IS NULL OR id > %(after)s)
     ORDER BY id
@@ -53,7 +49,7 @@ class Handover:
     new_key_id: KeyId
 
 
-TakeAlong = Callable[[Pool, Records, Handover], Awaitable[int]]
+TakeAlong = Callable[[ProvenKeys, Handover], Awaitable[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +67,8 @@ class Dependent:
 def by_statement(statement: LiteralString) -> TakeAlong:
     """Return what takes a kind along by one statement. Of it follows `taken`: how many there are, NULL for a lost lease."""
 
-    async def take_along(pool: Pool, _: Records, handover: Handover) -> int:
-        taken = (await pool.fetch(AS_JOB, statement, _claim(handover)))[0]["taken"]
+    async def take_along(keys: ProvenKeys, handover: Handover) -> int:
+        taken = (await keys.pool.fetch(AS_JOB, statement, _claim(handover)))[0]["taken"]
         if taken is None:
             raise LeaseLostError
         return _count(taken)
@@ -80,42 +76,43 @@ def by_statement(statement: LiteralString) -> TakeAlong:
     return take_along
 
 
-async def adopt_children(pool: Pool, records: Records, handover: Handover) -> int:
+async def adopt_children(keys: ProvenKeys, handover: Handover) -> int:
     """Make the successor the parent of all children of its predecessor. One whose record is invalid holds up no other."""
     after: UUID | None = None
     failure: KmsError | None = None
-    while children := await _children(pool, handover, after):
+    while children := await _children(keys.pool, handover, after):
         for child in children:
             try:
-                await _adopt(pool, records, handover, child)
+                await _adopt(keys, handover, child)
             except LeaseLostError:
                 raise
             except KmsError as error:
                 failure = error
-        after = children[-1]["id"]
+        after = children[-1]
     if failure is not None:
         raise failure
     parameters = {"owner": handover.owner_id, "parent": handover.new_key_id}
-    return _count((await pool.fetch(as_user(handover.owner_id), COUNT_CHILDREN, parameters))[0]["taken"])
+    return _count((await keys.pool.fetch(as_user(handover.owner_id), COUNT_CHILDREN, parameters))[0]["taken"])
 
 
-async def _children(pool: Pool, handover: Handover, after: UUID | None) -> Sequence[DictRow]:
+async def _children(pool: Pool, handover: Handover, after: UUID | None) -> Sequence[KeyId]:
     parameters = {"owner": handover.owner_id, "parent": handover.old_key_id, "after": after, "limit": CHILDREN_MAX}
-    return await pool.fetch(as_user(handover.owner_id), CHILDREN, parameters)
+    return [KeyId(row["id"]) for row in await pool.fetch(as_user(handover.owner_id), CHILDREN, parameters)]
 
 
-async def _adopt(pool: Pool, records: Records, handover: Handover, child: DictRow) -> None:
-    if child["user_id"] != handover.owner_id or child["parent_key_id"] != handover.old_key_id:
-        raise record_invalid(child["id"])
-    await records.prove_key(child)
+async def _adopt(keys: ProvenKeys, handover: Handover, child_id: KeyId) -> None:
+    found = await keys.find(handover.owner_id, child_id)
+    if found is None or found.row["parent_key_id"] != handover.old_key_id:
+        raise record_invalid(child_id)
+    child = found.row
     row = adopted({column: child[column] for column in AUTHENTICATED}, handover.new_key_id)
     parameters = {
         **_claim(handover),
-        "child": child["id"],
+        "child": child_id,
         "version": child["version"],
-        "mac": await records.mac_of_key(row),
+        "mac": await keys.records.mac_of_key(row),
     }
-    verdict = (await pool.fetch(AS_JOB, ADOPT, parameters))[0]["verdict"]
+    verdict = (await keys.pool.fetch(AS_JOB, ADOPT, parameters))[0]["verdict"]
     if verdict == "LEASE_LOST":
         raise LeaseLostError
     if verdict != "OK":

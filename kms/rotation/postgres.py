@@ -41,8 +41,9 @@ from kms.rotation.rotation import (
 from kms.store.journal import Journal, superseded_line
 from kms.store.journal_knowledge import JournalKnowledge
 from kms.store.journaled import write_line
-from kms.store.keys import FIND_BY_ID, PREDECESSORS, keep_answer, key_record
+from kms.store.keys import FIND_BY_ID, PREDECESSORS, keep_answer
 from kms.store.pool import AS_JOB, Pool, as_user
+from kms.store.proven_keys import ProvenKeys
 
 _COLUMNS: Final = """id, user_id, old_key_id, new_key_id, rotation_reason, initiated_by, allows_compromised, migration_status,
     affected_records_count, error_message, created_at, completed_at, attempts"""
@@ -58,22 +59,29 @@ OWNER: Final = "SELECT cryptography.owner_for_rotation(%(key)s) AS owner"
 FIND: Final = f"SELECT {_COLUMNS} FROM cryptography.key_rotations WHERE id = %(id)s"
 
 
-def _page(whose: LiteralString) -> LiteralString:
+_OWN: Final = "user_id = %(caller)s"
+# Statements of their own for a status: an index leads to the place where the page begins, and the page is read and no more.
+_STATUS: Final = "migration_status = %(status)s"
+# The rotations of one key are few: the index of the key finds them.
+_KEY: Final = "(old_key_id = %(key)s OR new_key_id = %(key)s) AND (%(status)s::text IS NULL OR migration_status = %(status)s)"
+
+
+def _page(which: LiteralString) -> LiteralString:
     return f"""
     SELECT {_COLUMNS}
     FROM cryptography.key_rotations
-    WHERE {whose}
-        AND (%(created_at)s::timestamptz IS NULL OR (created_at, id) < (%(created_at)s, %(id)s))
-        AND (%(status)s::text IS NULL OR migration_status = %(status)s)
+    WHERE {which} AND (created_at, id) < (%(created_at)s::timestamptz, %(id)s::uuid)
     ORDER BY created_at DESC, id DESC
     LIMIT %(limit)s
 """
 
 
-PAGE: Final = _page("user_id = %(caller)s")
-PAGE_OF_KEY: Final = _page("user_id = %(caller)s AND (old_key_id = %(key)s OR new_key_id = %(key)s)")
+PAGE: Final = _page(_OWN)
+PAGE_IN_STATUS: Final = _page(f"{_OWN} AND {_STATUS}")
+PAGE_OF_KEY: Final = _page(f"{_OWN} AND {_KEY}")
 PAGE_OF_ALL: Final = _page("TRUE")
-PAGE_OF_ANY_KEY: Final = _page("(old_key_id = %(key)s OR new_key_id = %(key)s)")
+PAGE_OF_ALL_IN_STATUS: Final = _page(_STATUS)
+PAGE_OF_ANY_KEY: Final = _page(_KEY)
 SWITCH: Final = """
     SELECT cryptography.switch_key(
         %(rotation)s, %(worker)s, %(claim)s, %(version)s, %(name)s, %(mac)s, %(successor)s, %(moment)s
@@ -161,16 +169,13 @@ class StoredRotations:
         """See `Rotations.page`."""
         parameters = {
             "caller": caller.user_id,
-            "created_at": None if after is None else after.created_at,
+            "created_at": "infinity" if after is None else after.created_at,
             "id": None if after is None else after.rotation_id,
             "status": None if which.status is None else str(which.status),
             "key": which.key_id,
             "limit": limit,
         }
-        if rotates_any(caller):
-            query = PAGE_OF_ALL if which.key_id is None else PAGE_OF_ANY_KEY
-        else:
-            query = PAGE if which.key_id is None else PAGE_OF_KEY
+        query = _query(which, is_of_all=rotates_any(caller))
         return [_rotation(row, caller) for row in await self.pool.fetch(as_user(caller.user_id), query, parameters)]
 
     async def proven_request(self, lease: Lease) -> RotationRequest:
@@ -191,20 +196,14 @@ class StoredRotations:
     async def old_key(self, request: RotationRequest) -> OldKey:
         """See `Rotations.old_key`."""
         owner = request.owner_id
-        rows = await self.pool.fetch(as_user(owner), FIND_BY_ID, {"caller": owner, "ref": request.key_id})
-        if not rows:
+        key = await self._keys.find(owner, request.key_id)
+        if key is None:
             raise key_not_found()
-        row = rows[0]
-        if row["user_id"] != owner or row["id"] != request.key_id:
-            raise record_invalid(request.key_id)
-        await self.records.prove_key(row)
-        record = key_record(row, self.records.judged_at(row["now"]))
-        if self.knowledge is not None:
-            self.knowledge.check(record)
-        check_rotatable(record, allow_compromised=request.allows_compromised)
-        check_still_wanted(record, request.created_at, self.records.judged_at(row["now"]))
+        record = key.record
+        check_rotatable(record, allow_compromised=request.allows_compromised, by=request.initiated_by)
+        check_still_wanted(record, request.created_at, self.records.judged_at(key.read_at))
         counted = await self.pool.fetch(as_user(owner), PREDECESSORS, {"caller": owner, "name": str(record.name)})
-        return OldKey(record.identity, row, int(counted[0]["predecessors"]))
+        return OldKey(record.identity, key.row, int(counted[0]["predecessors"]))
 
     async def switch(self, lease: Lease, old: OldKey, key_id: KeyId, material: KeyMaterial) -> None:
         """See `Rotations.switch`."""
@@ -253,9 +252,10 @@ class StoredRotations:
 
     async def proven_successor(self, owner: UserId, old_id: KeyId, key_id: KeyId) -> KeyRecord:
         """See `Rotations.proven_successor`."""
-        key, old = await self._record(owner, key_id), await self._record(owner, old_id)
-        if key is None or old is None or not is_successor(key, old):
+        found, predecessor = await self._keys.find(owner, key_id), await self._keys.find(owner, old_id)
+        if found is None or predecessor is None or not is_successor(found.record, predecessor.record):
             raise record_invalid(old_id)
+        key, old = found.record, predecessor.record
         if self.journal is not None and not (self.knowledge is not None and self.knowledge.knows(old_id, old.version)):
             # From here on no earlier row of the predecessor is believed, and no restore makes it active.
             await write_line(self.journal, superseded_line(old_id, old.version, key_id, occurred_at=self.records.clock()))
@@ -265,24 +265,23 @@ class StoredRotations:
         """See `Rotations.has_key`."""
         return bool(await self.pool.fetch(as_user(owner), FIND_BY_ID, {"caller": owner, "ref": key_id}))
 
-    async def _record(self, owner: UserId, key_id: KeyId) -> KeyRecord | None:
-        rows = await self.pool.fetch(as_user(owner), FIND_BY_ID, {"caller": owner, "ref": key_id})
-        if not rows:
-            return None
-        row = rows[0]
-        if row["user_id"] != owner or row["id"] != key_id:
-            raise record_invalid(key_id)
-        await self.records.prove_key(row)
-        record = key_record(row, self.records.judged_at(row["now"]))
-        if self.knowledge is not None:
-            self.knowledge.check(record)
-        return record
-
     async def take_along(self, kind: str, lease: Lease, request: RotationRequest, key_id: KeyId) -> int:
         """See `Rotations.take_along`."""
         handover = Handover(lease, request.owner_id, request.key_id, key_id)
         [dependent] = (each for each in self.dependents if each.name == kind)
-        return await dependent.take_along(self.pool, self.records, handover)
+        return await dependent.take_along(self._keys, handover)
+
+    @property
+    def _keys(self) -> ProvenKeys:
+        return ProvenKeys(self.pool, self.records, self.knowledge)
+
+
+def _query(which: RotationFilter, *, is_of_all: bool) -> LiteralString:
+    if which.key_id is not None:
+        return PAGE_OF_ANY_KEY if is_of_all else PAGE_OF_KEY
+    if which.status is not None:
+        return PAGE_OF_ALL_IN_STATUS if is_of_all else PAGE_IN_STATUS
+    return PAGE_OF_ALL if is_of_all else PAGE
 
 
 def _rotation(row: DictRow, caller: User) -> Rotation:

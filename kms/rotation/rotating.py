@@ -49,6 +49,7 @@ FINAL_REASONS: Final = frozenset(
         Reason.KEY_REVOKED,
         Reason.KEY_PENDING_DESTRUCTION,
         Reason.KEY_DESTROYED,
+        Reason.USAGE_LIMIT_REACHED,
         Reason.RECORD_INVALID,
         Reason.WRONG_PURPOSE,
         Reason.HSM_MECHANISM_UNSUPPORTED,
@@ -199,7 +200,7 @@ class Rotating:
         with about_key(rotation.old_key_id):
             if rotation.status is not RotationStatus.COMPLETED and rotation.new_key_id is None:
                 key = await require_key(self.keys, rotation.owner_id, rotation.old_key_id)
-                check_rotatable(key, allow_compromised=rotation.allows_compromised)
+                check_rotatable(key, allow_compromised=rotation.allows_compromised, by=rotation.initiated_by)
                 check_still_wanted(key, rotation.created_at, await self.rotations.now())
             if rotation.was_tried and rotation.status is not RotationStatus.COMPLETED:
                 is_due = await self.rotations.retry(call, rotation_id)
@@ -214,7 +215,7 @@ class Rotating:
         """Write the request into the log, and return the id of its rotation and that of the key."""
         key = await self.key(call.user, ref)
         with about_key(key.identity.key_id):
-            check_rotatable(key, allow_compromised=allow_compromised)
+            check_rotatable(key, allow_compromised=allow_compromised, by=call.user.user_id)
             request = RotationRequest(
                 rotation_id=UUID(bytes=await self.hsm.random(16), version=4),
                 owner_id=key.identity.owner_id,

@@ -124,13 +124,23 @@ def parse_reason(text: str) -> str:
     return parse_text(text, field="reason", characters_max=REASON_CHARACTERS_MAX)
 
 
-def check_rotatable(key: KeyRecord, *, allow_compromised: bool) -> None:
-    """Raise why *key* must not be rotated: the reason of its state, or WRONG_PURPOSE for a key of the service itself."""
+def check_rotatable(key: KeyRecord, *, allow_compromised: bool, by: UserId | None) -> None:
+    """Raise why *key* must not be rotated: the reason of its state, or WRONG_PURPOSE for a key of the service itself.
+
+    *by* asks, None: a policy. Only its owner has a key rotated that they stopped, since its successor is active and its uses
+    count from 0: KEY_INACTIVE for one that was deactivated, USAGE_LIMIT_REACHED for one at its limit. A policy is its owner's.
+    """
     if key.identity.bound_to:
         raise KmsError(Reason.WRONG_PURPOSE, "this key belongs to the service itself", bound_to=key.identity.bound_to)
     if key.superseded_at is not None:
         raise KmsError(Reason.KEY_INACTIVE, "the key was rotated: it has a successor", state=State.INACTIVE)
     check_rotation(key.state, allow_compromised=allow_compromised)
+    if by is None or by == key.identity.owner_id:
+        return
+    if key.deactivated_at is not None:
+        raise KmsError(Reason.KEY_INACTIVE, "the key was deactivated: only its owner rotates it", state=State.INACTIVE)
+    if key.usage_limit is not None and key.usage_counter >= key.usage_limit:
+        raise KmsError(Reason.USAGE_LIMIT_REACHED, "the key has been used as often as it may be: only its owner rotates it")
 
 
 def check_still_wanted(key: KeyRecord, asked_at: datetime, now: datetime) -> None:

@@ -21,8 +21,8 @@ from kms.rotation.policy import RotationPolicy, Triggers
 from kms.rotation.ports import StoredPolicy
 from kms.rotation.rotation import RotationRequest
 from kms.store.journal_knowledge import JournalKnowledge
-from kms.store.keys import FIND_BY_NAME, key_record
 from kms.store.pool import AS_JOB, Pool, as_user
+from kms.store.proven_keys import ProvenKeys
 
 _COLUMNS: Final = """user_id, key_name, every_seconds, before_expiry_seconds, at_usage_percent, on_compromise, is_paused, version,
     policy_mac, requests"""
@@ -142,18 +142,8 @@ class StoredPolicies:
 
     async def key(self, policy: RotationPolicy) -> tuple[KeyRecord, datetime] | None:
         """See `Policies.key`."""
-        parameters = {"caller": policy.owner_id, "ref": str(policy.name)}
-        rows = await self.pool.fetch(as_user(policy.owner_id), FIND_BY_NAME, parameters)
-        if not rows:
-            return None
-        row = rows[0]
-        if row["user_id"] != policy.owner_id or row["key_name"] != str(policy.name):
-            raise record_invalid()
-        await self.records.prove_key(row)
-        record = key_record(row, row["now"])
-        if self.knowledge is not None:
-            self.knowledge.check(record)
-        return record, row["now"]
+        key = await ProvenKeys(self.pool, self.records, self.knowledge).find(policy.owner_id, policy.name)
+        return None if key is None else (key.record, key.read_at)
 
     async def look_later(self, stored: StoredPolicy, look_at: datetime | None, *, is_failure: bool = False) -> None:
         """See `Policies.look_later`."""

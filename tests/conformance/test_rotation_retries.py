@@ -18,7 +18,7 @@ from kms.v1 import crypto_pb2 as cpb
 from kms.v1 import keys_pb2 as kpb
 from kms.v1 import rotation_pb2 as rpb
 from tests.conformance.refusals import refusal, refusal_of
-from tests.conformance.requests import made
+from tests.conformance.requests import create, made
 from tests.conformance.test_outages import soon
 from tests.conformance.test_rotation import key_of, rotate, rotation_of
 from tests.fixtures.server import Caller, Deployment, RunningServer
@@ -164,6 +164,49 @@ def test_a_rotator_rotates_any_key_and_the_owner_stays(server: RunningServer) ->
     assert retry(rotator, again).status == rpb.ROTATION_STATUS_COMPLETED
     events = server.auditor().audit.SearchEvents(asked_for(key)).events
     assert str(rotator.user_id) in {event.user_id for event in events if event.event_type == "key.rotation_requested"}
+
+
+def made_for_one_use(owner: Caller) -> kpb.Key:
+    request = create("ed25519")
+    request.max_usage_count = 1
+    return owner.keys.CreateKey(request, timeout=30).key
+
+
+def stop(owner: Caller, key: kpb.Key, by: str) -> None:
+    """Stop a key that may be used once: *by* its deactivation, or by its one use."""
+    if by == "deactivated":
+        owner.keys.DeactivateKey(kpb.DeactivateKeyRequest(key=key.id))
+    else:
+        owner.crypto.Sign(cpb.SignRequest(key=key.id, message=b"m"))
+
+
+STOPPED = pytest.mark.parametrize(("by", "reason"), [("deactivated", "KEY_INACTIVE"), ("spent", "USAGE_LIMIT_REACHED")])
+
+
+@STOPPED
+def test_a_rotator_does_not_undo_that_the_owner_stopped_a_key(server: RunningServer, by: str, reason: str) -> None:
+    owner, rotator = server.caller(), server.caller(server.deployment.new_user(role="rotator"))
+    key = made_for_one_use(owner)
+    stop(owner, key, by)
+    found = refusal(rotator.rotation.RotateKey, rotation_of(key=key.id))
+    assert (found.reason, found.code) == (reason, grpc.StatusCode.FAILED_PRECONDITION)
+    assert rotate(owner).status == rpb.ROTATION_STATUS_COMPLETED, "the owner may"
+
+
+@STOPPED
+def test_a_key_that_is_stopped_after_a_rotator_asked_is_not_rotated(server: RunningServer, by: str, reason: str) -> None:
+    owner, rotator = server.caller(), server.caller(server.deployment.new_user(role="rotator"))
+    key = made_for_one_use(owner)
+    with replaced(server, "switch_key", "RAISE EXCEPTION 'no';"):
+        rotation = rotate(rotator, key=key.id)
+    edit(server, rotation, "next_attempt_at = now() + interval '1 hour'")
+    stop(owner, key, by)
+    assert retry_refused(rotator, rotation) == reason
+    edit(server, rotation, "next_attempt_at = now()")
+    request = rpb.GetRotationRequest(rotation_id=rotation.id)
+    soon(lambda: owner.rotation.GetRotation(request).rotation.status == rpb.ROTATION_STATUS_FAILED)
+    assert owner.rotation.GetRotation(request).rotation.error_message.startswith(reason)
+    assert key_of(owner).id == key.id
 
 
 def test_a_rotator_sees_the_rotations_of_all_keys(server: RunningServer) -> None:

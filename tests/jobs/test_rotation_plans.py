@@ -1,5 +1,6 @@
 """The search for due rotations among many finished ones reads few rows: 20,000 in each run, a million in the slow one."""
 
+import re
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -7,6 +8,7 @@ import psycopg
 import pytest
 
 from kms.rotation import leases as rotation_leases
+from kms.rotation import postgres
 from kms.rotation.usage_postgres import USES
 from kms.store.pool import ACT_AS
 from kms.store.trail import IN_ORDER
@@ -18,8 +20,12 @@ from tests.store.test_statements import numbered
 # Without the checks of references, which would take most of the time.
 FINISHED: Final = """
     SET session_replication_role = replica;
-    INSERT INTO cryptography.key_rotations (user_id, old_key_id, new_key_id, rotation_reason, migration_status, completed_at)
-        SELECT '{user}', '{key}', gen_random_uuid(), 'age', 'completed', now() FROM generate_series(1, {finished});
+    INSERT INTO cryptography.key_rotations (
+        user_id, old_key_id, new_key_id, rotation_reason, migration_status, created_at, completed_at
+    )
+        SELECT CASE n % 2 WHEN 0 THEN '{user}'::uuid ELSE md5((n % 100)::text)::uuid END, '{key}', gen_random_uuid(), 'age',
+            'completed', now() - n * interval '1 minute', now()
+        FROM generate_series(1, {finished}) AS n;
     INSERT INTO cryptography.key_rotations (user_id, old_key_id, rotation_reason, migration_status)
         SELECT '{user}', '{key}', 'age', 'failed' FROM generate_series(1, 1000);
     INSERT INTO cryptography.key_rotations (user_id, old_key_id, rotation_reason)
@@ -65,6 +71,38 @@ def test_among_many_finished_rotations_nothing_reads_the_table_whole(filled: psy
     assert [table for plan in own for table in scanned_whole(plan)] == []
     searched = {"idx_key_rotations_due"} if name == "CLAIM" else set()
     assert {index for plan in own for index in indexes(plan)} == {"key_rotations_pkey"} | searched
+
+
+PAGES: Final = ("PAGE", "PAGE_IN_STATUS", "PAGE_OF_ALL", "PAGE_OF_ALL_IN_STATUS")
+
+
+@pytest.mark.parametrize("first", ["'infinity'", "now() - interval '7 days'"], ids=["the newest", "a later page"])
+@pytest.mark.parametrize("name", PAGES)
+def test_among_many_finished_rotations_a_page_reads_its_own_rows_alone(
+    filled: psycopg.Connection[Any], name: str, first: str
+) -> None:
+    statement = numbered(getattr(postgres, name))
+    values = {"caller": f"'{ALICE}'", "status": "'pending'", "created_at": first, "id": f"'{OLD}'", "limit": "20"}
+    arguments = ", ".join(values[parameter] for parameter in parameters(getattr(postgres, name)))
+    with filled.transaction(force_rollback=True):
+        filled.execute("DEALLOCATE ALL")
+        filled.execute(ACT_AS, ("authenticated_users", str(ALICE)))
+        filled.execute(f"PREPARE page AS {statement}".encode())
+        row = filled.execute(f"EXPLAIN (ANALYZE, FORMAT JSON) EXECUTE page ({arguments})".encode()).fetchone()
+        assert row is not None
+        # Row security may pass over some: ALICE sees half of them.
+        assert [read(node) for node in nodes(row[0][0]["Plan"]) if read(node) > 100] == []
+
+
+def parameters(statement: str) -> list[str]:
+    """Return the names of the parameters in the order in which `numbered` numbers them."""
+    return list(dict.fromkeys(re.findall(r"%\((\w+)\)s", statement)))
+
+
+def read(node: dict[str, Any]) -> int:
+    """Return how many rows a node of a plan looked at, also those that its filters removed: an index may be walked to its end."""
+    removed = sum(rows for name, rows in node.items() if name.startswith("Rows Removed by"))
+    return int(node["Actual Loops"] * (node["Actual Rows"] + removed))
 
 
 @pytest.mark.parametrize("uses", [10_000, pytest.param(200_000, marks=pytest.mark.slow)])
