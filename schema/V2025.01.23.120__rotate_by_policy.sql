@@ -448,29 +448,34 @@ END;
 $$;
 
 -- Look at a policy again at a moment (NULL: when its key changes). Where it could not be judged, not by its uses earlier either.
-CREATE FUNCTION cryptography.look_at_policy_later(owner UUID, name TEXT, next_look TIMESTAMPTZ, is_failure BOOLEAN) RETURNS VOID
+-- Nothing is done where the policy or its key changed since the version and the look_at that the worker has read: it looks again.
+CREATE FUNCTION cryptography.look_at_policy_later(
+    owner UUID, name TEXT, seen_version BIGINT, seen_look_at TIMESTAMPTZ, next_look TIMESTAMPTZ, is_failure BOOLEAN
+) RETURNS VOID
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
     UPDATE cryptography.rotation_policies AS p
     SET look_at = next_look, retry_at = CASE WHEN is_failure THEN next_look ELSE p.retry_at END,
         requests = CASE WHEN is_failure THEN least(p.requests + 1, 1000) ELSE p.requests END
-    WHERE p.user_id = owner AND p.key_name = name;
+    WHERE p.user_id = owner AND p.key_name = name AND p.version = seen_version AND p.look_at IS NOT DISTINCT FROM seen_look_at;
 END;
 $$;
 
 -- Ask for the rotation of a key of a user because its policy says so. It is not asked for again before wait_seconds have passed,
--- unless the key changes. Returns rotation; NULL where the key has a successor, or a rotation that has not ended.
+-- unless the key changes. Returns rotation; NULL where the key has a successor, or a rotation that has not ended, and where the policy
+-- or its key changed since the version and the look_at that the worker has read: it looks again.
 CREATE FUNCTION cryptography.request_due_rotation(
-    rotation UUID, owner UUID, name TEXT, rotated_key UUID, reason TEXT, with_compromised BOOLEAN, moment TIMESTAMPTZ, new_mac BYTEA,
-    wait_seconds DOUBLE PRECISION
+    rotation UUID, owner UUID, name TEXT, seen_version BIGINT, seen_look_at TIMESTAMPTZ, rotated_key UUID, reason TEXT,
+    with_compromised BOOLEAN, moment TIMESTAMPTZ, new_mac BYTEA, wait_seconds DOUBLE PRECISION
 ) RETURNS UUID
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     next_look TIMESTAMPTZ;
+    is_new BOOLEAN;
 BEGIN
-    -- Another worker that has found the same waits here, and finds the rotation of the first.
+    -- Another worker that has found the same waits here, and finds that the first has looked.
     PERFORM FROM cryptography.keys AS k
     WHERE k.id = rotated_key AND k.user_id = owner AND k.key_name = name AND k.superseded_at IS NULL
     FOR NO KEY UPDATE;
@@ -478,13 +483,14 @@ BEGIN
         RETURN NULL;
     END IF;
     next_look := clock_timestamp() + make_interval(secs => wait_seconds);
-    UPDATE cryptography.rotation_policies AS p
-    SET look_at = next_look, retry_at = next_look, requests = least(p.requests + 1, 1000)
-    WHERE p.user_id = owner AND p.key_name = name;
-    IF EXISTS (
+    is_new := NOT EXISTS (
         SELECT FROM cryptography.key_rotations AS r
         WHERE r.old_key_id = rotated_key AND r.migration_status IN ('pending', 'in_progress')
-    ) THEN
+    );
+    UPDATE cryptography.rotation_policies AS p
+    SET look_at = next_look, retry_at = next_look, requests = CASE WHEN is_new THEN least(p.requests + 1, 1000) ELSE p.requests END
+    WHERE p.user_id = owner AND p.key_name = name AND p.version = seen_version AND p.look_at IS NOT DISTINCT FROM seen_look_at;
+    IF NOT FOUND OR NOT is_new THEN
         RETURN NULL;
     END IF;
     INSERT INTO cryptography.key_rotations (
@@ -525,8 +531,10 @@ REVOKE ALL ON FUNCTION
     cryptography.clear_rotation_policy(TEXT, INTEGER, TEXT, TEXT),
     cryptography.policies_to_look_at(INTEGER),
     cryptography.policies_reached(UUID, TEXT, INTEGER),
-    cryptography.look_at_policy_later(UUID, TEXT, TIMESTAMPTZ, BOOLEAN),
-    cryptography.request_due_rotation(UUID, UUID, TEXT, UUID, TEXT, BOOLEAN, TIMESTAMPTZ, BYTEA, DOUBLE PRECISION),
+    cryptography.look_at_policy_later(UUID, TEXT, BIGINT, TIMESTAMPTZ, TIMESTAMPTZ, BOOLEAN),
+    cryptography.request_due_rotation(
+        UUID, UUID, TEXT, BIGINT, TIMESTAMPTZ, UUID, TEXT, BOOLEAN, TIMESTAMPTZ, BYTEA, DOUBLE PRECISION
+    ),
     cryptography.note_policy_change()
     FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION
@@ -538,8 +546,10 @@ GRANT EXECUTE ON FUNCTION
 GRANT EXECUTE ON FUNCTION
     cryptography.policies_to_look_at(INTEGER),
     cryptography.policies_reached(UUID, TEXT, INTEGER),
-    cryptography.look_at_policy_later(UUID, TEXT, TIMESTAMPTZ, BOOLEAN),
-    cryptography.request_due_rotation(UUID, UUID, TEXT, UUID, TEXT, BOOLEAN, TIMESTAMPTZ, BYTEA, DOUBLE PRECISION)
+    cryptography.look_at_policy_later(UUID, TEXT, BIGINT, TIMESTAMPTZ, TIMESTAMPTZ, BOOLEAN),
+    cryptography.request_due_rotation(
+        UUID, UUID, TEXT, BIGINT, TIMESTAMPTZ, UUID, TEXT, BOOLEAN, TIMESTAMPTZ, BYTEA, DOUBLE PRECISION
+    )
     TO job_runner;
 REVOKE CREATE ON SCHEMA cryptography FROM kms_lifecycle;
 

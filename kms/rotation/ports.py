@@ -150,9 +150,15 @@ class Policies(Protocol):
         ...
 
     async def look_later(self, stored: StoredPolicy, look_at: datetime | None, *, is_failure: bool = False) -> None:
-        """Look at the policy again at *look_at*; None: when its key changes. A failure is looked at less and less often."""
+        """Look at the policy again at *look_at*; None: when its key changes. A failure is looked at less and less often.
+
+        If the policy or its key changed since *stored* was read, the next round looks again.
+        """
         ...
 
-    async def request(self, request: RotationRequest, name: KeyName, wait_seconds: float) -> bool:
-        """Ask for a rotation of the key with *name*, and not again for *wait_seconds*. Return False if one is under way."""
+    async def request(self, request: RotationRequest, stored: StoredPolicy, wait_seconds: float) -> bool:
+        """Ask for a rotation because of a policy, and not again for *wait_seconds*.
+
+        Return False if one is under way, or if the policy or its key changed since *stored* was read: the next round looks again.
+        """
         ...
