@@ -64,8 +64,11 @@ class Rotations(Protocol):
         """Return the key that is to be rotated, proven. Raises KEY_NOT_FOUND, RECORD_INVALID and why it must not be rotated."""
         ...
 
-    async def switch(self, lease: Lease, old: OldKey, key_id: KeyId, material: KeyMaterial) -> None:
-        """Give the key its successor, in one transaction. Raises STALE if the key changed meanwhile, LeaseLostError."""
+    async def switch(self, lease: Lease, old: OldKey, key_id: KeyId, material: KeyMaterial, policy_version: int | None) -> None:
+        """Give the key its successor, in one transaction. *policy_version* is that of the policy that asked; None: a user did.
+
+        Raises STALE if the key or that policy changed meanwhile, LeaseLostError.
+        """
         ...
 
     async def proven_successor(self, owner: UserId, old_id: KeyId, key_id: KeyId) -> KeyRecord:

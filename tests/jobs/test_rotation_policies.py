@@ -183,3 +183,36 @@ def test_the_search_for_due_policies_reads_no_table_whole(filled: psycopg.Connec
     plans = [plan for plan in nested_plans(filled, "job_runner", getattr(statements, name)) if "rotation_policies" in str(plan)]
     assert [table for plan in plans for table in scanned_whole(plan)] == []
     assert {index for plan in plans for index in indexes(plan)} == searched
+
+
+LEASED: Final = """
+    UPDATE cryptography.key_rotations
+    SET initiated_by = NULL, lease_owner = %s, claim_number = 1, migration_status = 'in_progress', attempts = 1
+"""
+SWITCH: Final = """
+    SELECT cryptography.switch_key(
+        %s, %s, 1, 1, 'old@1', decode(repeat('00', 32), 'hex'), to_jsonb(k), clock_timestamp() - interval '1 hour', %s
+    ) FROM cryptography.keys AS k WHERE k.key_name = 'old'
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        ("SELECT", "BUSY"),  # the moment has passed: nothing else is in the way
+        ("UPDATE cryptography.rotation_policies SET is_paused = TRUE", "STALE"),
+        ("UPDATE cryptography.rotation_policies SET version = 2", "STALE"),
+        ("DELETE FROM cryptography.rotation_policies", "STALE"),
+        ("DELETE FROM cryptography.rotation_policies; UPDATE cryptography.key_rotations SET initiated_by = user_id", "BUSY"),
+    ],
+    ids=["as it was", "paused", "changed", "cleared", "a user asked"],
+)
+def test_a_policy_that_changes_before_the_switch_has_no_key_switched(database: Database, change: str, verdict: str) -> None:
+    rotations, worker = Rotations(database), uuid4()
+    [rotation] = rotations.add()
+    rotations.run(POLICY, (ALICE,))
+    rotations.run(LEASED, (worker,))
+    with psycopg.connect(database.admin_dsn, autocommit=True) as connection:
+        connection.execute(change.encode())
+        row = connection.execute(SWITCH.encode(), (rotation, worker, 1)).fetchone()
+    assert row == (verdict,)
