@@ -506,6 +506,8 @@ BEGIN
 END;
 $$;
 
+-- The version of the policy is one argument more.
+-- squawk-ignore ban-drop-function
 DROP FUNCTION cryptography.switch_key(UUID, UUID, BIGINT, BIGINT, TEXT, BYTEA, JSONB, TIMESTAMPTZ);
 
 -- Give a key its successor, for the worker that holds the claim of the rotation. The key must be at expected_version; it becomes
