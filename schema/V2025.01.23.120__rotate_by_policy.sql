@@ -393,6 +393,8 @@ DECLARE
     acting_user CONSTANT UUID := authentication.current_user_id();
 BEGIN
     PERFORM cryptography.check_standing(user_version);
+    -- A switch that the policy asked for is over when this lock is had, or finds no policy.
+    PERFORM FROM cryptography.keys AS k WHERE k.user_id = acting_user AND k.key_name = name FOR NO KEY UPDATE;
     DELETE FROM cryptography.rotation_policies AS p WHERE p.user_id = acting_user AND p.key_name = name;
     IF NOT FOUND THEN
         RETURN;
@@ -453,29 +455,34 @@ END;
 $$;
 
 -- Look at a policy again at a moment (NULL: when its key changes). Where it could not be judged, not by its uses earlier either.
-CREATE FUNCTION cryptography.look_at_policy_later(owner UUID, name TEXT, next_look TIMESTAMPTZ, is_failure BOOLEAN) RETURNS VOID
+-- Nothing is done where the policy or its key changed since the version and the look_at that the worker has read: it looks again.
+CREATE FUNCTION cryptography.look_at_policy_later(
+    owner UUID, name TEXT, seen_version BIGINT, seen_look_at TIMESTAMPTZ, next_look TIMESTAMPTZ, is_failure BOOLEAN
+) RETURNS VOID
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
     UPDATE cryptography.rotation_policies AS p
     SET look_at = next_look, retry_at = CASE WHEN is_failure THEN next_look ELSE p.retry_at END,
         requests = CASE WHEN is_failure THEN least(p.requests + 1, 1000) ELSE p.requests END
-    WHERE p.user_id = owner AND p.key_name = name;
+    WHERE p.user_id = owner AND p.key_name = name AND p.version = seen_version AND p.look_at IS NOT DISTINCT FROM seen_look_at;
 END;
 $$;
 
 -- Ask for the rotation of a key of a user because its policy says so. It is not asked for again before wait_seconds have passed,
--- unless the key changes. Returns rotation; NULL where the key has a successor, or a rotation that has not ended.
+-- unless the key changes. Returns rotation; NULL where the key has a successor, or a rotation that has not ended, and where the policy
+-- or its key changed since the version and the look_at that the worker has read: it looks again.
 CREATE FUNCTION cryptography.request_due_rotation(
-    rotation UUID, owner UUID, name TEXT, rotated_key UUID, reason TEXT, with_compromised BOOLEAN, moment TIMESTAMPTZ, new_mac BYTEA,
-    wait_seconds DOUBLE PRECISION
+    rotation UUID, owner UUID, name TEXT, seen_version BIGINT, seen_look_at TIMESTAMPTZ, rotated_key UUID, reason TEXT,
+    with_compromised BOOLEAN, moment TIMESTAMPTZ, new_mac BYTEA, wait_seconds DOUBLE PRECISION
 ) RETURNS UUID
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     next_look TIMESTAMPTZ;
+    is_new BOOLEAN;
 BEGIN
-    -- Another worker that has found the same waits here, and finds the rotation of the first.
+    -- Another worker that has found the same waits here, and finds that the first has looked.
     PERFORM FROM cryptography.keys AS k
     WHERE k.id = rotated_key AND k.user_id = owner AND k.key_name = name AND k.superseded_at IS NULL
     FOR NO KEY UPDATE;
@@ -483,13 +490,14 @@ BEGIN
         RETURN NULL;
     END IF;
     next_look := clock_timestamp() + make_interval(secs => wait_seconds);
-    UPDATE cryptography.rotation_policies AS p
-    SET look_at = next_look, retry_at = next_look, requests = least(p.requests + 1, 1000)
-    WHERE p.user_id = owner AND p.key_name = name;
-    IF EXISTS (
+    is_new := NOT EXISTS (
         SELECT FROM cryptography.key_rotations AS r
         WHERE r.old_key_id = rotated_key AND r.migration_status IN ('pending', 'in_progress')
-    ) THEN
+    );
+    UPDATE cryptography.rotation_policies AS p
+    SET look_at = next_look, retry_at = next_look, requests = CASE WHEN is_new THEN least(p.requests + 1, 1000) ELSE p.requests END
+    WHERE p.user_id = owner AND p.key_name = name AND p.version = seen_version AND p.look_at IS NOT DISTINCT FROM seen_look_at;
+    IF NOT FOUND OR NOT is_new THEN
         RETURN NULL;
     END IF;
     INSERT INTO cryptography.key_rotations (
@@ -500,6 +508,88 @@ BEGIN
         jsonb_build_object('rotation', rotation, 'reason', reason)
     );
     RETURN rotation;
+END;
+$$;
+
+-- The version of the policy is one argument more.
+-- squawk-ignore ban-drop-function
+DROP FUNCTION cryptography.switch_key(UUID, UUID, BIGINT, BIGINT, TEXT, BYTEA, JSONB, TIMESTAMPTZ);
+
+-- Give a key its successor, for the worker that holds the claim of the rotation. The key must be at expected_version; it becomes
+-- predecessor_name. Both MACs are those of the rows as this function leaves them. The moment lies a little ahead, so that the lock
+-- is had before it; where the lock took longer the verdict is BUSY, and the service tries a later moment. A rotation that a policy
+-- asked for is done only under the version of the policy that the service has proven. Returns 'OK' or the reason why nothing was changed.
+CREATE FUNCTION cryptography.switch_key(
+    rotation UUID, worker UUID, claim BIGINT, expected_version BIGINT, predecessor_name TEXT, predecessor_mac BYTEA,
+    successor JSONB, moment TIMESTAMPTZ, policy_version BIGINT
+) RETURNS TEXT
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    asked RECORD;
+    held RECORD;
+    made CONSTANT cryptography.keys := jsonb_populate_record(NULL::cryptography.keys, successor);
+    now_at TIMESTAMPTZ;
+    changed BIGINT;
+BEGIN
+    SELECT r.user_id, r.old_key_id, r.new_key_id, r.rotation_reason, r.initiated_by INTO asked
+    FROM cryptography.key_rotations AS r
+    WHERE r.id = rotation AND r.lease_owner = worker AND r.claim_number = claim
+    FOR NO KEY UPDATE;
+    IF NOT FOUND OR asked.new_key_id IS NOT NULL THEN
+        RETURN 'LEASE_LOST';
+    END IF;
+    SELECT k.* INTO held
+    FROM (
+        SELECT id, user_id, key_name, key_type, key_status, version, superseded_at, destruction_scheduled_at, destroyed_at
+        FROM cryptography.keys
+        WHERE id = asked.old_key_id AND user_id = asked.user_id
+        FOR NO KEY UPDATE
+    ) AS k;
+    now_at := clock_timestamp();
+    IF held.id IS NULL OR held.version <> expected_version THEN
+        RETURN 'STALE';
+    ELSIF asked.initiated_by IS NULL AND NOT EXISTS (
+        -- Whoever sets or clears the policy waits for the lock of the key: no answered pause is overrun.
+        SELECT FROM cryptography.rotation_policies AS p
+        WHERE p.user_id = held.user_id AND p.key_name = held.key_name AND NOT p.is_paused AND p.version = policy_version
+    ) THEN
+        RETURN 'STALE';
+    ELSIF moment NOT BETWEEN now_at AND now_at + INTERVAL '5 seconds' THEN
+        RETURN 'BUSY';
+    ELSIF held.superseded_at IS NOT NULL OR held.destruction_scheduled_at IS NOT NULL OR held.destroyed_at IS NOT NULL
+        OR held.key_status = 'revoked' THEN
+        RETURN 'STALE';
+    END IF;
+    IF (made.user_id, made.key_name, made.key_type) IS DISTINCT FROM (held.user_id, held.key_name, held.key_type) THEN
+        RAISE EXCEPTION 'the successor is not of the same user, name and type' USING ERRCODE = 'check_violation';
+    END IF;
+    -- The lock was there before the moment: no use of the predecessor is recorded later than the switch.
+    PERFORM pg_sleep(extract(epoch FROM moment - clock_timestamp()));
+    PERFORM set_config('app.reason', asked.rotation_reason, TRUE), set_config('app.request_id', rotation::TEXT, TRUE),
+        set_config('app.peer', '', TRUE), set_config('app.user_id', coalesce(asked.initiated_by::TEXT, ''), TRUE);
+    UPDATE cryptography.keys AS k
+    SET key_name = predecessor_name, superseded_at = moment, record_mac = predecessor_mac
+    WHERE k.id = held.id;
+    GET DIAGNOSTICS changed = ROW_COUNT;
+    IF changed <> 1 THEN
+        RAISE EXCEPTION 'changed % keys instead of one', changed;
+    END IF;
+    -- The head of a key is its owner's.
+    PERFORM set_config('app.user_id', CASE WHEN asked.initiated_by = asked.user_id THEN asked.user_id::TEXT ELSE '' END, TRUE);
+    INSERT INTO cryptography.keys (
+        id, user_id, key_name, key_type, key_purpose, key_curve, public_key, encrypted_private_key, key_derivation_path,
+        parent_key_id, hsm_key_id, key_status, encryption_algorithm, key_strength, metadata, custody, origin, bound_to,
+        max_usage_count, created_at, activated_at, expires_at, record_mac
+    ) VALUES (
+        made.id, made.user_id, made.key_name, made.key_type, made.key_purpose, made.key_curve, made.public_key,
+        made.encrypted_private_key, made.key_derivation_path, made.parent_key_id, made.hsm_key_id, made.key_status,
+        made.encryption_algorithm, made.key_strength, made.metadata, made.custody, made.origin, made.bound_to,
+        made.max_usage_count, made.created_at, made.activated_at, made.expires_at, made.record_mac
+    );
+    PERFORM set_config('app.user_id', '', TRUE);
+    UPDATE cryptography.key_rotations AS r SET new_key_id = made.id, step = 'switched', attempts = 1 WHERE r.id = rotation;
+    RETURN 'OK';
 END;
 $$;
 
@@ -530,8 +620,11 @@ REVOKE ALL ON FUNCTION
     cryptography.clear_rotation_policy(TEXT, INTEGER, TEXT, TEXT),
     cryptography.policies_to_look_at(INTEGER),
     cryptography.policies_reached(UUID, TEXT, INTEGER),
-    cryptography.look_at_policy_later(UUID, TEXT, TIMESTAMPTZ, BOOLEAN),
-    cryptography.request_due_rotation(UUID, UUID, TEXT, UUID, TEXT, BOOLEAN, TIMESTAMPTZ, BYTEA, DOUBLE PRECISION),
+    cryptography.look_at_policy_later(UUID, TEXT, BIGINT, TIMESTAMPTZ, TIMESTAMPTZ, BOOLEAN),
+    cryptography.request_due_rotation(
+        UUID, UUID, TEXT, BIGINT, TIMESTAMPTZ, UUID, TEXT, BOOLEAN, TIMESTAMPTZ, BYTEA, DOUBLE PRECISION
+    ),
+    cryptography.switch_key(UUID, UUID, BIGINT, BIGINT, TEXT, BYTEA, JSONB, TIMESTAMPTZ, BIGINT),
     cryptography.note_policy_change()
     FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION
@@ -543,8 +636,11 @@ GRANT EXECUTE ON FUNCTION
 GRANT EXECUTE ON FUNCTION
     cryptography.policies_to_look_at(INTEGER),
     cryptography.policies_reached(UUID, TEXT, INTEGER),
-    cryptography.look_at_policy_later(UUID, TEXT, TIMESTAMPTZ, BOOLEAN),
-    cryptography.request_due_rotation(UUID, UUID, TEXT, UUID, TEXT, BOOLEAN, TIMESTAMPTZ, BYTEA, DOUBLE PRECISION)
+    cryptography.look_at_policy_later(UUID, TEXT, BIGINT, TIMESTAMPTZ, TIMESTAMPTZ, BOOLEAN),
+    cryptography.request_due_rotation(
+        UUID, UUID, TEXT, BIGINT, TIMESTAMPTZ, UUID, TEXT, BOOLEAN, TIMESTAMPTZ, BYTEA, DOUBLE PRECISION
+    ),
+    cryptography.switch_key(UUID, UUID, BIGINT, BIGINT, TEXT, BYTEA, JSONB, TIMESTAMPTZ, BIGINT)
     TO job_runner;
 REVOKE CREATE ON SCHEMA cryptography FROM kms_lifecycle;
 

@@ -30,7 +30,8 @@ class Backlog:
         if self.oldest_seconds > _OVERDUE_SECONDS:
             yield f"a rotation has waited for {self.oldest_seconds / 3600:.0f} hours: see `kms rotation list --status pending`"
         if self.policies_overdue:
-            yield f"{self.policies_overdue} keys are due by policy and not rotated: the log and `kms rotation list` say why"
+            keys = "1 key is" if self.policies_overdue == 1 else f"{self.policies_overdue} keys are"
+            yield f"{keys} due by policy and not rotated: the log and `kms rotation list` say why"
 
 
 NO_BACKLOG: Final = Backlog()

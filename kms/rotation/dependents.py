@@ -32,7 +32,8 @@ CHILDREN: Final = """
     LIMIT %(limit)s
 """
 COUNT_CHILDREN: Final = """
-    SELECT count(*) AS taken FROM cryptography.keys WHERE user_id = %(owner)s AND parent_key_id = %(parent)s
+    SELECT count(*) AS taken FROM cryptography.keys
+    WHERE user_id = %(owner)s AND parent_key_id = %(parent)s AND destroyed_at IS NULL
 """
 ADOPT: Final = """
     SELECT cryptography.adopt_child(%(rotation)s, %(worker)s, %(claim)s, %(child)s, %(version)s, %(mac)s) AS verdict

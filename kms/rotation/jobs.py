@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
 
-from kms.jobs.job import Job
+from kms.jobs.job import Job, Scope
 from kms.jobs.leases import LeasePolicy
 from kms.jobs.leasing import LeasedWorker
 from kms.rotation.envelopes import StoredEnvelopes, rewrapping_leases
@@ -36,8 +36,8 @@ async def rotation_worker(pool: Pool, worker: RotatingWorker) -> AsyncIterator[L
 
 
 def policy_job(rounds: PolicyRounds) -> Job:
-    """Return the job of each worker that asks for what has become due by policy."""
-    return Job(POLICIES, _POLICIES_SECONDS, rounds.ask_for_due, warns_after_seconds=_WARNS_AFTER_SECONDS)
+    """Return the job that asks for what has become due by policy. One worker of the deployment at a time does it."""
+    return Job(POLICIES, _POLICIES_SECONDS, rounds.ask_for_due, Scope.ONE_WORKER, warns_after_seconds=_WARNS_AFTER_SECONDS)
 
 
 def rotation_job(worker: LeasedWorker) -> Job:

@@ -19,6 +19,7 @@ from kms.domain.errors import KmsError, Reason, malformed
 from kms.domain.ids import KeyName, UserId
 from kms.domain.keys import KeyRecord
 from kms.domain.lifecycle import State, check_rotation
+from kms.rotation.rotation import LAST_MOMENT
 
 FORMAT_VERSION: Final = 1
 PERIOD_MIN: Final = timedelta(days=1)
@@ -136,11 +137,15 @@ def is_due(due: Due | None, key: KeyRecord, now: datetime) -> bool:
 def _ahead(triggers: Triggers, key: KeyRecord, now: datetime) -> Iterator[Due]:
     began_at, limit, lifetime = key.activated_at or key.created_at, key.usage_limit, _lifetime(key)
     if triggers.every is not None:
-        yield Due(began_at + triggers.every, f"policy: every {_words(triggers.every)}")
+        # A key that becomes active in thousands of years, or is to be rotated then, has no later moment than this.
+        at = began_at + triggers.every if triggers.every < LAST_MOMENT - began_at else LAST_MOMENT
+        yield Due(at, f"policy: every {_words(triggers.every)}")
     if triggers.before_expiry is not None and key.expires_at is not None and lifetime is not None:
         # A life that was shortened to less than the lead is lived to its end, or each successor would be due at once.
-        lead = triggers.before_expiry if triggers.before_expiry < lifetime else timedelta(0)
-        yield Due(key.expires_at - lead, f"policy: {_words(triggers.before_expiry)} before expiry")
+        if triggers.before_expiry < lifetime:
+            yield Due(key.expires_at - triggers.before_expiry, f"policy: {_words(triggers.before_expiry)} before expiry")
+        else:
+            yield Due(key.expires_at, "policy: at expiry")
     percent = triggers.at_usage_percent
     if percent is not None and limit is not None and key.usage_counter * 100 >= limit * percent:
         yield Due(now, f"policy: {percent} % of its uses")

@@ -64,8 +64,11 @@ class Rotations(Protocol):
         """Return the key that is to be rotated, proven. Raises KEY_NOT_FOUND, RECORD_INVALID and why it must not be rotated."""
         ...
 
-    async def switch(self, lease: Lease, old: OldKey, key_id: KeyId, material: KeyMaterial) -> None:
-        """Give the key its successor, in one transaction. Raises STALE if the key changed meanwhile, LeaseLostError."""
+    async def switch(self, lease: Lease, old: OldKey, key_id: KeyId, material: KeyMaterial, policy_version: int | None) -> None:
+        """Give the key its successor, in one transaction. *policy_version* is that of the policy that asked; None: a user did.
+
+        Raises STALE if the key or that policy changed meanwhile, LeaseLostError.
+        """
         ...
 
     async def proven_successor(self, owner: UserId, old_id: KeyId, key_id: KeyId) -> KeyRecord:
@@ -150,9 +153,15 @@ class Policies(Protocol):
         ...
 
     async def look_later(self, stored: StoredPolicy, look_at: datetime | None, *, is_failure: bool = False) -> None:
-        """Look at the policy again at *look_at*; None: when its key changes. A failure is looked at less and less often."""
+        """Look at the policy again at *look_at*; None: when its key changes. A failure is looked at less and less often.
+
+        If the policy or its key changed since *stored* was read, the next round looks again.
+        """
         ...
 
-    async def request(self, request: RotationRequest, name: KeyName, wait_seconds: float) -> bool:
-        """Ask for a rotation of the key with *name*, and not again for *wait_seconds*. Return False if one is under way."""
+    async def request(self, request: RotationRequest, stored: StoredPolicy, wait_seconds: float) -> bool:
+        """Ask for a rotation because of a policy, and not again for *wait_seconds*.
+
+        Return False if one is under way, or if the policy or its key changed since *stored* was read: the next round looks again.
+        """
         ...

@@ -84,7 +84,7 @@ PAGE_OF_ALL_IN_STATUS: Final = _page(_STATUS)
 PAGE_OF_ANY_KEY: Final = _page(_KEY)
 SWITCH: Final = """
     SELECT cryptography.switch_key(
-        %(rotation)s, %(worker)s, %(claim)s, %(version)s, %(name)s, %(mac)s, %(successor)s, %(moment)s
+        %(rotation)s, %(worker)s, %(claim)s, %(version)s, %(name)s, %(mac)s, %(successor)s, %(moment)s, %(policy_version)s
     ) AS verdict
 """
 # How far ahead we date a switch. SQL takes the key's lock before that moment, so every use of the key has an earlier date. It
@@ -205,24 +205,26 @@ class StoredRotations:
         counted = await self.pool.fetch(as_user(owner), PREDECESSORS, {"caller": owner, "name": str(record.name)})
         return OldKey(record.identity, key.row, int(counted[0]["predecessors"]))
 
-    async def switch(self, lease: Lease, old: OldKey, key_id: KeyId, material: KeyMaterial) -> None:
+    async def switch(self, lease: Lease, old: OldKey, key_id: KeyId, material: KeyMaterial, policy_version: int | None) -> None:
         """See `Rotations.switch`."""
         for margin in _MARGINS:
-            verdict = await self._switch(lease, old, key_id, material, margin)
+            verdict = await self._switch(lease, old, key_id, material, policy_version, margin)
             match verdict:
                 case "OK":
                     return
                 case "BUSY":
                     continue
                 case "STALE":
-                    raise KmsError(Reason.STALE, "the key was changed meanwhile")
+                    raise KmsError(Reason.STALE, "the key, or the policy that asked, was changed meanwhile")
                 case "LEASE_LOST":
                     raise LeaseLostError
                 case _:
                     raise record_invalid(key_id)
         raise KmsError(Reason.STALE, "the key is in use all the time: nothing was changed")
 
-    async def _switch(self, lease: Lease, old: OldKey, key_id: KeyId, material: KeyMaterial, margin: timedelta) -> object:
+    async def _switch(
+        self, lease: Lease, old: OldKey, key_id: KeyId, material: KeyMaterial, policy_version: int | None, margin: timedelta
+    ) -> object:
         moment = await self.now() + margin
         before: dict[str, Any] = {column: old.row[column] for column in AUTHENTICATED}
         name = predecessor_name(KeyName(before["key_name"]), old.predecessors)
@@ -241,6 +243,7 @@ class StoredRotations:
             "mac": await self.records.mac_of_key(superseded(before, name, moment)),
             "successor": Jsonb(columns),
             "moment": moment,
+            "policy_version": policy_version,
         }
         try:
             rows = await self.pool.fetch(AS_JOB, SWITCH, parameters)

@@ -110,35 +110,39 @@ class RotatingWorker:
         """Make the successor and switch to it. Return its id."""
         for attempts_left in reversed(range(_SWITCHES_MAX)):
             old = await self.rotations.old_key(request)
-            if request.initiated_by is None:
-                await self._check_still_due(request, KeyName(str(old.row["key_name"])))
+            is_by_policy = request.initiated_by is None
+            version = await self._due_under(request, KeyName(str(old.row["key_name"]))) if is_by_policy else None
             try:
-                return await self._switched(lease, old)
+                return await self._switched(lease, old, version)
             except LeaseLostError:
                 raise
             except KmsError as error:
-                # The key was changed or used meanwhile.
+                # The key was changed or used meanwhile, or the policy changed.
                 if error.reason is not Reason.STALE or not attempts_left:
                     raise
             finally:
                 self.served.drop(old.identity.key_id)
         raise AssertionError("the last attempt returns or raises")
 
-    async def _check_still_due(self, request: RotationRequest, name: KeyName) -> None:
-        """Raise PERMISSION_DENIED unless the policy that asked still has the key rotated. It may have been paused since."""
+    async def _due_under(self, request: RotationRequest, name: KeyName) -> int:
+        """Return the version of the policy that has the key rotated.
+
+        Raises PERMISSION_DENIED if the policy that asked does not have the key rotated any more: it may have been paused since.
+        """
         policy = await self.policies.find(request.owner_id, name)
         found = None if policy is None else await self.policies.key(policy)
         if policy is None or found is None or not is_due(next_rotation(policy, *found), *found):
             raise KmsError(Reason.PERMISSION_DENIED, "the policy that asked does not have the key rotated any more")
+        return policy.version
 
-    async def _switched(self, lease: Lease, old: OldKey) -> KeyId:
+    async def _switched(self, lease: Lease, old: OldKey, policy_version: int | None) -> KeyId:
         key_id = KeyId(UUID(bytes=await self.hsm.random(16), version=4))
         identity = KeyIdentity(key_id, old.identity.owner_id, old.identity.spec)
         # The same custody: no weaker, as the caller once asked, and no stronger, since places for RESIDENT keys are few.
         custody = Custody(str(old.row["custody"]))
         material = await self.hsm.generate(identity, custody)
         try:
-            await self.rotations.switch(lease, old, key_id, material)
+            await self.rotations.switch(lease, old, key_id, material, policy_version)
         except KmsError as error:
             if custody is Custody.RESIDENT and await self._is_made_in_vain(identity, error):
                 await self.hsm.abandon(key_id)

@@ -21,7 +21,7 @@ REASON_CHARACTERS_MAX: Final = 100
 FORMAT_VERSION: Final = 1
 _BEGINNING: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
-_LAST_MOMENT: Final = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
+LAST_MOMENT: Final = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
 _REQUEST_AGE_MAX: Final = timedelta(days=1)
 
 
@@ -220,4 +220,4 @@ def _expiry(row: Row, moment: datetime) -> datetime | None:
     if lifetime <= timedelta(0):
         # The expiry was brought forward, before the activation. Every key expires after it was made.
         lifetime = ends_at - row["created_at"]
-    return moment + lifetime if lifetime < _LAST_MOMENT - moment else _LAST_MOMENT
+    return moment + lifetime if lifetime < LAST_MOMENT - moment else LAST_MOMENT

@@ -16,7 +16,7 @@ import structlog
 
 from kms.app.keyring import require_key
 from kms.app.ports import Call, Hsm, Keys
-from kms.domain.errors import KmsError, Reason, about_key
+from kms.domain.errors import INTERNAL, KmsError, Reason, about_key
 from kms.domain.ids import KeyRef
 from kms.domain.keys import KeyRecord
 from kms.jobs.leases import LeasePolicy
@@ -87,18 +87,20 @@ class PolicyRounds:
     async def ask_for_due(self) -> int:
         """Ask for every rotation that is due, and return for how many. What became due while nothing ran is made up once.
 
-        A policy or a key that is not proven is logged, and looked at less and less often.
+        A policy or a key that is not proven, or that meets a bug, is logged, and looked at less and less often.
+        It holds up no other.
         Raises STORE_UNAVAILABLE, HSM_UNAVAILABLE.
         """
         asked = 0
         async for stored in self.policies.to_look_at():
             try:
                 asked += await self._look(stored)
-            except KmsError as error:
-                if error.reason is not Reason.RECORD_INVALID:
+            except Exception as error:  # also a bug that one policy meets
+                reason = error.reason if isinstance(error, KmsError) else INTERNAL
+                if reason not in (Reason.RECORD_INVALID, INTERNAL):
                     raise
-                owner, name = str(stored.owner_id), str(stored.name)
-                _LOG.warning("policy not followed", owner=owner, name=name, reason=error.reason)
+                owner, name, is_bug = str(stored.owner_id), str(stored.name), reason == INTERNAL
+                _LOG.warning("policy not followed", owner=owner, name=name, reason=reason, exc_info=is_bug)
                 wait = timedelta(seconds=WAITS.backoff_seconds(stored.requests + 1))
                 await self.policies.look_later(stored, await self.rotations.now() + wait, is_failure=True)
         return asked
@@ -124,7 +126,7 @@ class PolicyRounds:
             allows_compromised=due.reason == COMPROMISED,
             created_at=now,
         )
-        is_asked = await self.policies.request(request, policy.name, WAITS.backoff_seconds(stored.requests + 1))
+        is_asked = await self.policies.request(request, stored, WAITS.backoff_seconds(stored.requests + 1))
         if is_asked:
             _LOG.info("rotation due", key=str(request.key_id), rotation=str(request.rotation_id), why=due.reason)
         return is_asked

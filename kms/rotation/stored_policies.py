@@ -37,17 +37,24 @@ CLEAR: Final = """
     SELECT cryptography.clear_rotation_policy(%(name)s, %(user_version)s, %(request_id)s, %(peer)s)
 """
 PAGE_MAX: Final = 100
-TO_LOOK_AT: Final = f"SELECT {_COLUMNS} FROM cryptography.policies_to_look_at(%(limit)s)"
+# As text: a moment without end, which an owner of the database may write, is none in Python.
+TO_LOOK_AT: Final = f"SELECT {_COLUMNS}, look_at::text AS seen_look_at FROM cryptography.policies_to_look_at(%(limit)s)"
 WALKED_MAX: Final = 1_000
 REACHED: Final = """
     SELECT (policy).user_id, (policy).key_name, (policy).every_seconds, (policy).before_expiry_seconds, (policy).at_usage_percent,
-        (policy).on_compromise, (policy).is_paused, (policy).version, (policy).policy_mac, (policy).requests, is_reached, place
+        (policy).on_compromise, (policy).is_paused, (policy).version, (policy).policy_mac, (policy).requests,
+        (policy).look_at::text AS seen_look_at, is_reached, place
     FROM cryptography.policies_reached(%(after_user)s, %(after_name)s, %(limit)s)
 """
-LOOK_LATER: Final = "SELECT cryptography.look_at_policy_later(%(owner)s, %(name)s, %(look_at)s, %(is_failure)s)"
+LOOK_LATER: Final = """
+    SELECT cryptography.look_at_policy_later(
+        %(owner)s, %(name)s, %(seen_version)s, %(seen_look_at)s::timestamptz, %(look_at)s, %(is_failure)s
+    )
+"""
 REQUEST_DUE: Final = """
     SELECT cryptography.request_due_rotation(
-        %(rotation)s, %(owner)s, %(name)s, %(key)s, %(reason)s, %(allows_compromised)s, %(moment)s, %(mac)s, %(wait_seconds)s
+        %(rotation)s, %(owner)s, %(name)s, %(seen_version)s, %(seen_look_at)s::timestamptz, %(key)s, %(reason)s,
+        %(allows_compromised)s, %(moment)s, %(mac)s, %(wait_seconds)s
     ) AS id
 """
 _SECOND: Final = timedelta(seconds=1)
@@ -147,15 +154,15 @@ class StoredPolicies:
 
     async def look_later(self, stored: StoredPolicy, look_at: datetime | None, *, is_failure: bool = False) -> None:
         """See `Policies.look_later`."""
-        parameters = {"owner": stored.owner_id, "name": str(stored.name), "look_at": look_at, "is_failure": is_failure}
+        parameters = {**_seen(stored), "look_at": look_at, "is_failure": is_failure}
         await self.pool.fetch(AS_JOB, LOOK_LATER, parameters)
 
-    async def request(self, request: RotationRequest, name: KeyName, wait_seconds: float) -> bool:
+    async def request(self, request: RotationRequest, stored: StoredPolicy, wait_seconds: float) -> bool:
         """See `Policies.request`."""
         parameters = {
+            **_seen(stored),
             "rotation": request.rotation_id,
             "owner": request.owner_id,
-            "name": str(name),
             "key": request.key_id,
             "reason": request.reason,
             "allows_compromised": request.allows_compromised,
@@ -172,6 +179,17 @@ def _stored(row: DictRow) -> StoredPolicy:
     if not isinstance(owner, UUID) or not isinstance(name, str):
         raise record_invalid()
     return StoredPolicy(UserId(owner), KeyName(name), row)
+
+
+def _seen(stored: StoredPolicy) -> dict[str, Any]:
+    """Return what tells the database which policy a worker has read, and when it was to be looked at."""
+    row = stored.row
+    return {
+        "owner": stored.owner_id,
+        "name": str(stored.name),
+        "seen_version": row["version"],
+        "seen_look_at": row["seen_look_at"],
+    }
 
 
 def _of(call: Call) -> dict[str, Any]:

@@ -13,10 +13,12 @@ import uvloop
 from kms.app.records import Records
 from kms.config import Config
 from kms.hsm.token_hsm import open_hsm
+from kms.jobs.postgres import AdvisoryLocks
 from kms.jobs.runner import JobRunner
 from kms.pki.client_identity import host_clock
 from kms.store import epoch as epochs
 from kms.store.journal_knowledge import JournalKnowledge
+from kms.store.pool import connection_settings
 from kms.store.wrapping import StoredWrappingKeys
 from kms.wiring.log import configure_log
 from kms.wiring.memory import open_journal, was_served
@@ -45,7 +47,8 @@ async def _work(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     async with AsyncExitStack() as stack:
-        pool = await stack.enter_async_context(ready_pool(config, database_dsn(config)))
+        dsn = database_dsn(config)
+        pool = await stack.enter_async_context(ready_pool(config, dsn))
         hsm = await open_hsm(hsm_settings(config))
         stack.push_async_callback(hsm.close)
         master_keys = await check_token(config, hsm, StoredWrappingKeys(pool))
@@ -53,7 +56,7 @@ async def _work(config: Config) -> None:
         journal = open_journal(config, *await epochs.check_epoch(pool, records, was_served=was_served(config)))
         knowledge = None if journal is None else JournalKnowledge(journal.path)
         parts = await stack.enter_async_context(rotation_parts(pool, records, hsm, master_keys, _Nothing(), journal, knowledge))
-        await stack.enter_async_context(JobRunner().running(*parts.jobs()))
+        await stack.enter_async_context(JobRunner(AdvisoryLocks(connection_settings(dsn))).running(*parts.jobs()))
         _LOG.info("working", deployment=config.deployment_id, mode=config.mode, pid=os.getpid())
         await stopping.wait()
     _LOG.info("stopped")

@@ -1,6 +1,7 @@
 """Rotation by policy: nobody asks, and a key that is due gets its successor."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -66,6 +67,12 @@ def rotated(caller: Caller, key: kpb.Key, name: str = "k") -> kpb.Key:
 
 def log(caller: Caller) -> list[rpb.Rotation]:
     return list(caller.rotation.ListRotations(rpb.ListRotationsRequest()).rotations)
+
+
+def waits(server: RunningServer, function: str) -> bool:
+    """Whether a call of *function* waits for a lock."""
+    query = "SELECT query FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    return any(function in text for (text,) in run(server, query))
 
 
 def a_round_passed(server: RunningServer) -> None:
@@ -215,6 +222,30 @@ def test_a_policy_that_is_paused_has_no_rotation_done_that_it_asked_for(server: 
     assert key_of(caller).id == key.id
     set_policy(caller, EVERY)
     rotated(caller, key)
+
+
+@pytest.mark.parametrize("wanted", [policy(every_days=90, paused=True), None], ids=["paused", "cleared"])
+def test_a_change_of_a_policy_that_is_answered_before_the_switch_is_kept(
+    server: RunningServer, wanted: kpb.RotationPolicy | None
+) -> None:
+    """The worker has proven the policy and has made the successor. The change and the switch wait for the key, in this order."""
+    caller = server.caller()
+    key = made(caller, "ed25519")
+    set_policy(caller, EVERY)
+    with psycopg.connect(server.deployment.database.admin_dsn) as holder, ThreadPoolExecutor() as threads:
+        with replaced(server, "switch_key", "RAISE EXCEPTION 'no';"):
+            pass_days(server, caller, 91)
+            soon(lambda: [each.error_message for each in log(caller)] not in ([], [""]))
+            holder.execute("SELECT FROM cryptography.keys WHERE id = %s FOR UPDATE", (key.id,))
+            changing = threads.submit(set_policy, caller, wanted)
+            soon(lambda: waits(server, "rotation_policy("))
+        run(server, "UPDATE cryptography.key_rotations SET next_attempt_at = now() WHERE migration_status = 'pending'")
+        soon(lambda: waits(server, "switch_key("))
+        holder.commit()
+        changing.result()
+    soon(lambda: log(caller)[0].status == rpb.ROTATION_STATUS_FAILED)
+    assert log(caller)[0].error_message.startswith("PERMISSION_DENIED")
+    assert key_of(caller).id == key.id
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ CHECKS = ("key_rotations_migration_status_check", "attempts_not_negative", "leas
 LIES = """
     CREATE OR REPLACE FUNCTION cryptography.switch_key(
         rotation UUID, worker UUID, claim BIGINT, expected_version BIGINT, predecessor_name TEXT, predecessor_mac BYTEA,
-        successor JSONB, moment TIMESTAMPTZ
+        successor JSONB, moment TIMESTAMPTZ, policy_version BIGINT
     ) RETURNS TEXT LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
     AS $$ BEGIN RETURN '{}'; END $$
 """

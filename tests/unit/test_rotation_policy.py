@@ -12,7 +12,9 @@ from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId, KeyName, UserId
 from kms.domain.keys import Custody, KeyIdentity, KeyRecord
 from kms.domain.lifecycle import State
+from kms.rotation.backlog import Backlog
 from kms.rotation.policy import Due, RotationPolicy, Triggers, check_triggers, is_due, next_rotation
+from kms.rotation.rotation import LAST_MOMENT
 
 BEGAN = datetime(2026, 1, 1, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -32,6 +34,7 @@ def key(**fields: Any) -> KeyRecord:  # noqa: ANN401
 
 EVERY = policy(every=90 * DAY)
 LEAD = policy(before_expiry=7 * DAY)
+CENTURY, LATE = policy(every=36_500 * DAY), datetime(9950, 1, 1, tzinfo=UTC)
 SHARE = policy(at_usage_percent=80)
 COMPROMISE = policy(on_compromise=True)
 
@@ -46,7 +49,8 @@ COMPROMISE = policy(on_compromise=True)
         (EVERY, key(state=State.EXPIRED, expires_at=BEGAN + DAY), Due(BEGAN + 90 * DAY, "policy: every 90 days")),
         (policy(every=36 * timedelta(hours=1)), key(), Due(BEGAN + 1.5 * DAY, "policy: every 36 hours")),
         (LEAD, key(expires_at=BEGAN + 30 * DAY), Due(BEGAN + 23 * DAY, "policy: 7 days before expiry")),
-        (LEAD, key(expires_at=BEGAN + 7 * DAY), Due(BEGAN + 7 * DAY, "policy: 7 days before expiry")),
+        (LEAD, key(expires_at=BEGAN + 7 * DAY), Due(BEGAN + 7 * DAY, "policy: at expiry")),
+        (CENTURY, key(activated_at=LATE, state=State.PRE_ACTIVE), Due(LAST_MOMENT, "policy: every 36500 days")),
         (LEAD, key(), None),
         (SHARE, key(max_usage_count=10, usage_counter=7), None),
         (SHARE, key(max_usage_count=10, usage_counter=8), Due(BEGAN, "policy: 80 % of its uses")),
@@ -156,3 +160,9 @@ def test_a_policy_that_makes_sense_passes() -> None:
 )
 def test_the_mac_of_a_policy_covers_each_field(changed: dict[str, Any]) -> None:
     assert replace(EVERY, **changed).authenticated_bytes() != EVERY.authenticated_bytes()
+
+
+@pytest.mark.parametrize(("count", "words"), [(1, "1 key is due"), (2, "2 keys are due")])
+def test_a_warning_counts_the_keys_that_are_due_in_vain(count: int, words: str) -> None:
+    [warning] = Backlog(policies_overdue=count).warnings
+    assert warning.startswith(f"{words} by policy and not rotated")

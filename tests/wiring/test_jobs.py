@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, cast
 
+from kms.jobs.job import Job, Scope
 from kms.rotation.jobs import rewrapping_job
 from kms.rotation.master_keys import MasterKeys
 from kms.store.ledger import open_ledger
@@ -15,14 +16,18 @@ from tests.fixtures.postgres import Database
 from tests.store.uses import a_repeat, make_key, make_user, rows, sign
 
 
-def named(parts: Mapping[str, object]) -> list[str]:
-    """Return the names of the jobs of a worker with *parts*; the rest of it is absent."""
+def jobs(parts: Mapping[str, object]) -> list[Job]:
+    """Return the jobs of a worker with *parts*; the rest of it is absent."""
     absent = cast(Any, SimpleNamespace(opens=None, check=None, watch=None, ask=None, records=None, serve_term=None, write=None))
     working = cast(Any, SimpleNamespace(do_due=None, ask_for_due=None))
     master_keys, rewrapping = MasterKeys(absent, absent, needs_copy=False), rewrapping_job(absent, absent)
     rotation = RotationParts(absent, absent, working, working, absent, master_keys, rewrapping)
     fields = {**dict.fromkeys(JobParts.__dataclass_fields__, absent), "rotation": rotation}
-    return [job.name for job in upkeep_jobs(JobParts(**{**fields, **parts}))]
+    return upkeep_jobs(JobParts(**{**fields, **parts}))
+
+
+def named(parts: Mapping[str, object]) -> list[str]:
+    return [job.name for job in jobs(parts)]
 
 
 def test_a_worker_has_the_jobs_that_its_parts_are_for() -> None:
@@ -33,6 +38,10 @@ def test_a_worker_has_the_jobs_that_its_parts_are_for() -> None:
     assert named({**none, "is_first": True}) == [*every, "residents"]
     assert named({"is_first": False, "sealer": None}) == [*every, "journal", "uses"]
     assert named({"is_first": False, "journal": None, "uses": None}) == [*every, "checkpoints"]
+
+
+def test_one_worker_at_a_time_looks_for_keys_that_are_due() -> None:
+    assert [job.name for job in jobs({}) if job.scope is Scope.ONE_WORKER] == ["rotation policies"]
 
 
 async def test_answers_that_are_no_longer_given_are_removed_all_of_them(database: Database, store: Pool) -> None:
