@@ -91,6 +91,7 @@ def test_a_second_start_finds_the_keys_of_the_first(directory: Path) -> None:
         assert path.read_text().strip() not in log
 
 
+@pytest.mark.slow
 def test_a_first_start_that_was_interrupted_is_begun_again(directory: Path) -> None:
     (directory / "token").rename(directory / "token.new")
     shutil.rmtree(StackFiles(directory, token=directory / "token").client)

@@ -244,6 +244,7 @@ def test_entries_that_are_not_here_leave_columns_unchecked_and_that_is_told(benc
             assert {"COLUMNS", "TABLES", "END_OF_THE_TRAIL"} <= what.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_nothing_is_named_while_eight_clients_sign_and_move_keys(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     # Small pages: much happens between two of them.

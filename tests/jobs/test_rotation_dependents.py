@@ -9,6 +9,7 @@ from kms.domain.ids import KeyId, UserId
 from kms.jobs.leasing import Lease
 from kms.rotation.dependents import Handover, adopt_children
 from kms.store.pool import Pool
+from kms.store.proven_keys import ProvenKeys
 from tests.fixtures.postgres import Database
 from tests.jobs.rotations import ALICE, KEY, NEW, OLD, Rotations
 
@@ -25,4 +26,5 @@ async def test_a_child_that_was_destroyed_is_not_counted(store: Pool, database: 
     rotations.run("UPDATE cryptography.keys SET parent_key_id = %s WHERE key_name IN ('lives', 'gone')", (NEW,))
     rotations.run("UPDATE cryptography.keys SET destroyed_at = now(), encrypted_private_key = '' WHERE key_name = 'gone'")
     handover = Handover(cast(Lease, None), UserId(ALICE), KeyId(OLD), KeyId(NEW))  # no child is left to adopt
-    assert await adopt_children(store, Records(mac, lambda: datetime.now(UTC)), handover) == 1
+    keys = ProvenKeys(store, Records(mac, lambda: datetime.now(UTC)))
+    assert await adopt_children(keys, handover) == 1

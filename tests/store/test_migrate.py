@@ -171,6 +171,7 @@ def test_two_runners_at_once_do_the_work_once(empty: str) -> None:
     assert sorted(outcomes) == [[], NAMES]
 
 
+@pytest.mark.slow
 def test_databases_of_one_server_are_migrated_at_once(bare: EmbeddedPostgres) -> None:
     with psycopg.connect(bare.superuser_dsn(), autocommit=True) as connection:
         for number in range(4):
