@@ -12,7 +12,7 @@ from kms.hsm import provision
 from kms.hsm.provision import TokenDescription
 from kms.store.wrapping import StoredWrappingKeys, WrappingKey
 from kms.wiring.parts import hsm_settings, with_pool
-from kms.wiring.token import needs_copy, token_keys
+from kms.wiring.token import lacking, needs_copy, token_keys
 
 T = TypeVar("T")
 
@@ -54,11 +54,19 @@ class Ending:
 def rotate(config: Config) -> int:
     """Make the next generation in the token and register it; return its number.
 
-    One that an interrupted run made is registered instead. Raises HSM_KEK_MISSING for a token that is not this database's.
+    One that an interrupted run made is registered instead. Raises HSM_KEK_MISSING for a token that is not this database's, and
+    for one that lacks a generation: it would get another key by the number of one that there is.
     """
     settings = hsm_settings(config)
     held = provision.describe(settings)
-    before = {key.generation for key in _with_keys(config, lambda known: _registered(known, held))}
+    known = _with_keys(config, lambda known: _registered(known, held))
+    lacks = lacking(known, held.wrapping_keys, held.retired)
+    if lacks:
+        raise KmsError(
+            Reason.HSM_KEK_MISSING,
+            f"the token lacks generation {', '.join(map(str, lacks))}: bring the copy of the token that has it here first",
+        )
+    before = {key.generation for key in known}
     if before and max(held.generations, default=0) not in before:
         return max(held.generations)
     made = provision.rotate(settings)

@@ -6,11 +6,13 @@
 import base64
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from threading import Event
 from typing import Any
 from uuid import UUID
@@ -43,11 +45,11 @@ def kek(deployment: Deployment, *arguments: str) -> dict[str, Any]:
     return found
 
 
-def refused(deployment: Deployment, *arguments: str) -> str:
+def refused(deployment: Deployment, *arguments: str, reason: str = "KEK_IN_USE") -> str:
     """Run `kms kek`, which must be refused, and return why."""
     done = deployment.run("kek", *arguments, "--json")
-    assert done.returncode == 1, (done.stdout, done.stderr)
-    assert json.loads(done.stderr)["reason"] == "KEK_IN_USE", done.stderr
+    assert done.returncode in (1, 5), (done.stdout, done.stderr)
+    assert json.loads(done.stderr)["reason"] == reason, done.stderr
     return str(json.loads(done.stderr)["message"])
 
 
@@ -244,3 +246,18 @@ def served(caller: Caller, ciphertext: bytes) -> bool:
     with suppress(grpc.RpcError):
         return caller.crypto.Decrypt(cpb.DecryptRequest(ciphertext=ciphertext)).plaintext == b"p"
     return False
+
+
+def test_a_token_that_lacks_the_newest_generation_is_not_rotated(deployment: Deployment, tmp_path: Path) -> None:
+    token, behind = deployment.token.directory, tmp_path / "behind"
+    shutil.copytree(token, behind)
+    kek(deployment, "rotate")
+    kek(deployment, "rotate")
+    shutil.rmtree(token)
+    shutil.copytree(behind, token)
+    assert "lacks generation 2, 3" in refused(deployment, "rotate", reason="HSM_KEK_MISSING")
+    found = kek(deployment, "list")["generations"]
+    assert [(one["number"], one["state"]) for one in found] == [(1, "in_use"), (2, "missing"), (3, "missing")]
+    with deployment.serving() as server:
+        warnings = [line for line in server.log() if "lacks generations" in line["event"]]
+        assert warnings[0]["generations"] == [2, 3]
