@@ -249,8 +249,8 @@ END;
 $$;
 
 -- Put envelopes of a slice in the place of those before, for the worker that holds its claim. An envelope that has changed
--- meanwhile stays; so does one whose replacement has another custody, or names no later generation in use. Nothing else of a key
--- changes. Returns how many were moved.
+-- meanwhile stays, as does one that somebody holds: a wait for it would have the uses of all others wait. So does one whose
+-- replacement has another custody, or names no later generation in use. Nothing else of a key changes. Returns how many were moved.
 CREATE FUNCTION cryptography.store_rewrapped(
     item UUID, worker UUID, claim BIGINT, moved_keys UUID[], envelopes_before TEXT[], envelopes_after TEXT[]
 ) RETURNS BIGINT
@@ -258,6 +258,7 @@ LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     source RECORD;
+    free_keys UUID[];
     counted RECORD;
 BEGIN
     SELECT r.sealing_key_id, w.generation INTO source
@@ -267,13 +268,15 @@ BEGIN
     IF NOT FOUND THEN
         RETURN NULL;
     END IF;
-    PERFORM FROM cryptography.keys AS k WHERE k.id = ANY (moved_keys) ORDER BY k.id FOR NO KEY UPDATE;
+    free_keys := ARRAY(
+        SELECT k.id FROM cryptography.keys AS k WHERE k.id = ANY (moved_keys) ORDER BY k.id FOR NO KEY UPDATE SKIP LOCKED
+    );
     WITH changed AS (
         UPDATE cryptography.keys AS k
         SET encrypted_private_key = m.after
         FROM unnest(moved_keys, envelopes_before, envelopes_after) AS m (key_id, before, after)
         JOIN cryptography.wrapping_keys AS w ON w.id = cryptography.envelope_key(m.after, 18)
-        WHERE k.id = m.key_id AND k.encrypted_private_key = m.before
+        WHERE k.id = m.key_id AND k.id = ANY (free_keys) AND k.encrypted_private_key = m.before
             AND cryptography.envelope_key(m.before, 18) = source.sealing_key_id
             AND w.kind = 'sealing' AND w.generation > source.generation AND w.retired_at IS NULL
             -- The version and the custody are the first two bytes.

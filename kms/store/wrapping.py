@@ -15,14 +15,19 @@ READ: Final = """
     FROM cryptography.wrapping_keys
     ORDER BY kind, generation
 """
-# Two services that register at once do the same: the loser waits for the winner and then finds nothing to change.
+# Two services that register at once do the same: the loser waits for the winner. Every lock is taken in order of the id, as by
+# whoever stores an envelope.
 REGISTER: Final = """
     INSERT INTO cryptography.wrapping_keys AS known (id, kind, generation, token_serial)
     VALUES (%(id)s, %(kind)s, %(generation)s, %(serial)s)
     ON CONFLICT (kind, generation) DO UPDATE SET token_serial = excluded.token_serial WHERE known.id = excluded.id
     RETURNING id
 """
-CONFIRM_BACKUP: Final = "UPDATE cryptography.wrapping_keys SET backup_confirmed_at = clock_timestamp() RETURNING id"
+CONFIRM_BACKUP: Final = """
+    UPDATE cryptography.wrapping_keys SET backup_confirmed_at = clock_timestamp()
+    WHERE id = ANY (ARRAY(SELECT id FROM cryptography.wrapping_keys ORDER BY id FOR NO KEY UPDATE))
+    RETURNING id
+"""
 
 RETIRE: Final = "SELECT cryptography.retire_wrapping_keys(%(generation)s) AS used"
 NOTE_DESTROYED: Final = "SELECT cryptography.note_wrapping_keys_destroyed(%(generation)s)"
@@ -125,8 +130,10 @@ class StoredWrappingKeys:
 
         Raises HSM_KEK_MISSING where the database knows another key by that kind and generation: it is another token.
         """
+        known = {(TokenKey(key.key_id, key.kind, key.generation), key.token_serial) for key in await self.read()}
+        changed = [key for key in found if (key, serial) not in known]
         async with self.pool.transaction(AS_JOB) as connection:
-            for key in sorted(found, key=lambda key: (key.kind, key.generation)):
+            for key in sorted(changed, key=lambda key: key.key_id):
                 parameters = {"id": key.key_id, "kind": key.kind, "generation": key.generation, "serial": serial}
                 row = await (await connection.execute(REGISTER, parameters)).fetchone()
                 if row is None:
