@@ -22,6 +22,7 @@ from kms.rotation.envelopes import StoredEnvelopes, rewrapping_leases
 from kms.rotation.jobs import REWRAPPING_POLICY, rewrapping_job
 from kms.rotation.master_keys import MasterKeys, choose_maker
 from kms.rotation.rewrapping import Moved, Rewrapping
+from kms.store.errors import translated
 from kms.store.pool import Pool
 from kms.store.wrapping import StoredWrappingKeys
 from kms.wiring.token import token_keys
@@ -143,6 +144,18 @@ async def test_an_envelope_that_changed_meanwhile_stays_as_it_is(bench: Bench) -
     assert [bench.envelope(key) for key in (changed, destroyed, kept)] == [other, "", moved[2].envelope]
 
 
+async def test_an_envelope_that_a_client_holds_is_left_for_later_and_nobody_waits(bench: Bench) -> None:
+    held, other = await bench.add("3"), await bench.add("3")
+    await bench.hsm.make_under(2)
+    with psycopg.connect(bench.dsn) as client:
+        client.execute("SELECT FROM cryptography.keys WHERE id = %s FOR UPDATE", (held.identity.key_id,))
+        await asyncio.wait_for(bench.move(), 10)
+        assert [bench.generation(key) for key in (held, other)] == [1, 2]
+    bench.run(LEASES_RUN_OUT)
+    await bench.move()
+    assert bench.generation(held) == 2
+
+
 async def test_what_is_no_later_generation_or_another_custody_is_not_stored(bench: Bench) -> None:
     key, other = await bench.add("3"), await bench.add("3")
     await bench.hsm.make_under(2)
@@ -207,6 +220,8 @@ async def test_who_stores_an_envelope_while_its_generation_retires_is_refused_or
     bench.run("DELETE FROM cryptography.keys WHERE key_name = 'late'")
     assert await known.retire(1) == 0
     with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState):
+        bench.run(INSERT, *values)
+    with pytest.raises(KmsError, match="names a retired generation of master keys"), translated():
         bench.run(INSERT, *values)
     trail = "SELECT event_type, count(*)::int FROM audit.security_events WHERE event_type ~ 'wrapping_key' GROUP BY 1 ORDER BY 1"
     assert bench.run(trail) == [("wrapping_key.registered", 2), ("wrapping_key.retired", 2)]
