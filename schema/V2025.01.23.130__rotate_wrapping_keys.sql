@@ -128,9 +128,11 @@ BEGIN
 END;
 $$;
 
--- Claim at most claims_max slices that are due, as claim_rotations claims rotations. A slice never fails for good: there is no other
--- way to its end.
-CREATE FUNCTION cryptography.claim_rewrapping(worker UUID, claims_max INTEGER, lease_seconds DOUBLE PRECISION, wanted UUID)
+-- Claim at most claims_max slices that are due, as claim_rotations claims rotations: those that leave one of the sealing keys
+-- `leavable`, which the worker can open and has a later generation for. A slice never fails for good: there is no other way to its end.
+CREATE FUNCTION cryptography.claim_rewrapping(
+    worker UUID, claims_max INTEGER, lease_seconds DOUBLE PRECISION, wanted UUID, leavable UUID[]
+)
 RETURNS TABLE (
     id UUID, claim_number BIGINT, attempts INTEGER, step TEXT, step_state JSONB, sealing_key_id UUID, slice INTEGER
 )
@@ -147,7 +149,7 @@ BEGIN
     WHERE r.id = ANY (ARRAY(
         SELECT d.id
         FROM cryptography.rewrapping AS d
-        WHERE d.next_attempt_at <= moment AND (wanted IS NULL OR d.id = wanted)
+        WHERE d.next_attempt_at <= moment AND (wanted IS NULL OR d.id = wanted) AND d.sealing_key_id = ANY (leavable)
             AND cryptography.slice_has_envelopes(d.sealing_key_id, d.slice)
         ORDER BY d.next_attempt_at
         LIMIT claims_max
@@ -388,7 +390,7 @@ $$;
 REVOKE ALL ON FUNCTION
     cryptography.slice_has_envelopes(UUID, INTEGER),
     cryptography.plan_rewrapping(INTEGER),
-    cryptography.claim_rewrapping(UUID, INTEGER, DOUBLE PRECISION, UUID),
+    cryptography.claim_rewrapping(UUID, INTEGER, DOUBLE PRECISION, UUID, UUID[]),
     cryptography.extend_rewrapping_lease(UUID, UUID, BIGINT, DOUBLE PRECISION),
     cryptography.finish_rewrapping_step(UUID, UUID, BIGINT, TEXT, JSONB, DOUBLE PRECISION),
     cryptography.complete_rewrapping(UUID, UUID, BIGINT, BIGINT, DOUBLE PRECISION),
@@ -405,7 +407,7 @@ REVOKE ALL ON FUNCTION
 GRANT EXECUTE ON FUNCTION cryptography.slice_has_envelopes(UUID, INTEGER) TO kms_lifecycle;
 GRANT EXECUTE ON FUNCTION
     cryptography.plan_rewrapping(INTEGER),
-    cryptography.claim_rewrapping(UUID, INTEGER, DOUBLE PRECISION, UUID),
+    cryptography.claim_rewrapping(UUID, INTEGER, DOUBLE PRECISION, UUID, UUID[]),
     cryptography.extend_rewrapping_lease(UUID, UUID, BIGINT, DOUBLE PRECISION),
     cryptography.finish_rewrapping_step(UUID, UUID, BIGINT, TEXT, JSONB, DOUBLE PRECISION),
     cryptography.complete_rewrapping(UUID, UUID, BIGINT, BIGINT, DOUBLE PRECISION),
@@ -435,7 +437,7 @@ CREATE TRIGGER tr_wrapping_keys_record_change
 
 GRANT CREATE ON SCHEMA cryptography TO kms_lifecycle;
 ALTER FUNCTION cryptography.plan_rewrapping(INTEGER) OWNER TO kms_lifecycle;
-ALTER FUNCTION cryptography.claim_rewrapping(UUID, INTEGER, DOUBLE PRECISION, UUID) OWNER TO kms_lifecycle;
+ALTER FUNCTION cryptography.claim_rewrapping(UUID, INTEGER, DOUBLE PRECISION, UUID, UUID[]) OWNER TO kms_lifecycle;
 ALTER FUNCTION cryptography.extend_rewrapping_lease(UUID, UUID, BIGINT, DOUBLE PRECISION) OWNER TO kms_lifecycle;
 ALTER FUNCTION cryptography.finish_rewrapping_step(UUID, UUID, BIGINT, TEXT, JSONB, DOUBLE PRECISION) OWNER TO kms_lifecycle;
 ALTER FUNCTION cryptography.complete_rewrapping(UUID, UUID, BIGINT, BIGINT, DOUBLE PRECISION) OWNER TO kms_lifecycle;
