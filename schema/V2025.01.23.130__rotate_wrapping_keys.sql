@@ -295,19 +295,21 @@ BEGIN
 END;
 $$;
 
--- How many envelopes name each wrapping key, read from all envelopes.
-CREATE FUNCTION cryptography.count_envelopes() RETURNS TABLE (wrapping_key_id UUID, envelopes BIGINT)
+-- How many envelopes name each pair of wrapping keys, and one key that has such an envelope, read from all envelopes. An id is NULL
+-- in what is no envelope.
+CREATE FUNCTION cryptography.count_envelopes() RETURNS TABLE (kek_id UUID, sealing_key_id UUID, envelopes BIGINT, example UUID)
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
     RETURN QUERY
-    SELECT n.key_id, count(*)
+    SELECT n.kek_id, n.sealing_key_id, count(*), min(k.id::TEXT)::UUID
     FROM cryptography.keys AS k
-    CROSS JOIN LATERAL (VALUES
-        (cryptography.envelope_key(k.encrypted_private_key, 2)), (cryptography.envelope_key(k.encrypted_private_key, 18))
-    ) AS n (key_id)
+    CROSS JOIN LATERAL (SELECT
+        cryptography.envelope_key(k.encrypted_private_key, 2) AS kek_id,
+        cryptography.envelope_key(k.encrypted_private_key, 18) AS sealing_key_id
+    ) AS n
     WHERE k.encrypted_private_key <> ''
-    GROUP BY n.key_id;
+    GROUP BY n.kek_id, n.sealing_key_id;
 END;
 $$;
 
@@ -336,8 +338,9 @@ BEGIN
 END;
 $$;
 
--- Retire a generation, unless an envelope names a key of it. Returns how many do.
-CREATE FUNCTION cryptography.retire_wrapping_keys(retired INTEGER) RETURNS BIGINT
+-- Retire a generation, unless an envelope names a key of it: one that is registered, or one of those that the token holds. Returns
+-- how many do.
+CREATE FUNCTION cryptography.retire_wrapping_keys(retired INTEGER, held UUID[]) RETURNS BIGINT
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
@@ -348,8 +351,11 @@ BEGIN
     SELECT count(*) INTO used
     FROM cryptography.keys AS k
     WHERE k.encrypted_private_key <> '' AND EXISTS (
-        SELECT FROM cryptography.wrapping_keys AS w
-        WHERE w.generation = retired AND w.id IN (
+        SELECT FROM (
+            SELECT w.id FROM cryptography.wrapping_keys AS w WHERE w.generation = retired
+            UNION ALL SELECT unnest(held)
+        ) AS g (id)
+        WHERE g.id IN (
             cryptography.envelope_key(k.encrypted_private_key, 2), cryptography.envelope_key(k.encrypted_private_key, 18)
         )
     );
@@ -400,7 +406,7 @@ REVOKE ALL ON FUNCTION
     cryptography.store_rewrapped(UUID, UUID, BIGINT, UUID[], TEXT[], TEXT[]),
     cryptography.count_envelopes(),
     cryptography.refuse_retired_wrapping_key(),
-    cryptography.retire_wrapping_keys(INTEGER),
+    cryptography.retire_wrapping_keys(INTEGER, UUID[]),
     cryptography.note_wrapping_keys_destroyed(INTEGER),
     cryptography.record_wrapping_key_change()
     FROM PUBLIC;
@@ -416,7 +422,7 @@ GRANT EXECUTE ON FUNCTION
     cryptography.envelopes_to_move(UUID, INTEGER, UUID, INTEGER),
     cryptography.store_rewrapped(UUID, UUID, BIGINT, UUID[], TEXT[], TEXT[]),
     cryptography.count_envelopes(),
-    cryptography.retire_wrapping_keys(INTEGER),
+    cryptography.retire_wrapping_keys(INTEGER, UUID[]),
     cryptography.note_wrapping_keys_destroyed(INTEGER)
     TO job_runner;
 
@@ -447,7 +453,7 @@ ALTER FUNCTION cryptography.envelopes_to_move(UUID, INTEGER, UUID, INTEGER) OWNE
 ALTER FUNCTION cryptography.store_rewrapped(UUID, UUID, BIGINT, UUID[], TEXT[], TEXT[]) OWNER TO kms_lifecycle;
 ALTER FUNCTION cryptography.count_envelopes() OWNER TO kms_lifecycle;
 ALTER FUNCTION cryptography.refuse_retired_wrapping_key() OWNER TO kms_lifecycle;
-ALTER FUNCTION cryptography.retire_wrapping_keys(INTEGER) OWNER TO kms_lifecycle;
+ALTER FUNCTION cryptography.retire_wrapping_keys(INTEGER, UUID[]) OWNER TO kms_lifecycle;
 ALTER FUNCTION cryptography.note_wrapping_keys_destroyed(INTEGER) OWNER TO kms_lifecycle;
 ALTER FUNCTION cryptography.record_wrapping_key_change() OWNER TO kms_lifecycle;
 REVOKE CREATE ON SCHEMA cryptography FROM kms_lifecycle;

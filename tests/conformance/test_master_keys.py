@@ -190,7 +190,7 @@ def test_a_planted_envelope_is_left_where_it_is_and_stops_nothing(deployment: De
         caller = server.caller()
         victim, other, foreign = (made(caller, "aes", name=name) for name in ("victim", "other", "foreign"))
         encrypted = caller.crypto.Encrypt(cpb.EncryptRequest(key="victim", plaintext=b"p")).ciphertext
-        own, others = (envelope(admin, key) for key in (victim, other))
+        own, others, before = (envelope(admin, key) for key in (victim, other, foreign))
         admin.execute(plant, (others, victim.id))
         admin.execute(plant, ("x" * 200, foreign.id))
         kek(deployment, "rotate")
@@ -209,6 +209,15 @@ def test_a_planted_envelope_is_left_where_it_is_and_stops_nothing(deployment: De
         kek(deployment, "retire", "1")
         with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState):
             admin.execute(plant, (own, victim.id))
+        # What is no envelope may be one of the old generation when it is restored, as docs/operations.md says how.
+        message = refused(deployment, "destroy", "1", "--yes")
+        assert "1 keys name no known master key" in message
+        assert foreign.id in message
+        with admin.transaction():
+            admin.execute("SET LOCAL session_replication_role = replica")
+            admin.execute(plant, (before, foreign.id))
+        wait_for(lambda: named_by(envelope(admin, foreign)) == named_by(envelope(admin, other)))
+        kek(deployment, "destroy", "1", "--yes")
 
 
 def test_no_row_has_a_retired_generation_make_envelopes(deployment: Deployment, admin: psycopg.Connection[Any]) -> None:
