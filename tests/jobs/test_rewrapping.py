@@ -181,6 +181,8 @@ async def test_nothing_moves_back_to_an_earlier_generation(bench: Bench) -> None
     bench.run("UPDATE cryptography.rewrapping SET step = 'moved', not_opened = 7")
     await bench.move()
     assert bench.envelope(key) == key.material.envelope
+    leases = rewrapping_leases(bench.pool, Rewrapping(bench.hsm, StoredEnvelopes(bench.pool)).leavable)
+    assert await leases.claim(uuid4(), 1, REWRAPPING_POLICY) == []
     # A worker that lags leaves these slices, and what is known of them, to others.
     assert bench.run("SELECT DISTINCT step, not_opened, claim_number FROM cryptography.rewrapping") == [("moved", 7, 0)]
 
