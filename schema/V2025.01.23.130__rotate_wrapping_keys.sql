@@ -128,9 +128,11 @@ BEGIN
 END;
 $$;
 
--- Claim at most claims_max slices that are due, as claim_rotations claims rotations. A slice never fails for good: there is no other
--- way to its end.
-CREATE FUNCTION cryptography.claim_rewrapping(worker UUID, claims_max INTEGER, lease_seconds DOUBLE PRECISION, wanted UUID)
+-- Claim at most claims_max slices that are due, as claim_rotations claims rotations: those that leave one of the sealing keys
+-- `leavable`, which the worker can open and has a later generation for. A slice never fails for good: there is no other way to its end.
+CREATE FUNCTION cryptography.claim_rewrapping(
+    worker UUID, claims_max INTEGER, lease_seconds DOUBLE PRECISION, wanted UUID, leavable UUID[]
+)
 RETURNS TABLE (
     id UUID, claim_number BIGINT, attempts INTEGER, step TEXT, step_state JSONB, sealing_key_id UUID, slice INTEGER
 )
@@ -147,7 +149,7 @@ BEGIN
     WHERE r.id = ANY (ARRAY(
         SELECT d.id
         FROM cryptography.rewrapping AS d
-        WHERE d.next_attempt_at <= moment AND (wanted IS NULL OR d.id = wanted)
+        WHERE d.next_attempt_at <= moment AND (wanted IS NULL OR d.id = wanted) AND d.sealing_key_id = ANY (leavable)
             AND cryptography.slice_has_envelopes(d.sealing_key_id, d.slice)
         ORDER BY d.next_attempt_at
         LIMIT claims_max
@@ -249,8 +251,8 @@ END;
 $$;
 
 -- Put envelopes of a slice in the place of those before, for the worker that holds its claim. An envelope that has changed
--- meanwhile stays; so does one whose replacement has another custody, or names no later generation in use. Nothing else of a key
--- changes. Returns how many were moved.
+-- meanwhile stays, as does one that somebody holds: a wait for it would have the uses of all others wait. So does one whose
+-- replacement has another custody, or names no later generation in use. Nothing else of a key changes. Returns how many were moved.
 CREATE FUNCTION cryptography.store_rewrapped(
     item UUID, worker UUID, claim BIGINT, moved_keys UUID[], envelopes_before TEXT[], envelopes_after TEXT[]
 ) RETURNS BIGINT
@@ -258,6 +260,7 @@ LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     source RECORD;
+    free_keys UUID[];
     counted RECORD;
 BEGIN
     SELECT r.sealing_key_id, w.generation INTO source
@@ -267,13 +270,15 @@ BEGIN
     IF NOT FOUND THEN
         RETURN NULL;
     END IF;
-    PERFORM FROM cryptography.keys AS k WHERE k.id = ANY (moved_keys) ORDER BY k.id FOR NO KEY UPDATE;
+    free_keys := ARRAY(
+        SELECT k.id FROM cryptography.keys AS k WHERE k.id = ANY (moved_keys) ORDER BY k.id FOR NO KEY UPDATE SKIP LOCKED
+    );
     WITH changed AS (
         UPDATE cryptography.keys AS k
         SET encrypted_private_key = m.after
         FROM unnest(moved_keys, envelopes_before, envelopes_after) AS m (key_id, before, after)
         JOIN cryptography.wrapping_keys AS w ON w.id = cryptography.envelope_key(m.after, 18)
-        WHERE k.id = m.key_id AND k.encrypted_private_key = m.before
+        WHERE k.id = m.key_id AND k.id = ANY (free_keys) AND k.encrypted_private_key = m.before
             AND cryptography.envelope_key(m.before, 18) = source.sealing_key_id
             AND w.kind = 'sealing' AND w.generation > source.generation AND w.retired_at IS NULL
             -- The version and the custody are the first two bytes.
@@ -290,19 +295,21 @@ BEGIN
 END;
 $$;
 
--- How many envelopes name each wrapping key, read from all envelopes.
-CREATE FUNCTION cryptography.count_envelopes() RETURNS TABLE (wrapping_key_id UUID, envelopes BIGINT)
+-- How many envelopes name each pair of wrapping keys, and one key that has such an envelope, read from all envelopes. An id is NULL
+-- in what is no envelope.
+CREATE FUNCTION cryptography.count_envelopes() RETURNS TABLE (kek_id UUID, sealing_key_id UUID, envelopes BIGINT, example UUID)
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
     RETURN QUERY
-    SELECT n.key_id, count(*)
+    SELECT n.kek_id, n.sealing_key_id, count(*), min(k.id::TEXT)::UUID
     FROM cryptography.keys AS k
-    CROSS JOIN LATERAL (VALUES
-        (cryptography.envelope_key(k.encrypted_private_key, 2)), (cryptography.envelope_key(k.encrypted_private_key, 18))
-    ) AS n (key_id)
+    CROSS JOIN LATERAL (SELECT
+        cryptography.envelope_key(k.encrypted_private_key, 2) AS kek_id,
+        cryptography.envelope_key(k.encrypted_private_key, 18) AS sealing_key_id
+    ) AS n
     WHERE k.encrypted_private_key <> ''
-    GROUP BY n.key_id;
+    GROUP BY n.kek_id, n.sealing_key_id;
 END;
 $$;
 
@@ -331,8 +338,9 @@ BEGIN
 END;
 $$;
 
--- Retire a generation, unless an envelope names a key of it. Returns how many do.
-CREATE FUNCTION cryptography.retire_wrapping_keys(retired INTEGER) RETURNS BIGINT
+-- Retire a generation, unless an envelope names a key of it: one that is registered, or one of those that the token holds. Returns
+-- how many do.
+CREATE FUNCTION cryptography.retire_wrapping_keys(retired INTEGER, held UUID[]) RETURNS BIGINT
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
@@ -343,8 +351,11 @@ BEGIN
     SELECT count(*) INTO used
     FROM cryptography.keys AS k
     WHERE k.encrypted_private_key <> '' AND EXISTS (
-        SELECT FROM cryptography.wrapping_keys AS w
-        WHERE w.generation = retired AND w.id IN (
+        SELECT FROM (
+            SELECT w.id FROM cryptography.wrapping_keys AS w WHERE w.generation = retired
+            UNION ALL SELECT unnest(held)
+        ) AS g (id)
+        WHERE g.id IN (
             cryptography.envelope_key(k.encrypted_private_key, 2), cryptography.envelope_key(k.encrypted_private_key, 18)
         )
     );
@@ -385,7 +396,7 @@ $$;
 REVOKE ALL ON FUNCTION
     cryptography.slice_has_envelopes(UUID, INTEGER),
     cryptography.plan_rewrapping(INTEGER),
-    cryptography.claim_rewrapping(UUID, INTEGER, DOUBLE PRECISION, UUID),
+    cryptography.claim_rewrapping(UUID, INTEGER, DOUBLE PRECISION, UUID, UUID[]),
     cryptography.extend_rewrapping_lease(UUID, UUID, BIGINT, DOUBLE PRECISION),
     cryptography.finish_rewrapping_step(UUID, UUID, BIGINT, TEXT, JSONB, DOUBLE PRECISION),
     cryptography.complete_rewrapping(UUID, UUID, BIGINT, BIGINT, DOUBLE PRECISION),
@@ -395,14 +406,14 @@ REVOKE ALL ON FUNCTION
     cryptography.store_rewrapped(UUID, UUID, BIGINT, UUID[], TEXT[], TEXT[]),
     cryptography.count_envelopes(),
     cryptography.refuse_retired_wrapping_key(),
-    cryptography.retire_wrapping_keys(INTEGER),
+    cryptography.retire_wrapping_keys(INTEGER, UUID[]),
     cryptography.note_wrapping_keys_destroyed(INTEGER),
     cryptography.record_wrapping_key_change()
     FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION cryptography.slice_has_envelopes(UUID, INTEGER) TO kms_lifecycle;
 GRANT EXECUTE ON FUNCTION
     cryptography.plan_rewrapping(INTEGER),
-    cryptography.claim_rewrapping(UUID, INTEGER, DOUBLE PRECISION, UUID),
+    cryptography.claim_rewrapping(UUID, INTEGER, DOUBLE PRECISION, UUID, UUID[]),
     cryptography.extend_rewrapping_lease(UUID, UUID, BIGINT, DOUBLE PRECISION),
     cryptography.finish_rewrapping_step(UUID, UUID, BIGINT, TEXT, JSONB, DOUBLE PRECISION),
     cryptography.complete_rewrapping(UUID, UUID, BIGINT, BIGINT, DOUBLE PRECISION),
@@ -411,7 +422,7 @@ GRANT EXECUTE ON FUNCTION
     cryptography.envelopes_to_move(UUID, INTEGER, UUID, INTEGER),
     cryptography.store_rewrapped(UUID, UUID, BIGINT, UUID[], TEXT[], TEXT[]),
     cryptography.count_envelopes(),
-    cryptography.retire_wrapping_keys(INTEGER),
+    cryptography.retire_wrapping_keys(INTEGER, UUID[]),
     cryptography.note_wrapping_keys_destroyed(INTEGER)
     TO job_runner;
 
@@ -432,7 +443,7 @@ CREATE TRIGGER tr_wrapping_keys_record_change
 
 GRANT CREATE ON SCHEMA cryptography TO kms_lifecycle;
 ALTER FUNCTION cryptography.plan_rewrapping(INTEGER) OWNER TO kms_lifecycle;
-ALTER FUNCTION cryptography.claim_rewrapping(UUID, INTEGER, DOUBLE PRECISION, UUID) OWNER TO kms_lifecycle;
+ALTER FUNCTION cryptography.claim_rewrapping(UUID, INTEGER, DOUBLE PRECISION, UUID, UUID[]) OWNER TO kms_lifecycle;
 ALTER FUNCTION cryptography.extend_rewrapping_lease(UUID, UUID, BIGINT, DOUBLE PRECISION) OWNER TO kms_lifecycle;
 ALTER FUNCTION cryptography.finish_rewrapping_step(UUID, UUID, BIGINT, TEXT, JSONB, DOUBLE PRECISION) OWNER TO kms_lifecycle;
 ALTER FUNCTION cryptography.complete_rewrapping(UUID, UUID, BIGINT, BIGINT, DOUBLE PRECISION) OWNER TO kms_lifecycle;
@@ -442,7 +453,7 @@ ALTER FUNCTION cryptography.envelopes_to_move(UUID, INTEGER, UUID, INTEGER) OWNE
 ALTER FUNCTION cryptography.store_rewrapped(UUID, UUID, BIGINT, UUID[], TEXT[], TEXT[]) OWNER TO kms_lifecycle;
 ALTER FUNCTION cryptography.count_envelopes() OWNER TO kms_lifecycle;
 ALTER FUNCTION cryptography.refuse_retired_wrapping_key() OWNER TO kms_lifecycle;
-ALTER FUNCTION cryptography.retire_wrapping_keys(INTEGER) OWNER TO kms_lifecycle;
+ALTER FUNCTION cryptography.retire_wrapping_keys(INTEGER, UUID[]) OWNER TO kms_lifecycle;
 ALTER FUNCTION cryptography.note_wrapping_keys_destroyed(INTEGER) OWNER TO kms_lifecycle;
 ALTER FUNCTION cryptography.record_wrapping_key_change() OWNER TO kms_lifecycle;
 REVOKE CREATE ON SCHEMA cryptography FROM kms_lifecycle;

@@ -68,6 +68,8 @@ def watch(
 ) -> None:
     """Show how envelopes leave the old generations, until none is left that opens: a bar on a terminal, else lines.
 
+    Before the copy of a new generation is confirmed it says so, and waits for that.
+
     The service does the work. With --json each look is one object on a line. Needs [database] too.
     """
     config = invocation.operator_config("hsm", "database")
@@ -140,7 +142,9 @@ def _shown(invocation: Invocation) -> Iterator[Callable[[Sequence["Generation"]]
                 return
             if not bars:
                 bars.append(stack.enter_context(progress(done + left, done, quiet=False)))
-            bars[0](done, f"{faulty} do not open")
+            waiting = [str(one.number) for one in found if one.state == "waiting"]
+            copy = f", generation {', '.join(waiting)} waits for a confirmed copy" if waiting else ""
+            bars[0](done, f"{faulty} do not open{copy}")
 
         yield show
 

@@ -85,18 +85,18 @@ class Bench:
     def use(self, held: HeldKey, work: Callable[[TokenSession, Handle], T], mechanism: str) -> T:
         """Return what *work* returns with the loaded key. Raises as the port says of every method with a `HeldKey`."""
         with self._link.use() as connection:
-            return self._twice(connection, lambda: work(self._open(connection), self._load(connection, held)), mechanism)
+            return self._twice(connection, lambda: work(*self._load(connection, held)), mechanism)
 
     def use_on_input(self, held: HeldKey, work: Callable[[Handle], T], invalid: Callable[[], KmsError], mechanism: str) -> T:
         """Like `use`, for *work* on input that may be altered: *invalid* is raised where the token is well and refuses it."""
 
         def attempt() -> T:
-            handle = self._load(connection, held)
+            session, handle = self._load(connection, held)
             try:
                 return work(handle)
             except ALTERED_INPUT:
                 # The final call ended its operation: session and handles stay, or one client could empty the cache.
-                connection.check_token_well(self._open(connection), parse_envelope(held.material.envelope))
+                connection.check_token_well(session, parse_envelope(held.material.envelope))
                 raise invalid() from None
 
         with self._link.use() as connection:
@@ -110,12 +110,7 @@ class Bench:
     def look_at_keys(self) -> None:
         """Find out which keys of its own the token holds by now: whoever opens a session does. Raises HSM_UNAVAILABLE."""
         with self._link.use() as connection:
-
-            def attempt() -> None:
-                with connection.spare_session():
-                    pass
-
-            self._twice(connection, attempt, "sessions")
+            self._twice(connection, connection.look_at_keys, "sessions")
 
     def drop(self, key_id: KeyId) -> None:
         """Forget a key that changed."""
@@ -171,21 +166,25 @@ class Bench:
         if self._session is not None and self._session.view is not connection.view:
             self._recycle()
 
-    def _load(self, connection: Connection, held: HeldKey) -> Handle:
-        return self._opened(connection, held, self._load_plainly)
+    def _load(self, connection: Connection, held: HeldKey) -> tuple[TokenSession, Handle]:
+        """Return the loaded key with its session, which may be a newer one than before."""
+        return self._opened(connection, held, lambda session, held: (session, self._load_plainly(session, held)))
 
     def _opened(self, connection: Connection, held: HeldKey, opening: Callable[[TokenSession, HeldKey], T]) -> T:
         """Return what *opening* makes of the key's envelope; where it fails, find out whether the envelope is at fault."""
+        session = self._open(connection)
         try:
-            return opening(self._open(connection), held)
+            return opening(session, held)
         except MisfitError:
             self._blame(connection, held)
         except KmsError as error:
             if error.reason is not Reason.HSM_KEK_MISSING:
                 raise
             # The envelope may be of a generation that another process has just made.
-            with connection.spare_session():
-                pass
+            connection.look_at_keys()
+            if session.view is connection.view:
+                # The token lacks the key: another session does, too, and the other loaded keys stay.
+                raise
         # The row is good: this session was at fault.
         self._recycle()
         try:

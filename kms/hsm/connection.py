@@ -44,6 +44,8 @@ class Connection:
         self._spare = threading.Semaphore(1)
         self._searching = threading.Lock()
         self._canary_good_at = 0.0
+        self._looking = threading.Lock()
+        self._looked_at = 0.0
 
     @property
     def serial(self) -> str:
@@ -95,6 +97,18 @@ class Connection:
                 self.close_session(session)
         finally:
             self._spare.release()
+
+    def look_at_keys(self) -> None:
+        """Note keys of the token's own that are new or gone. Callers of the same moment share a look that began after they asked.
+
+        Raises as `spare_session` does.
+        """
+        asked_at = time.monotonic()
+        with self._looking:
+            began_at = time.monotonic()
+            if self._looked_at < asked_at:
+                with self.spare_session():
+                    self._looked_at = began_at
 
     def make_under(self, generation: int) -> None:
         """Make new envelopes under *generation* from now on. Does nothing if the token lacks it, or says that it is retired."""

@@ -29,6 +29,7 @@ from kms.hsm.wrapping_keys import (
     check_attributes,
     check_canary,
     destroy_generation,
+    destroy_unfinished,
     make_canary,
     make_mac_key,
     make_wrapping_key,
@@ -115,10 +116,13 @@ def token_mac(settings: HsmSettings) -> Iterator[Callable[[bytes], bytes]]:
 def rotate(settings: HsmSettings) -> TokenDescription:
     """Make the next generation of KEK and sealing key with their canary, and return what the token holds then.
 
-    A generation that an interrupted run began is completed. Raises HSM_UNAVAILABLE, HSM_KEK_MISSING for a token without keys.
+    What an interrupted run left of a generation is destroyed first. Raises HSM_UNAVAILABLE, HSM_KEK_MISSING for a token without
+    keys.
     """
 
     def make(token: pkcs11.Token, session: pkcs11.Session) -> TokenDescription:
+        # Nothing was made under a generation without its canary, and a key of it may lack its value.
+        destroy_unfinished(take_inventory(session))
         inventory = _checked(session)
         # Retired generations count, too: a number is never given twice.
         _make_generation(session, inventory, max(*inventory.names.generations, *inventory.retired, 0) + 1)

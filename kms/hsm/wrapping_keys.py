@@ -148,9 +148,13 @@ class Inventory:
     @property
     def names(self) -> TokenKeys:
         """Return the names alone, without a generation that is not finished yet."""
-        newest = max((canary.generation for canary in self.canaries), default=0)
-        finished = frozenset(key for key in self.keys if key.generation <= newest)
+        finished = frozenset(key for key in self.keys if key.generation <= self.newest_finished)
         return TokenKeys(finished, frozenset(self.mac_keys), self.canaries, self.retired, self.says_records_have_macs)
+
+    @property
+    def newest_finished(self) -> int:
+        """Return the newest generation with a canary, 0 without one. A later one is not finished yet."""
+        return max((canary.generation for canary in self.canaries), default=0)
 
     def of(self, kind: Kind) -> dict[UUID, Any]:
         """Return the objects of one kind by id."""
@@ -263,6 +267,15 @@ def destroy_generation(session: pkcs11.Session, generation: int) -> None:
             item.destroy()
     for key, item in take_inventory(session).keys.items():
         if key.generation == generation:
+            item.destroy()
+
+
+def destroy_unfinished(inventory: Inventory) -> None:
+    """Remove the keys of a generation that has no canary yet. Does nothing to a token without a canary."""
+    if not inventory.canaries:
+        return
+    for key, item in inventory.keys.items():
+        if key.generation > max(inventory.newest_finished, *inventory.retired, 0):
             item.destroy()
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, LiteralString
@@ -88,14 +88,19 @@ class LeaseStatements:
 
 @dataclass(frozen=True, slots=True)
 class PostgresLeases:
-    """`LeasedItems` in a table. The database's clock says what is due, and when a lease ends."""
+    """`LeasedItems` in a table. The database's clock says what is due, and when a lease ends.
+
+    `wanted` returns what the `claim` statement takes beside the usual, at the moment of each claim.
+    """
 
     pool: Pool
     statements: LeaseStatements
+    wanted: Callable[[], Parameters] = dict
 
     async def claim(self, worker: UUID, items_max: int, policy: LeasePolicy, *, item_id: UUID | None = None) -> Sequence[Claim]:
         """See `LeasedItems.claim`."""
         parameters = {
+            **self.wanted(),
             "worker": worker,
             "items_max": items_max,
             "lease_seconds": policy.lease_seconds,

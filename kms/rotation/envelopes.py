@@ -1,6 +1,6 @@
 """`Envelopes` in PostgreSQL, and the slices of `cryptography.rewrapping` as leased work."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
@@ -30,7 +30,7 @@ STORE: Final = """
 """
 CLAIM: Final = """
     SELECT id, claim_number, attempts, step, step_state, sealing_key_id, slice
-    FROM cryptography.claim_rewrapping(%(worker)s, %(items_max)s, %(lease_seconds)s, %(item)s)
+    FROM cryptography.claim_rewrapping(%(worker)s, %(items_max)s, %(lease_seconds)s, %(item)s, %(leavable)s::uuid[])
 """
 EXTEND: Final = "SELECT cryptography.extend_rewrapping_lease(%(item)s, %(worker)s, %(claim)s, %(lease_seconds)s) AS is_held"
 FINISH_STEP: Final = """
@@ -47,9 +47,13 @@ FAIL: Final = """
 RELEASE: Final = "SELECT cryptography.release_rewrapping(%(item)s, %(worker)s, %(claim)s) AS is_held"
 
 
-def rewrapping_leases(pool: Pool) -> PostgresLeases:
-    """Return the slices as `LeasedItems`. The result of a slice is `not_opened` and `retry_seconds`."""
-    return PostgresLeases(pool, LeaseStatements(CLAIM, EXTEND, FINISH_STEP, COMPLETE, FAIL, RELEASE))
+def rewrapping_leases(pool: Pool, leavable: Callable[[], Collection[UUID]]) -> PostgresLeases:
+    """Return the slices as `LeasedItems`. The result of a slice is `not_opened` and `retry_seconds`.
+
+    Only slices of the sealing keys that *leavable* returns at that moment are claimed.
+    """
+    statements = LeaseStatements(CLAIM, EXTEND, FINISH_STEP, COMPLETE, FAIL, RELEASE)
+    return PostgresLeases(pool, statements, lambda: {"leavable": list(leavable())})
 
 
 @dataclass(frozen=True, slots=True)

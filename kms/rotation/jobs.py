@@ -48,7 +48,7 @@ def rotation_job(worker: LeasedWorker) -> Job:
 def rewrapping_job(pool: Pool, token: Token) -> Job:
     """Return the job of each worker that moves envelopes to the generation that makes new ones: they share the slices."""
     rewrapping = Rewrapping(token, StoredEnvelopes(pool))
-    worker = LeasedWorker(rewrapping_leases(pool), rewrapping.rewrap, REWRAPPING_POLICY)
+    worker = LeasedWorker(rewrapping_leases(pool, rewrapping.leavable), rewrapping.rewrap, REWRAPPING_POLICY)
 
     async def move() -> None:
         if await rewrapping.plan():

@@ -12,7 +12,6 @@ from typing import Final
 import structlog
 
 from kms.hsm.token_hsm import TokenHsm, WrappingKeys
-from kms.hsm.wrapping_keys import Kind
 from kms.jobs.job import Job
 from kms.store.wrapping import StoredWrappingKeys, WrappingKey
 
@@ -31,9 +30,7 @@ def choose_maker(token: WrappingKeys, known: Sequence[WrappingKey], *, needs_cop
     """
     fit = {key.key_id for key in known if key.backup_confirmed_at is not None or not needs_copy}
     fitting = [
-        generation
-        for generation in token.makers
-        if all(key.key_id in fit for key in token.keys if key.generation == generation and key.kind in Kind)
+        generation for generation in token.makers if all(key.key_id in fit for key in token.keys if key.generation == generation)
     ]
     return max(fitting, default=None)
 

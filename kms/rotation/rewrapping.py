@@ -86,10 +86,15 @@ class Rewrapping:
 
     async def plan(self) -> bool:
         """Plan what is to be moved; return whether there are old generations. Raises STORE_UNAVAILABLE."""
-        has_old = bool(self._old_sealing_keys())
+        has_old = bool(self.leavable())
         if has_old:
             await self.envelopes.plan(self.token.wrapping_keys().current)
         return has_old
+
+    def leavable(self) -> frozenset[UUID]:
+        """Return the sealing keys that envelopes can leave here: this worker holds them, and makes under a later generation."""
+        held = self.token.wrapping_keys()
+        return frozenset(key.key_id for key in held.keys if key.kind is Kind.SEALING and key.generation < held.current)
 
     async def rewrap(self, lease: Lease) -> Mapping[str, object]:
         """Move the envelopes of a slice; return how many did not open, and when to look at the slice again.
@@ -99,7 +104,7 @@ class Rewrapping:
         sealing_key, part = lease.claim.item["sealing_key_id"], lease.claim.item["slice"]
         state = lease.claim.step_state
         not_opened, after = int(str(state.get("not_opened", 0))), UUID(str(state["after"])) if "after" in state else None
-        while isinstance(sealing_key, UUID) and isinstance(part, int) and sealing_key in self._old_sealing_keys():
+        while isinstance(sealing_key, UUID) and isinstance(part, int) and sealing_key in self.leavable():
             batch = await self.envelopes.batch(sealing_key, part, after, _BATCH)
             if batch.last is None:
                 return {"not_opened": not_opened, "retry_seconds": _AGAIN_AFTER_FAULTS_SECONDS if not_opened else _AGAIN_SECONDS}
@@ -110,7 +115,7 @@ class Rewrapping:
                 _LOG.warning("envelope not moved", key=str(key_id), reason=Reason.RECORD_INVALID)
             _LOG.debug("envelopes moved", slice=part, moved=stored)
             await lease.finish_step("moved", {"after": str(after), "not_opened": not_opened})
-        # This worker does not know of a later generation yet, or does not hold the old one.
+        # The old generation was removed from the token meanwhile.
         return {"not_opened": not_opened, "retry_seconds": _AGAIN_AFTER_FAULTS_SECONDS}
 
     async def _moved(self, keys: Sequence[HeldKey]) -> list[Moved | None]:
@@ -125,7 +130,3 @@ class Rewrapping:
                     raise
                 _LOG.warning("envelope not moved", key=str(key.identity.key_id), reason=error.reason)
                 return None
-
-    def _old_sealing_keys(self) -> frozenset[UUID]:
-        held = self.token.wrapping_keys()
-        return frozenset(key.key_id for key in held.keys if key.kind is Kind.SEALING and key.generation < held.current)

@@ -16,6 +16,7 @@ from kms.domain.key_row import record_invalid
 # FeatureNotSupported: a column or function changed its type after its statement was prepared. The connection is closed.
 _UNAVAILABLE: Final = (psycopg.OperationalError, psycopg_pool.PoolClosed, pg.ReadOnlySqlTransaction, pg.FeatureNotSupported)
 _UNCONFIRMED: Final = "restored_key_unconfirmed"
+_RETIRED: Final = "retired_wrapping_key"
 _NAME_TAKEN: Final = {
     "keys_user_id_key_name_key": "you have a key of that name",
     "users_username_key": "there is a user of that name",
@@ -43,6 +44,10 @@ def translated() -> Iterator[None]:
         if isinstance(error, pg.ObjectNotInPrerequisiteState) and error.diag.constraint_name == _UNCONFIRMED:
             message = "the key was restored from a backup, and waits until an administrator confirms how often it was used"
             raise KmsError(Reason.KEY_INACTIVE, message) from None
+        if isinstance(error, pg.ObjectNotInPrerequisiteState) and error.diag.constraint_name == _RETIRED:
+            raise unavailable(
+                "the key's envelope names a retired generation of master keys: try again, it is made anew"
+            ) from None
         raise unavailable("the database does not answer") from error
     except psycopg.Error as error:
         raise _refusal(error) from error

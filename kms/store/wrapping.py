@@ -1,6 +1,6 @@
 """The token's own keys as the database knows them: which envelopes name them, where they were seen, whether a copy exists."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, Literal
@@ -15,18 +15,23 @@ READ: Final = """
     FROM cryptography.wrapping_keys
     ORDER BY kind, generation
 """
-# Two services that register at once do the same: the loser waits for the winner and then finds nothing to change.
+# Two services that register at once do the same: the loser waits for the winner. Every lock is taken in order of the id, as by
+# whoever stores an envelope.
 REGISTER: Final = """
     INSERT INTO cryptography.wrapping_keys AS known (id, kind, generation, token_serial)
     VALUES (%(id)s, %(kind)s, %(generation)s, %(serial)s)
     ON CONFLICT (kind, generation) DO UPDATE SET token_serial = excluded.token_serial WHERE known.id = excluded.id
     RETURNING id
 """
-CONFIRM_BACKUP: Final = "UPDATE cryptography.wrapping_keys SET backup_confirmed_at = clock_timestamp() RETURNING id"
+CONFIRM_BACKUP: Final = """
+    UPDATE cryptography.wrapping_keys SET backup_confirmed_at = clock_timestamp()
+    WHERE id = ANY (ARRAY(SELECT id FROM cryptography.wrapping_keys ORDER BY id FOR NO KEY UPDATE))
+    RETURNING id
+"""
 
-RETIRE: Final = "SELECT cryptography.retire_wrapping_keys(%(generation)s) AS used"
+RETIRE: Final = "SELECT cryptography.retire_wrapping_keys(%(generation)s, %(held)s::uuid[]) AS used"
 NOTE_DESTROYED: Final = "SELECT cryptography.note_wrapping_keys_destroyed(%(generation)s)"
-COUNT: Final = "SELECT wrapping_key_id, envelopes FROM cryptography.count_envelopes()"
+COUNT: Final = "SELECT kek_id, sealing_key_id, envelopes, example FROM cryptography.count_envelopes()"
 PROGRESS: Final = """
     SELECT sealing_key_id, sum(moved)::bigint AS moved, sum(moved_sealed)::bigint AS moved_sealed,
         sum(not_opened)::bigint AS not_opened, max(last_moved_at) AS last_moved_at,
@@ -36,6 +41,8 @@ PROGRESS: Final = """
 """
 
 Kind = Literal["kek", "sealing"]
+# What a SEALED or a RESIDENT envelope names.
+_NO_KEK: Final = UUID(int=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +66,27 @@ class WrappingKey:
     backup_confirmed_at: datetime | None
     retired_at: datetime | None = None
     destroyed_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """How many envelopes name a KEK (all zeros for none) and a sealing key. None stands for what is no envelope.
+
+    `example` is a key with such an envelope.
+    """
+
+    kek_id: UUID | None
+    sealing_key_id: UUID | None
+    envelopes: int
+    example: UUID
+
+    def is_of(self, keys: Collection[UUID]) -> bool:
+        """Whether the envelopes name one of *keys*."""
+        return self.kek_id in keys or self.sealing_key_id in keys
+
+    def is_damaged(self, known: Collection[UUID]) -> bool:
+        """Whether the envelopes name a key that is not *known*, or none."""
+        return self.sealing_key_id not in known or (self.kek_id not in known and self.kek_id != _NO_KEK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,17 +126,21 @@ class StoredWrappingKeys:
             for row in rows
         ]
 
-    async def retire(self, generation: int) -> int:
-        """Have no envelope name *generation* from now on, unless one does. Return how many keys have an envelope that does."""
-        return int((await self.pool.fetch(AS_JOB, RETIRE, {"generation": generation}))[0]["used"])
+    async def retire(self, generation: int, held: Sequence[UUID]) -> int:
+        """Have no envelope name *generation* from now on, unless one does. Return how many keys have an envelope that does.
+
+        *held* are the ids of its keys in the token.
+        """
+        return int((await self.pool.fetch(AS_JOB, RETIRE, {"generation": generation, "held": list(held)}))[0]["used"])
 
     async def note_destroyed(self, generation: int) -> None:
         """Record that the keys of *generation*, which is retired, were removed from the token."""
         await self.pool.fetch(AS_JOB, NOTE_DESTROYED, {"generation": generation})
 
-    async def envelopes(self) -> dict[UUID, int]:
-        """Return how many envelopes name each wrapping key, whether it is known or not. Reads all envelopes."""
-        return {row["wrapping_key_id"]: row["envelopes"] for row in await self.pool.fetch(AS_JOB, COUNT)}
+    async def envelopes(self) -> Sequence[Named]:
+        """Return how many envelopes name each pair of wrapping keys, whether these are known or not. Reads all envelopes."""
+        rows = await self.pool.fetch(AS_JOB, COUNT)
+        return [Named(row["kek_id"], row["sealing_key_id"], row["envelopes"], row["example"]) for row in rows]
 
     async def progress(self) -> dict[UUID, Progress]:
         """Return how far envelopes have left each sealing key from which they are moved."""
@@ -125,8 +157,10 @@ class StoredWrappingKeys:
 
         Raises HSM_KEK_MISSING where the database knows another key by that kind and generation: it is another token.
         """
+        known = {(TokenKey(key.key_id, key.kind, key.generation), key.token_serial) for key in await self.read()}
+        changed = [key for key in found if (key, serial) not in known]
         async with self.pool.transaction(AS_JOB) as connection:
-            for key in sorted(found, key=lambda key: (key.kind, key.generation)):
+            for key in sorted(changed, key=lambda key: key.key_id):
                 parameters = {"id": key.key_id, "kind": key.kind, "generation": key.generation, "serial": serial}
                 row = await (await connection.execute(REGISTER, parameters)).fetchone()
                 if row is None:

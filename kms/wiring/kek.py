@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from kms.config import Config
 from kms.domain.errors import KmsError, Reason
@@ -12,9 +12,10 @@ from kms.hsm import provision
 from kms.hsm.provision import TokenDescription
 from kms.store.wrapping import StoredWrappingKeys, WrappingKey
 from kms.wiring.parts import hsm_settings, with_pool
-from kms.wiring.token import needs_copy, token_keys
+from kms.wiring.token import lacking, needs_copy, token_keys
 
 T = TypeVar("T")
+_EXAMPLES: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +55,19 @@ class Ending:
 def rotate(config: Config) -> int:
     """Make the next generation in the token and register it; return its number.
 
-    One that an interrupted run made is registered instead. Raises HSM_KEK_MISSING for a token that is not this database's.
+    One that an interrupted run made is registered instead. Raises HSM_KEK_MISSING for a token that is not this database's, and
+    for one that lacks a generation: it would get another key by the number of one that there is.
     """
     settings = hsm_settings(config)
     held = provision.describe(settings)
-    before = {key.generation for key in _with_keys(config, lambda known: _registered(known, held))}
+    known = _with_keys(config, lambda known: _registered(known, held))
+    lacks = lacking(known, held.wrapping_keys, held.retired)
+    if lacks:
+        raise KmsError(
+            Reason.HSM_KEK_MISSING,
+            f"the token lacks generation {', '.join(map(str, lacks))}: bring the copy of the token that has it here first",
+        )
+    before = {key.generation for key in known}
     if before and max(held.generations, default=0) not in before:
         return max(held.generations)
     made = provision.rotate(settings)
@@ -73,14 +82,14 @@ def generations(config: Config) -> list[Generation]:
 
 
 def watch(config: Config, show: Callable[[Sequence[Generation]], None], *, pause_seconds: float) -> None:
-    """Show every generation again and again, until no envelope is left to be moved that opens."""
+    """Show every generation again and again, until none waits for its copy and no envelope is left to be moved that opens."""
     held = provision.describe(hsm_settings(config))
 
     async def watched(known: StoredWrappingKeys) -> None:
         while True:
             found = await _generations(known, held, is_copied=not needs_copy(config))
             show(found)
-            if all(one.left <= one.not_opened for one in found):
+            if all(one.left <= one.not_opened and one.state != "waiting" for one in found):
                 return
             await asyncio.sleep(pause_seconds)
 
@@ -103,12 +112,15 @@ def retire(config: Config, number: int) -> None:
 def destroy(config: Config, number: int, ask: Callable[[Ending], None]) -> None:
     """Remove the keys of a retired generation from the token, for ever, unless *ask* raises.
 
-    Raises KEK_IN_USE unless it is retired, and while an envelope names it.
+    Raises KEK_IN_USE unless it is retired, while an envelope names it, and while one names no known key.
     """
     settings = hsm_settings(config)
-    if number not in provision.describe(settings).retired:
+    held = provision.describe(settings)
+    if number not in held.retired:
         raise KmsError(Reason.KEK_IN_USE, f"generation {number} is not retired: run `kms kek retire {number}` first")
-    ask(_with_keys(config, lambda known: _ending(known, number)))
+    ask(_with_keys(config, lambda known: _ending(known, held, number)))
+    # Somebody may have thought about it for long.
+    _with_keys(config, lambda known: _ending(known, held, number))
     provision.destroy(settings, number)
     _with_keys(config, lambda known: known.note_destroyed(number))
 
@@ -131,21 +143,30 @@ async def _retire(known: StoredWrappingKeys, held: TokenDescription, number: int
             Reason.KEK_IN_USE,
             f"generation {number} makes new envelopes: run `kms kek rotate`, and in production confirm a copy of the token",
         )
-    await _refuse_if_used(known, number)
+    await _refuse_if_used(known, held, number)
 
 
-async def _refuse_if_used(known: StoredWrappingKeys, number: int) -> None:
-    used = await known.retire(number)
+async def _refuse_if_used(known: StoredWrappingKeys, held: TokenDescription, number: int) -> None:
+    used = await known.retire(number, [key.key_id for key in held.wrapping_keys if key.generation == number])
     if used:
         raise KmsError(
             Reason.KEK_IN_USE, f"{used} keys are kept under generation {number}: wait until `kms kek list` says that none is left"
         )
 
 
-async def _ending(known: StoredWrappingKeys, number: int) -> Ending:
+async def _ending(known: StoredWrappingKeys, held: TokenDescription, number: int) -> Ending:
     # After a restore there are rows again.
-    await _refuse_if_used(known, number)
-    keys = [key for key in await known.read() if key.generation == number]
+    await _refuse_if_used(known, held, number)
+    registered = await known.read()
+    ids = {key.key_id for key in registered} | {key.key_id for key in held.wrapping_keys}
+    damaged = [one for one in await known.envelopes() if one.is_damaged(ids)]
+    if damaged:
+        raise KmsError(
+            Reason.KEK_IN_USE,
+            f"the envelopes of {sum(one.envelopes for one in damaged)} keys name no known master key, and what repairs them may "
+            f"need generation {number}. Restore or destroy them: {', '.join(str(one.example) for one in damaged[:_EXAMPLES])}",
+        )
+    keys = [key for key in registered if key.generation == number]
     progress = await known.progress()
     left = [progress[key.key_id].last_moved_at for key in keys if key.key_id in progress]
     retired = [key.retired_at for key in keys if key.retired_at is not None]
@@ -174,8 +195,7 @@ async def _generations(known: StoredWrappingKeys, held: TokenDescription, *, is_
                 state=_state(number, held, current),
                 created_at=min((key.created_at for key in own), default=None),
                 backup_confirmed_at=min((key.backup_confirmed_at for key in own if key.backup_confirmed_at), default=None),
-                # A WRAPPED envelope names a KEK and a sealing key, and counts once.
-                envelopes=max((envelopes.get(key.key_id, 0) for key in own), default=0),
+                envelopes=sum(one.envelopes for one in envelopes if one.is_of({key.key_id for key in own})),
                 moved=moved.moved if moved else 0,
                 moved_sealed=moved.moved_sealed if moved else 0,
                 not_opened=moved.not_opened if moved else 0,

@@ -1,7 +1,7 @@
 """What the `kms hsm` commands do, and the look at the token before it serves."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Final, TypeVar
 
 import structlog
@@ -23,6 +23,7 @@ from kms.store.pool import Pool
 from kms.store.resident_rows import StoredResidentRows
 from kms.store.wrapping import Kind as StoredKind
 from kms.store.wrapping import StoredWrappingKeys, TokenKey
+from kms.store.wrapping import WrappingKey as KnownKey
 from kms.wiring.parts import database_dsn, hsm_settings, ready_pool, with_pool
 
 T = TypeVar("T")
@@ -87,7 +88,11 @@ async def check_token(config: Config, hsm: TokenHsm, known: StoredWrappingKeys) 
     if serials - {token.token_serial}:
         _LOG.warning("another token serial", seen=token.token_serial, before=sorted(serials - {token.token_serial}))
     await known.register(token_keys(token.keys), token.token_serial)
-    generation = choose_maker(token, await known.read(), needs_copy=needs_copy(config))
+    registered = await known.read()
+    lacks = lacking(registered, token.keys, token.retired)
+    if lacks:
+        _LOG.warning("the token lacks generations of master keys: bring the copy that has them", generations=lacks)
+    generation = choose_maker(token, registered, needs_copy=needs_copy(config))
     if generation is None:
         raise KmsError(
             Reason.HSM_UNAVAILABLE,
@@ -106,18 +111,27 @@ def needs_copy(config: Config) -> bool:
 async def _confirm_backup(config: Config, found: provision.TokenDescription) -> None:
     async with ready_pool(config, database_dsn(config)) as pool:
         known = StoredWrappingKeys(pool)
-        # What the copy itself says is retired may be gone from it.
-        before = {key.key_id for key in await known.read() if key.generation not in found.retired}
+        before = await known.read()
         # A copy may have a serial of its own; only where the database knows nothing yet is it written down.
         if not before:
             await known.register(token_keys(found.wrapping_keys), found.serial)
-        elif not before <= {key.key_id for key in found.wrapping_keys}:
+        elif lacking(before, found.wrapping_keys, found.retired):
             raise KmsError(
                 Reason.HSM_KEK_MISSING,
                 "this is no copy of the token: keys that the database knows are not in it. Copy the token that serves, configure "
                 "the copy (hsm.module, hsm.token_label), and run `kms hsm backup-confirmed` again",
             )
         await known.confirm_backup()
+
+
+def lacking(known: Iterable[KnownKey], held: Iterable[WrappingKey], retired: Collection[int]) -> list[int]:
+    """Return the generations that the database knows, and that a token which holds *held* and *retired* should hold and does not.
+
+    What was destroyed, or is retired as the token itself says, may be gone from it.
+    """
+    ids = {key.key_id for key in held}
+    expected = (key for key in known if key.destroyed_at is None and key.generation not in retired)
+    return sorted({key.generation for key in expected if key.key_id not in ids})
 
 
 def token_keys(keys: tuple[WrappingKey, ...]) -> list[TokenKey]:

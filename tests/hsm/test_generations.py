@@ -3,6 +3,7 @@
 Another process changes the token, as `kms kek` does: PKCS #11 modules are state of a process.
 """
 
+import asyncio
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -16,7 +17,10 @@ from kms.domain.envelope import Envelope, parse_envelope
 from kms.domain.errors import KmsError, Reason
 from kms.domain.keys import Custody, HeldKey, KeyMaterial
 from kms.hsm import provision
+from kms.hsm.bench import Bench
 from kms.hsm.capabilities import Capabilities
+from kms.hsm.envelopes import Handle
+from kms.hsm.session import TokenSession
 from kms.hsm.settings import HsmSettings
 from kms.hsm.token_hsm import TokenHsm, open_hsm
 from kms.hsm.wrapping_keys import Kind
@@ -115,10 +119,23 @@ async def test_an_envelope_of_a_generation_that_nobody_has_seen_yet_opens(
     hsm = await opened(pin=settings_of(blank_token).pin, watch_seconds=30.0)
     old = await new_key(hsm, AES)
     await use(hsm, old)
-    elsewhere(put_generation, blank_token, new_kek, new_sealing)
     foreign = await new_key(hsm, AES)
     secret = bytes(range(32))
     later = wrapped(foreign.identity, secret, kcv(secret), new_kek, new_sealing)
+    attempts = []
+
+    def attempt(session: TokenSession, _: Handle) -> None:
+        attempts.append(session)
+        session.raw.generate_random(64)
+
+    def work(bench: Bench) -> None:
+        bench.run(lambda _: None, "a use")
+        elsewhere(put_generation, blank_token, new_kek, new_sealing)
+        # The session that loaded the key does the work, at the first attempt.
+        bench.use(later, attempt, "a use")
+
+    await asyncio.wrap_future(hsm._lanes.submit(work))
+    assert len(attempts) == 1
     await use(hsm, later)
     assert hsm.wrapping_keys().makers == (1, 2)
     await use(hsm, old)
@@ -220,7 +237,7 @@ async def test_a_service_starts_on_a_token_whose_first_generation_is_gone(
     assert provision.rotate(hsm_settings).generations == (2, 3)
 
 
-def test_an_interrupted_rotation_is_completed_and_harms_nobody_meanwhile(
+def test_an_interrupted_rotation_is_made_anew_and_harms_nobody_meanwhile(
     soft_token: SoftToken, hsm_settings: HsmSettings
 ) -> None:
     kek = KnownKey()
@@ -229,7 +246,8 @@ def test_an_interrupted_rotation_is_completed_and_harms_nobody_meanwhile(
     assert provision.check_copy(hsm_settings).generations == (1,)
     made = provision.rotate(hsm_settings)
     assert made.generations == (1, 2)
-    assert [key.key_id for key in made.wrapping_keys if key.kind is Kind.KEK][1] == kek.key_id
+    assert kek.key_id not in {key.key_id for key in made.wrapping_keys}
+    assert [key.generation for key in made.wrapping_keys if key.kind is Kind.KEK] == [1, 2]
     assert provision.rotate(hsm_settings).generations == (1, 2, 3)
 
 
@@ -243,3 +261,24 @@ def test_the_newest_generation_and_one_that_is_not_there_are_not_retired(
             refused(hsm_settings, generation)
         assert caught.value.reason is Reason.KEK_IN_USE
     assert provision.describe(hsm_settings).retired == frozenset()
+
+
+async def test_a_key_whose_generation_is_missing_leaves_the_other_loaded_keys(
+    rotated: TokenHsm, soft_token: SoftToken, elsewhere: Elsewhere
+) -> None:
+    lost = await new_key(rotated, AES)
+    await rotated.make_under(2)
+    kept = await new_key(rotated, AES)
+    elsewhere(retire, soft_token, 1)
+    elsewhere(destroy, soft_token, 1)
+    await rotated.look_at_keys()
+
+    def work(bench: Bench) -> None:
+        bench.use(kept, lambda *_: None, "a use")
+        for _ in range(2):
+            with pytest.raises(KmsError) as caught:
+                bench.use(lost, lambda *_: None, "a use")
+            assert caught.value.reason is Reason.HSM_KEK_MISSING
+            assert bench.holds(kept)
+
+    await asyncio.wrap_future(rotated._lanes.submit(work))

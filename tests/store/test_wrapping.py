@@ -1,12 +1,15 @@
 """The token's keys as the database knows them."""
 
+import asyncio
 from uuid import UUID, uuid4
 
+import psycopg
 import pytest
 
 from kms.domain.errors import KmsError, Reason
 from kms.store.pool import Pool
 from kms.store.wrapping import StoredWrappingKeys, TokenKey
+from tests.fixtures.postgres import Database
 
 KEK = TokenKey(UUID(int=1), "kek", 1)
 SEALING = TokenKey(UUID(int=2), "sealing", 1)
@@ -58,3 +61,10 @@ async def test_a_confirmed_backup_holds_for_the_generations_known_by_then(wrappi
 async def test_there_is_nothing_to_confirm_before_the_token_is_known(wrapping: StoredWrappingKeys) -> None:
     with pytest.raises(KmsError, match="kms hsm init"):
         await wrapping.confirm_backup()
+
+
+async def test_keys_that_have_not_changed_are_left_alone(wrapping: StoredWrappingKeys, database: Database) -> None:
+    await wrapping.register([SEALING, KEK], "serial-1")
+    with psycopg.connect(database.admin_dsn) as holder:
+        holder.execute("SELECT FROM cryptography.wrapping_keys FOR SHARE")
+        await asyncio.wait_for(wrapping.register([SEALING, KEK], "serial-1"), 10)
