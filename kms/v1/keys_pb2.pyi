@@ -310,7 +310,9 @@ class RotationPolicy(_message.Message):
     paused: _builtins.bool
     """Nothing is due until this is false again. What became due meanwhile is made up once."""
     version: _builtins.int
-    """Advances with each change. In a request: the version that the caller has seen, else ABORTED (STALE); 0: any."""
+    """Advances with each change. In a request: the version that the caller has seen, else ABORTED (STALE); 0: any. It begins at 1 again
+    after the policy was cleared: whoever clears a policy tells those who still change it.
+    """
     @_builtins.property
     def every(self) -> _duration_pb2.Duration:
         """After it has been active for so long: 24 hours to 36,500 days, and less than its life."""
