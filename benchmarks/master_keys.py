@@ -76,15 +76,16 @@ async def fill(settings: HsmSettings, admin: psycopg.Connection[Any], owner: Use
     hsm = await open_hsm(settings)
     sample: list[HeldKey] = []
     try:
-        with admin.cursor() as cursor, cursor.copy(COPY.encode()) as rows:
-            for begin in range(0, count, 200):
-                keys = await asyncio.gather(*(_new(hsm, owner, begin + number) for number in range(min(200, count - begin))))
+        for begin in range(0, count, 200):
+            keys = await asyncio.gather(*(_new(hsm, owner, begin + number) for number in range(min(200, count - begin))))
+            # The end of a COPY holds the event loop up while its rows are stored, and the watchdog ends a loop that stands.
+            with admin.cursor() as cursor, cursor.copy(COPY.encode()) as rows:
                 for number, key in enumerate(keys):
                     spec, material = key.identity.spec, key.material
                     name, curve = f"bench{begin + number}", spec.curve
                     head = (key.identity.key_id, owner, name, str(spec.key_type), curve, str(spec.purpose))
                     rows.write_row((*head, material.public_key, material.envelope, spec.strength_bits, "WRAPPED", "GENERATED"))
-                sample += keys[: max(0, RAW_COUNT - len(sample))]
+            sample += keys[: max(0, RAW_COUNT - len(sample))]
     finally:
         await hsm.close()
     return sample
