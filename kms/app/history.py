@@ -52,7 +52,7 @@ class SeenCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where signing goes on: behind the checkpoint `last` of the database, with the rows of `tree`, all below `horizon`.
+    """The place where signing goes on: after the checkpoint `last` of the database. `tree` has the rows, all below `horizon`.
 
     `tree` has more rows than `last` where this machine has signed those already, and the database did not get to know of it.
     """
@@ -64,7 +64,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Following:
-    """What is known of the first checkpoint in the database behind the last one of the memory.
+    """What is known of the first checkpoint that the database has after the last one of the memory.
 
     `previous_size` is the size that it names as that before it; None if that is not known. `note` is the checkpoint whose rows go
     on from those of the memory, empty if there was none a moment ago; None if it need not be a certain one.
@@ -104,7 +104,7 @@ class History:
             raise _stale()
         tree = await self._grown(last.tree, last.horizon, kept.horizon)
         if (tree.size, tree.root()) != (known.tree_size, known.root_hash):
-            raise HistoryError(described(known), f"{described(stored)}, and behind it rows that do not lead there")
+            raise HistoryError(described(known), f"{described(stored)}, and later rows that have another root")
         return Start(last, tree, kept.horizon)
 
     async def catch_up(self, memory: OpenMemory, *, begins: bool = False) -> None:

@@ -97,7 +97,7 @@ class RotatingWorker:
                 taken[kind] = await self.rotations.take_along(kind, lease, request, key_id)
             except LeaseLostError:
                 raise
-            except Exception as error:  # noqa: BLE001  # also a bug in one kind
+            except Exception as error:  # noqa: BLE001  # a bug in one kind must not keep the others back
                 _LOG.warning("not taken along", rotation=str(lease.claim.item_id), kind=kind, exc_info=_is_bug(error))
                 failures[kind] = error
             else:

@@ -95,7 +95,7 @@ class PolicyRounds:
         async for stored in self.policies.to_look_at():
             try:
                 asked += await self._look(stored)
-            except Exception as error:  # also a bug that one policy meets
+            except Exception as error:  # a bug in one policy must not end the round for the others
                 reason = error.reason if isinstance(error, KmsError) else INTERNAL
                 if reason not in (Reason.RECORD_INVALID, INTERNAL):
                     raise
