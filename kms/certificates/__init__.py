@@ -1,0 +1,1 @@
+"""Certificates: a certificate authority whose keys stay in the token (RFC 5280)."""
