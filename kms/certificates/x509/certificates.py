@@ -172,9 +172,10 @@ def load_certificate(der: bytes) -> x509.Certificate:
             raise ValueError
         certificate = x509.load_der_x509_certificate(der)
         public_key_of(certificate.public_key())
-        _ = certificate.extensions
+        if certificate.extensions is None or certificate.serial_number <= 0:
+            raise ValueError
     except UNREADABLE:
-        rule = f"expected a certificate of X.509 version 3 of at most {CERTIFICATE_BYTES_MAX} bytes"
+        rule = f"expected a certificate of RFC 5280 with a positive serial number, of at most {CERTIFICATE_BYTES_MAX} bytes"
         raise certificate_invalid("certificate", rule) from None
     return certificate
 
