@@ -40,6 +40,7 @@ class SoftAuthority:
         subject: Subject = EMPTY,
         names: Sequence[GeneralName] = (),
         validity: timedelta | None = None,
+        now: datetime = NOW,
         **others: Any,  # noqa: ANN401
     ) -> ToCertify:
         return ToCertify(
@@ -48,7 +49,7 @@ class SoftAuthority:
             tuple(names),
             key.spki,
             profile,
-            profile.validity(NOW, validity, issuer=self.issuer.validity),
+            profile.validity(now, validity, issuer=self.issuer.validity),
             self.issuer,
             **{**URLS, **others},
         )

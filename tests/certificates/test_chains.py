@@ -16,11 +16,12 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from kms.certificates.constraints import parse_constraints
 from kms.certificates.names import parse_names
-from kms.certificates.profiles import SERVER, PublicKeyType
+from kms.certificates.profiles import CLIENT, SERVER, PublicKeyType
 from kms.certificates.x509.certificates import issuer_of
 from kms.certificates.x509.chains import verify_chain
 from kms.domain.errors import KmsError, Reason
-from tests.certificates.making import NOW, root
+from tests.certificates.making import NOW, SoftAuthority, root
+from tests.certificates.peers import openssl
 from tests.certificates.softkeys import soft_key
 
 PKITS = Path(cryptography_vectors.__file__).parent / "x509" / "PKITS_data" / "certs"
@@ -191,3 +192,49 @@ def test_an_imported_authority_hands_its_constraints_down(chain: tuple[bytes, ..
     issuer.check_names(parse_names(["dns:x.a.example"]))
     with pytest.raises(KmsError, match="may certify"):
         issuer.check_names(parse_names(["dns:b.example"]))
+
+
+def _imported(tmp_path: Path, *options: str) -> SoftAuthority:
+    """Return an authority whose certificate OpenSSL made."""
+    key = soft_key(PublicKeyType.P256, 5)
+    (tmp_path / "key.pem").write_bytes(key.pem)
+    command: list[str | Path] = [
+        "openssl",
+        "req",
+        "-x509",
+        "-key",
+        tmp_path / "key.pem",
+        "-outform",
+        "DER",
+        "-days",
+        "900",
+        "-utf8",
+        *options,
+    ]
+    der = subprocess.run(command, capture_output=True, check=True).stdout
+    verify_chain((der,), at=datetime.now(UTC))
+    return SoftAuthority(key, issuer_of((der,)))
+
+
+@pytest.mark.parametrize("mask", ["pkix", "utf8only"])
+def test_an_authority_with_another_encoding_of_its_name_is_named_byte_by_byte(mask: str, tmp_path: Path) -> None:
+    (tmp_path / "config").write_text(
+        f"[req]\ndistinguished_name=dn\nx509_extensions=ca\nstring_mask={mask}\n[dn]\n"
+        "[ca]\nbasicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,cRLSign\nsubjectKeyIdentifier=hash\n"
+    )
+    subject = "/DC=example/O=Bücher/CN=Root+UID=x/emailAddress=a@example.com"
+    authority = _imported(tmp_path, "-config", str(tmp_path / "config"), "-multivalue-rdn", "-subj", subject)
+    key, names = soft_key(PublicKeyType.P256, 2), parse_names(["dns:a.example"])
+    to_certify = authority.to_certify(SERVER, key, names=names, now=datetime.now(UTC))
+    assert not openssl(tmp_path, (authority.issue(to_certify), *authority.chain), "-purpose", "sslserver")
+
+
+def test_an_authority_for_servers_certifies_no_client(tmp_path: Path) -> None:
+    extensions = ("extendedKeyUsage=serverAuth", "basicConstraints=critical,CA:TRUE", "keyUsage=critical,keyCertSign")
+    authority = _imported(
+        tmp_path, "-config", "/dev/null", "-subj", "/CN=a", *(each for text in extensions for each in ("-addext", text))
+    )
+    key, names = soft_key(PublicKeyType.P256, 2), parse_names(["dns:a.example"])
+    authority.issue(authority.to_certify(SERVER, key, names=names, now=datetime.now(UTC)))
+    with pytest.raises(KmsError, match="extended key usages that the issuer may certify"):
+        authority.issue(authority.to_certify(CLIENT, key, names=names, now=datetime.now(UTC)))

@@ -8,7 +8,7 @@ from typing import Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import AuthorityInformationAccessOID, ObjectIdentifier
+from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsageOID, ObjectIdentifier
 
 from kms.certificates.constraints import NameConstraints
 from kms.certificates.names import GeneralName, NameKind, Subject, certificate_invalid
@@ -34,6 +34,8 @@ class IssuerCertificate:
     validity: Validity
     path_length: int | None
     constraints: tuple[NameConstraints, ...]
+    extended_key_usage: frozenset[str] | None = None
+    """What all of them let it certify for; None is no limit."""
 
     def check_names(self, names: Sequence[GeneralName]) -> None:
         """Raise CERTIFICATE_INVALID for a name that the issuer, or an authority above it, may not certify."""
@@ -141,13 +143,27 @@ def issuer_of(chain: Sequence[bytes]) -> IssuerCertificate:
             raise certificate_invalid("chain", "expected no authority below one whose path length is 0")
         limits = [limit for limit in (below, constraints.path_length) if limit is not None]
         path_length = min(limits, default=None)
+    if certificates[0].subject.public_bytes() not in chain[0]:
+        # Certificates name their issuer byte by byte, or verifiers do not find it.
+        raise certificate_invalid("chain", "expected a subject in DER")
     limits_of_names = [extension_of(certificate.extensions, x509.NameConstraints) for certificate in certificates]
     return IssuerCertificate(
         tuple(chain),
         _validity(certificates[0]),
         path_length,
         tuple(constraints_of(limit) for limit in limits_of_names if limit is not None),
+        _limit_of_usages(certificates),
     )
+
+
+def _limit_of_usages(certificates: Sequence[x509.Certificate]) -> frozenset[str] | None:
+    """Return the extended key usages that are in all certificates which name some; None: none of them does."""
+    limit: frozenset[str] | None = None
+    for usages in (extension_of(certificate.extensions, x509.ExtendedKeyUsage) for certificate in certificates):
+        if usages is not None and ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE not in usages:
+            named = frozenset(usage.dotted_string for usage in usages)
+            limit = named if limit is None else limit & named
+    return limit
 
 
 def parse_certificate(der: bytes) -> ParsedCertificate:
@@ -156,7 +172,7 @@ def parse_certificate(der: bytes) -> ParsedCertificate:
     try:
         return _parsed(certificate)
     except UNREADABLE:
-        raise certificate_invalid("certificate", "expected extensions of RFC 5280 that can be read") from None
+        raise certificate_invalid("certificate", "expected names and extensions of RFC 5280 that can be read") from None
 
 
 def is_self_issued(certificate: x509.Certificate) -> bool:
@@ -215,6 +231,8 @@ def _check(to_certify: ToCertify, key: PublicKey, signer: PublicKey) -> None:
     ):
         raise certificate_invalid("validity", "expected a validity within that of the issuer")
     issuer.check_names(to_certify.names)
+    if issuer.extended_key_usage is not None and not issuer.extended_key_usage.issuperset(profile.extended_key_usage):
+        raise certificate_invalid("profile", "expected extended key usages that the issuer may certify")
     if profile.is_ca and issuer.path_length is not None:
         asked = path_length_of(to_certify)
         if issuer.path_length < 1 or asked is None or asked >= issuer.path_length:
