@@ -131,6 +131,11 @@ def issuer_of(chain: Sequence[bytes]) -> IssuerCertificate:
 
     Raises CERTIFICATE_INVALID if one of them is no authority's, or limits names in a way that the service does not know.
     """
+    return _issuer_of(tuple(chain))
+
+
+@lru_cache(256)
+def _issuer_of(chain: tuple[bytes, ...]) -> IssuerCertificate:
     certificates = [load_certificate(der) for der in chain]
     path_length: int | None = None
     for certificate in reversed(certificates):
@@ -148,7 +153,7 @@ def issuer_of(chain: Sequence[bytes]) -> IssuerCertificate:
         raise certificate_invalid("chain", "expected a subject in DER")
     limits_of_names = [extension_of(certificate.extensions, x509.NameConstraints) for certificate in certificates]
     return IssuerCertificate(
-        tuple(chain),
+        chain,
         _validity(certificates[0]),
         path_length,
         tuple(constraints_of(limit) for limit in limits_of_names if limit is not None),
@@ -166,6 +171,7 @@ def _limit_of_usages(certificates: Sequence[x509.Certificate]) -> frozenset[str]
     return limit
 
 
+@lru_cache(256)
 def parse_certificate(der: bytes) -> ParsedCertificate:
     """Return what the certificate in *der* says. Raises CERTIFICATE_INVALID for what cannot be read; verifies nothing."""
     certificate = load_certificate(der)
@@ -188,7 +194,8 @@ def load_certificate(der: bytes) -> x509.Certificate:
             raise ValueError
         certificate = x509.load_der_x509_certificate(der)
         public_key_of(certificate.public_key())
-        if certificate.extensions is None or certificate.serial_number <= 0:
+        _ = (certificate.subject, certificate.issuer, certificate.extensions)  # pyca reads each when it is asked for
+        if certificate.serial_number <= 0:
             raise ValueError
     except UNREADABLE:
         rule = f"expected a certificate of RFC 5280 with a positive serial number, of at most {CERTIFICATE_BYTES_MAX} bytes"
