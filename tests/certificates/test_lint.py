@@ -5,6 +5,10 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import ExtensionOID
 
 from kms.certificates.constraints import parse_constraints
 from kms.certificates.names import EMPTY, parse_names, parse_subject_text
@@ -111,3 +115,27 @@ def test_what_is_beyond_its_issuer_is_not_written(authority: SoftAuthority) -> N
         build_certificate(lower.to_certify(SERVER, LEAF, names=names), lower.key.spki)
     with pytest.raises(KmsError, match="path_length"):
         lower.intermediate(soft_key(PublicKeyType.P256, 4))
+
+
+def test_a_wrong_criticality_is_found(authority: SoftAuthority) -> None:
+    """The subject is empty, so the names stand alone and must be critical (RFC 5280 section 4.2.1.6)."""
+    meant = authority.to_certify(SERVER, LEAF, names=parse_names(["dns:a.example"]))
+    draft = build_certificate(meant, authority.key.spki).draft
+    certificate = x509.load_der_x509_certificate(draft)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(certificate.subject)
+        .issuer_name(certificate.issuer)
+        .public_key(certificate.public_key())
+        .serial_number(certificate.serial_number)
+        .not_valid_before(certificate.not_valid_before_utc)
+        .not_valid_after(certificate.not_valid_after_utc)
+    )
+    for extension in certificate.extensions:
+        builder = builder.add_extension(
+            extension.value, critical=extension.critical and extension.oid != ExtensionOID.SUBJECT_ALTERNATIVE_NAME
+        )
+    written = builder.sign(soft_key(PublicKeyType.P256).private, hashes.SHA256()).public_bytes(Encoding.DER)
+    lint(draft, meant)
+    with pytest.raises(KmsError, match="criticality"):
+        lint(written, meant)
