@@ -212,7 +212,6 @@ def check_names(certificate: x509.Certificate, profile: Profile, *, is_constrain
         assert set(addresses) <= {"10.0.0.1"}
 
 
-@pytest.mark.filterwarnings("ignore:Attribute's length")
 @settings(max_examples=80, deadline=None)
 @given(cases())
 def test_no_certificate_is_outside_its_profile(case: Case) -> None:
@@ -220,7 +219,6 @@ def test_no_certificate_is_outside_its_profile(case: Case) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Attribute's length")
 def test_no_certificate_of_thousands_is_outside_its_profile() -> None:
     outcomes = []
 

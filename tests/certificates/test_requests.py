@@ -2,11 +2,13 @@
 
 import random
 import subprocess
+import sys
 from itertools import count
 from math import gcd, prod
 from pathlib import Path
 from typing import Any
 
+import cryptography_vectors
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -205,7 +207,7 @@ def test_a_modulus_with_small_or_close_factors_is_refused() -> None:
     key = soft_key(PublicKeyType.RSA).private
     assert isinstance(key, rsa.RSAPrivateKey)
     prime = key.private_numbers().p
-    small = prod(_primes(132))
+    small = prod(_primes(133))
     close = next(other for other in count(prime + 2, 2) if gcd(other, small) == 1)
     for modulus, rule in ((751 * ((1 << 2048) // 751 - 1 | 1), "small factors"), (prime * close, "close to each other")):
         with pytest.raises(KmsError, match=rule):
@@ -294,7 +296,15 @@ def test_a_name_of_another_kind_is_refused(name: x509.GeneralName) -> None:
     assert "kinds dns, ip, uri, email" in refused(csr((x509.SubjectAlternativeName([name]), False)))
 
 
-@pytest.mark.filterwarnings("ignore:Attribute's length")
+def test_an_overlong_name_writes_nothing_to_standard_error() -> None:
+    """Python prints a warning there that nobody filters, and each length is another one."""
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a" * 99, _validate=False)])
+    script = "import sys; from kms.certificates.x509.requests import parse_request; parse_request(sys.stdin.buffer.read())"
+    result = subprocess.run([sys.executable, "-c", script], input=csr(subject=name), capture_output=True, check=False)
+    assert b"expected 1 to 64 characters as CN" in result.stderr  # the refusal, which this script does not catch
+    assert b"Warning" not in result.stderr
+
+
 @pytest.mark.parametrize(
     "attributes",
     [
@@ -332,6 +342,17 @@ def test_a_damaged_request_is_refused_and_never_a_fault(data: st.DataObject) -> 
         parse_request(bytes(der))
     except KmsError as refusal:
         assert refusal.reason is Reason.CERTIFICATE_INVALID
+
+
+def test_each_request_of_pycas_vectors_is_read_or_refused() -> None:
+    outcomes = []
+    for file in sorted((Path(cryptography_vectors.__file__).parent / "x509" / "requests").iterdir()):
+        try:
+            outcomes.append(parse_request(file.read_bytes()) is not None)
+        except KmsError as refusal:
+            assert refusal.reason is Reason.CERTIFICATE_INVALID
+            outcomes.append(False)
+    assert {True, False} == set(outcomes)
 
 
 def test_a_key_that_cannot_sign_is_no_key_to_certify() -> None:

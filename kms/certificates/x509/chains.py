@@ -74,13 +74,13 @@ def _check_issued(certificate: x509.Certificate, issuer: x509.Certificate) -> No
 
 
 def _check_paths(chain: Sequence[bytes], certificates: Sequence[x509.Certificate], parsed: Sequence[ParsedCertificate]) -> None:
+    if parsed[0].is_ca:
+        issuer_of(chain)  # an authority that could issue nothing is of no use
     for number in range(1, len(chain)):
         issuer = issuer_of(chain[number:])
         if KeyUsage.KEY_CERT_SIGN not in parsed[number].key_usage:
             raise certificate_invalid("chain", "expected the key usage keyCertSign of authorities")
         below = parsed[number - 1]
-        if below.is_ca and issuer.path_length == 0 and not is_self_issued(certificates[number - 1]):
-            raise certificate_invalid("chain", "expected no authority below one whose path length is 0")
         if number == 1 or not is_self_issued(certificates[number - 1]):
             issuer.check_names([*map(_comparable, below.names), *_mailboxes(certificates[number - 1])])
 
