@@ -14,6 +14,7 @@ from kms.hsm.token_hsm import TokenHsm
 from kms.jobs.job import JobStatus
 from kms.pki.trust import Trust
 from kms.rotation.backlog import NO_BACKLOG, Backlog, read_backlog
+from kms.rotation.master_keys import MasterKeys
 from kms.store import epoch as epochs
 from kms.store import migrate, partitions
 from kms.store.cache import CacheStatus
@@ -68,6 +69,7 @@ class Condition:
     seal_watch: SealWatch
     history: HistoryWatch
     trust: Trust
+    master_keys: MasterKeys
     advice: Sequence[str] = ()
     jobs: Callable[[], Sequence[JobStatus]] = lambda: ()
     epoch_fault: str = ""
@@ -106,6 +108,7 @@ class Condition:
         if self.keys_unconfirmed:
             told.append(f"{self.keys_unconfirmed} restored keys wait for a confirmation: see `kms epoch show`")
         told += self.trust.warnings
+        told += self.master_keys.warnings
         told += self.rotations.warnings
         told += [status.warning for status in self.jobs() if status.warning]
         return told

@@ -184,7 +184,19 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         advice = _told_advice(config)
         watch = SealWatch(seal_seconds(config))
         condition = Condition(
-            hsm, ledger, pool, records, disk, probe.answers, caches, watch, history, trust, advice, jobs=runner.statuses
+            hsm,
+            ledger,
+            pool,
+            records,
+            disk,
+            probe.answers,
+            caches,
+            watch,
+            history,
+            trust,
+            master_keys,
+            advice,
+            jobs=runner.statuses,
         )
         is_first = supervised is None or supervised.number == 1
         uses = await stack.enter_async_context(_told_uses(journal, keys.counts))
