@@ -24,6 +24,7 @@ from kms.domain.residents import ADVICE, Finding
 from kms.hsm.token_hsm import TokenHsm
 from kms.jobs.job import Job
 from kms.pki.client_identity import host_clock
+from kms.pki.trust import Trust
 from kms.rpc.connections import Connections
 from kms.rpc.server import Server
 from kms.store import partitions
@@ -41,6 +42,7 @@ from kms.wiring.condition import Condition
 from kms.wiring.limits import closing_connections
 from kms.wiring.rotation import RotationParts
 from kms.wiring.seen import Pulse
+from kms.wiring.trust import trust_job
 
 CHECKPOINTS: Final = "checkpoints"
 _MINUTE: Final = 60.0
@@ -63,6 +65,7 @@ class JobParts:
     condition: Condition
     sealer: Sealer | None
     rotation: RotationParts
+    trust: Trust
     is_first: bool
 
 
@@ -77,6 +80,7 @@ def upkeep_jobs(parts: JobParts) -> list[Job]:
         Job("condition", 5.0, parts.condition.check, warns_after_seconds=_MINUTE),
         Job("disk", 5.0, parts.disk.watch),
         *parts.rotation.jobs(),
+        trust_job(parts.trust),
         Job("database", 1.0, parts.probe.ask),
     ]
     if parts.is_first:
