@@ -284,6 +284,11 @@ def test_a_hostile_name_is_refused(names: tuple[str, ...]) -> None:
     assert "csr: expected" in refused(csr(dns(*names)))
 
 
+def test_more_names_than_any_profile_has_are_refused_before_they_are_read() -> None:
+    assert "at most 100 names, not 101" in refused(csr(dns(*(f"a{number}.example" for number in range(100)), "bad_name")))
+    assert len(parse_request(csr(dns(*(f"a{number}.example" for number in range(100))))).names) == 100
+
+
 @pytest.mark.parametrize(
     "name",
     [
