@@ -219,10 +219,11 @@ def test_no_certificate_is_outside_its_profile(case: Case) -> None:
 
 
 @pytest.mark.slow
-def test_no_certificate_of_thousands_is_outside_its_profile() -> None:
+@pytest.mark.timeout(900)
+def test_no_certificate_of_many_is_outside_its_profile() -> None:
     outcomes = []
 
-    @settings(max_examples=5000, deadline=None, database=None)
+    @settings(max_examples=2000, deadline=None, database=None)
     @given(cases())
     def run(case: Case) -> None:
         outcomes.append(judge(case))
