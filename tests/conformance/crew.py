@@ -3,13 +3,13 @@
 import random
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+from tests.fixtures import fork_server
+from tests.fixtures.fork_server import Process
 from tests.fixtures.server import Deployment
 
 START_SECONDS = 100.0
@@ -22,7 +22,7 @@ class Member:
     deployment: Deployment
     number: int
     port: int
-    process: "subprocess.Popen[bytes]"
+    process: Process
     starts: int = 1
 
     @property
@@ -90,10 +90,9 @@ def _free_port() -> int:
             return port
 
 
-def _process(deployment: Deployment, number: int, port: int) -> "subprocess.Popen[bytes]":
+def _process(deployment: Deployment, number: int, port: int) -> Process:
     config_file = deployment.directory / f"member-{number}.toml"
     text = deployment.config_file.read_text()
     config_file.write_text(text.replace('[server]\nlisten = "127.0.0.1:0"', f'[server]\nlisten = "127.0.0.1:{port}"'))
-    command = [sys.executable, "-m", "kms", "--config", str(config_file), "serve"]
     with (deployment.directory / f"member-{number}.log").open("ab") as log:
-        return subprocess.Popen(command, env=deployment.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        return fork_server.kms(["--config", str(config_file), "serve"], deployment.environment, stdout=log, stderr=log)

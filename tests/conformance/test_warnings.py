@@ -87,7 +87,7 @@ def test_what_should_be_seen_to_is_told(production: Deployment, monkeypatch: pyt
     production.config_file.write_text(with_journal)
     (site / "sitecustomize.py").write_text(DISK.format(file=str(free)))
     monkeypatch.setenv("PYTHONPATH", str(site), prepend=":")
-    with production.serving() as server, psycopg.connect(production.database.admin_dsn, autocommit=True) as admin:
+    with production.serving(is_forked=False) as server, psycopg.connect(production.database.admin_dsn, autocommit=True) as admin:
         assert server.seen("/readyz") == (200, "ready\n")
         made(server.caller(), "aes")
         auditor = server.auditor()
