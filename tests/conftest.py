@@ -12,6 +12,12 @@ os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-_FIXTURES: Final = ("tests.fixtures.postgres", "tests.fixtures.softhsm", "tests.fixtures.server", "tests.fixtures.containers")
+_FIXTURES: Final = (
+    "tests.fixtures.clusters",
+    "tests.fixtures.postgres",
+    "tests.fixtures.softhsm",
+    "tests.fixtures.server",
+    "tests.fixtures.containers",
+)
 
 pytest_plugins = [name for name in _FIXTURES if importlib.util.find_spec(name) is not None]

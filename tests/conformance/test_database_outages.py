@@ -2,7 +2,6 @@
 
 import os
 import signal
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -19,13 +18,12 @@ import psycopg
 import pytest
 
 from kms.dev.postgres import FAST_UNSAFE, EmbeddedPostgres, embedded_postgres
-from kms.domain.secret import Secret
-from kms.store.migrate import migrate, set_service_password
 from kms.v1 import crypto_pb2 as cpb
 from tests.conformance.refusals import refusal_of
 from tests.conformance.requests import made
 from tests.conformance.test_outages import soon
-from tests.fixtures.postgres import Database
+from tests.fixtures.clusters import Clusters, passable_directory
+from tests.fixtures.postgres import Database, template_of
 from tests.fixtures.server import Caller, RunningServer, deployed
 from tests.fixtures.wire import CHARGE, Decision, Wire, wired
 
@@ -83,12 +81,6 @@ def check(load: Load, database: Database) -> None:
     assert {outcome for outcome, _, _ in load.told} <= {"OK", "STORE_UNAVAILABLE", *UNKNOWN}
 
 
-def prepared(postgres: EmbeddedPostgres) -> Database:
-    migrate(postgres.superuser_dsn())
-    set_service_password(postgres.superuser_dsn(), Secret(postgres.service_password().encode()))
-    return Database("postgres", postgres.service_dsn("postgres"), postgres.superuser_dsn())
-
-
 def postmaster(postgres: EmbeddedPostgres) -> int:
     return int((postgres.directory / "data" / "postmaster.pid").read_text().split()[0])
 
@@ -124,12 +116,11 @@ def trouble(postgres: EmbeddedPostgres, wire: Wire, load: Load, server: RunningS
     assert server.process.poll() is None
 
 
-def run(directory: Path, token_template: Path, rounds: int) -> None:
-    with tempfile.TemporaryDirectory(prefix="kms-outage-", dir="/tmp", ignore_cleanup_errors=True) as name, ExitStack() as stack:
-        home = Path(name)
-        home.chmod(0o711)
-        with embedded_postgres(home / "pg", SETTINGS) as postgres:
-            database = prepared(postgres)
+def run(clusters: Clusters, directory: Path, token_template: Path, rounds: int) -> None:
+    with passable_directory() as home, ExitStack() as stack:
+        clusters.copy_migrated(home)
+        with embedded_postgres(home, SETTINGS) as postgres:
+            database = template_of(postgres)
             wire, dsn = stack.enter_context(wired(database.dsn))
             through_wire = Database(database.name, dsn, database.admin_dsn)
             server = stack.enter_context(stack.enter_context(deployed(directory, through_wire, token_template)).serving())
@@ -140,9 +131,9 @@ def run(directory: Path, token_template: Path, rounds: int) -> None:
             working = [pool.submit(load.work, number) for number in range(CLIENTS)]
             trouble(postgres, wire, load, server)
         for _ in range(rounds - 1):
-            with embedded_postgres(home / "pg", SETTINGS) as postgres:
+            with embedded_postgres(home, SETTINGS) as postgres:
                 trouble(postgres, wire, load, server)
-        with embedded_postgres(home / "pg", SETTINGS):
+        with embedded_postgres(home, SETTINGS):
             load.await_results()
             load.is_over.set()
             for each in working:
@@ -154,12 +145,14 @@ def run(directory: Path, token_template: Path, rounds: int) -> None:
 
 @pytest.mark.timeout(180)
 def test_a_database_in_trouble_under_load_gives_no_result_without_a_record_and_denies_no_charge(
-    token_template: Path, tmp_path: Path
+    clusters: Clusters, token_template: Path, tmp_path: Path
 ) -> None:
-    run(tmp_path, token_template, rounds=1)
+    run(clusters, tmp_path, token_template, rounds=1)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_database_in_trouble_again_and_again_gives_no_result_without_a_record(token_template: Path, tmp_path: Path) -> None:
-    run(tmp_path, token_template, rounds=8)
+def test_a_database_in_trouble_again_and_again_gives_no_result_without_a_record(
+    clusters: Clusters, token_template: Path, tmp_path: Path
+) -> None:
+    run(clusters, tmp_path, token_template, rounds=8)

@@ -1,6 +1,5 @@
 """The token or the database goes away under the server and comes back: errors within the deadline, then service again."""
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,13 +10,12 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kms.dev.postgres import FAST_UNSAFE, embedded_postgres
-from kms.domain.secret import Secret
-from kms.store.migrate import migrate, set_service_password
 from kms.v1 import crypto_pb2 as cpb
 from kms.v1 import keys_pb2 as kpb
 from tests.conformance.refusals import refusal_of
 from tests.conformance.requests import create, made
-from tests.fixtures.postgres import Database
+from tests.fixtures.clusters import Clusters, passable_directory
+from tests.fixtures.postgres import template_of
 from tests.fixtures.server import Caller, Deployment, deployed
 
 DEADLINE_SECONDS = 2.0
@@ -104,16 +102,11 @@ def test_calls_during_an_outage_are_answered_never_lost(deployment: Deployment) 
         soon(lambda: outcome(caller.crypto.Sign, request) == "OK")
 
 
-def test_a_database_that_stopped_serves_again_without_a_restart(token_template: Path, tmp_path: Path) -> None:
-    # Its own PostgreSQL: the shared one is in use. Below /tmp, because the user that PostgreSQL runs as must reach it.
-    with tempfile.TemporaryDirectory(prefix="kms-outage-", dir="/tmp") as name, ExitStack() as stack:
-        directory = Path(name)
-        directory.chmod(0o711)
-        with embedded_postgres(directory / "pg", FAST_UNSAFE) as postgres:
-            migrate(postgres.superuser_dsn())
-            set_service_password(postgres.superuser_dsn(), Secret(postgres.service_password().encode()))
-            database = Database("postgres", postgres.service_dsn("postgres"), postgres.superuser_dsn())
-            deployment = stack.enter_context(deployed(tmp_path, database, token_template))
+def test_a_database_that_stopped_serves_again_without_a_restart(clusters: Clusters, token_template: Path, tmp_path: Path) -> None:
+    with passable_directory() as directory, ExitStack() as stack:
+        clusters.copy_migrated(directory)
+        with embedded_postgres(directory, FAST_UNSAFE) as postgres:
+            deployment = stack.enter_context(deployed(tmp_path, template_of(postgres), token_template))
             server = stack.enter_context(deployment.serving())
             caller = server.caller()
             made(caller, "secp256k1")
@@ -124,7 +117,7 @@ def test_a_database_that_stopped_serves_again_without_a_restart(token_template: 
         for _ in range(3):
             # Either the pool gives up first, or the caller's deadline passes: nothing was charged.
             assert outcome(caller.crypto.Sign, request) in ("STORE_UNAVAILABLE", "DEADLINE_EXCEEDED")
-        stack.enter_context(embedded_postgres(directory / "pg", FAST_UNSAFE))
+        stack.enter_context(embedded_postgres(directory, FAST_UNSAFE))
         soon(lambda: is_serving(caller))
         soon(lambda: outcome(caller.crypto.Sign, request) == "OK")
         assert caller.keys.ListKeys(kpb.ListKeysRequest()).keys[0].name == "k"

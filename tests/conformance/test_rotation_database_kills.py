@@ -2,7 +2,6 @@
 
 import os
 import signal
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,9 +16,11 @@ from kms.v1 import crypto_pb2 as cpb
 from kms.v1 import keys_pb2 as kpb
 from kms.v1 import rotation_pb2 as rpb
 from tests.conformance.requests import create
-from tests.conformance.test_database_outages import SETTINGS, postmaster, prepared
+from tests.conformance.test_database_outages import SETTINGS, postmaster
 from tests.conformance.test_rotation import rotate
 from tests.conformance.test_rotation_kills import STEPS, await_standing, ended, standing_still, statuses, wait_for
+from tests.fixtures.clusters import Clusters, passable_directory
+from tests.fixtures.postgres import template_of
 from tests.fixtures.server import Caller, deployed
 from tests.fixtures.softhsm import settings_of
 from tests.hostile.test_leftovers import age_marks, found
@@ -37,7 +38,7 @@ def kill_at(postgres: EmbeddedPostgres, step: str, caller: Caller) -> None:
     """Have the key k rotated, and kill PostgreSQL at *step*."""
     with (
         ThreadPoolExecutor(1) as pool,
-        psycopg.connect(postgres.superuser_dsn(), autocommit=True) as admin,
+        psycopg.connect(template_of(postgres).admin_dsn, autocommit=True) as admin,
         standing_still(admin, step),
     ):
         rotating = pool.submit(ended, caller)
@@ -52,27 +53,26 @@ def is_completed(caller: Caller) -> bool:
 
 
 def logged(postgres: EmbeddedPostgres) -> list[tuple[Any, ...]]:
-    with psycopg.connect(postgres.superuser_dsn()) as admin:
+    with psycopg.connect(template_of(postgres).admin_dsn) as admin:
         return admin.execute(LOGGED).fetchall()
 
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("step", [step if step == ALWAYS else pytest.param(step, marks=pytest.mark.slow) for step in STEPS])
 def test_a_database_that_is_killed_in_a_rotation_has_one_successor_after_its_restart(
-    token_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+    clusters: Clusters, token_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    with tempfile.TemporaryDirectory(prefix="kms-kill-", dir="/tmp", ignore_cleanup_errors=True) as name, ExitStack() as stack:
-        home = Path(name)
-        home.chmod(0o711)
-        with embedded_postgres(home / "pg", SETTINGS) as postgres:
-            deployment = stack.enter_context(deployed(tmp_path, prepared(postgres), token_template))
+    with passable_directory() as home, ExitStack() as stack:
+        clusters.copy_migrated(home)
+        with embedded_postgres(home, SETTINGS) as postgres:
+            deployment = stack.enter_context(deployed(tmp_path, template_of(postgres), token_template))
             deployment.write_config(resident_keys_max=8)
             server = stack.enter_context(deployment.serving())
             caller = server.caller()
             key = caller.keys.CreateKey(create("aes", custody=kpb.CUSTODY_RESIDENT), timeout=30).key
             sealed = caller.crypto.Encrypt(cpb.EncryptRequest(key="k", plaintext=b"before"), timeout=15).ciphertext
             kill_at(postgres, step, caller)
-        with embedded_postgres(home / "pg", SETTINGS) as postgres:
+        with embedded_postgres(home, SETTINGS) as postgres:
             wait_for(lambda: server.seen("/readyz")[0] == 200)
             if step.startswith("request") and not statuses(caller):
                 rotate(caller)

@@ -1,7 +1,6 @@
 """What an operator should see to, as a service in production mode tells it: at the start, by /readyz, by `kms status`."""
 
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -11,15 +10,16 @@ import grpc
 import psycopg
 import pytest
 
-from kms.dev.postgres import embedded_postgres
+from kms.dev.postgres import DURABLE
 from kms.domain.ids import UserId
 from kms.v1 import admin_pb2 as pb
 from kms.v1 import keys_pb2 as kpb
 from tests.conformance.requests import made
 from tests.conformance.test_metrics import value
 from tests.conformance.test_outages import soon
+from tests.fixtures.clusters import Clusters
+from tests.fixtures.postgres import template_of
 from tests.fixtures.server import Deployment, deployed
-from tests.store.test_ledger_outages import prepared
 
 # What PostgreSQL's disk has free is what the file says; all the rest of a process is as it is.
 DISK = """
@@ -44,14 +44,12 @@ def in_production(deployment: Deployment, more: str = "") -> None:
 
 
 @pytest.fixture
-def production(token_template: Path, tmp_path: Path) -> Iterator[Deployment]:
+def production(clusters: Clusters, token_template: Path, tmp_path: Path) -> Iterator[Deployment]:
     """A deployment in production mode with a database that is durable, and whose disk is as full as the file `free` says."""
-    with tempfile.TemporaryDirectory(prefix="kms-test-", ignore_cleanup_errors=True) as name:
-        Path(name).chmod(0o711)
-        with embedded_postgres(Path(name)) as server, deployed(tmp_path, prepared(server), token_template) as own:
-            in_production(own, 'disk_path = "."\n')
-            assert own.run("hsm", "backup-confirmed").returncode == 0
-            yield own
+    with clusters.migrated(DURABLE) as server, deployed(tmp_path, template_of(server), token_template) as own:
+        in_production(own, 'disk_path = "."\n')
+        assert own.run("hsm", "backup-confirmed").returncode == 0
+        yield own
 
 
 def test_a_database_that_may_lose_what_it_has_confirmed_is_not_served_in_production(deployment: Deployment) -> None:

@@ -19,31 +19,23 @@ from kms.app.ports import User
 from kms.dev.postgres import FAST_UNSAFE, EmbeddedPostgres, embedded_postgres
 from kms.domain.errors import KmsError
 from kms.domain.keys import KeyRecord
-from kms.domain.secret import Secret
 from kms.store import ledger as ledgers
 from kms.store.batches import BatchConnection
 from kms.store.ledger import StoredLedger, open_ledger
-from kms.store.migrate import migrate, set_service_password
 from kms.store.pool import Pool, open_pool
-from tests.fixtures.postgres import Database
+from tests.fixtures.clusters import Clusters, passable_directory
+from tests.fixtures.postgres import Database, template_of
 from tests.store.uses import charges, counter, make_key, make_user, reason, sign
 
 _SETTINGS = {**FAST_UNSAFE, "synchronous_commit": "on"}
 
 
 @pytest.fixture
-def directory() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="kms-test-", ignore_cleanup_errors=True) as name:
-        Path(name).chmod(0o711)
-        yield Path(name)
-
-
-def prepared(server: EmbeddedPostgres) -> Database:
-    with psycopg.connect(server.superuser_dsn(), autocommit=True) as connection:
-        connection.execute(b"CREATE DATABASE kms")
-    migrate(server.superuser_dsn("kms"))
-    set_service_password(server.superuser_dsn(), Secret(server.service_password().encode()))
-    return Database("kms", server.service_dsn("kms"), server.superuser_dsn("kms"))
+def directory(clusters: Clusters) -> Iterator[Path]:
+    """That of a migrated cluster, nobody else's."""
+    with passable_directory() as own:
+        clusters.copy_migrated(own)
+        yield own
 
 
 def postmaster(server: EmbeddedPostgres) -> int:
@@ -92,7 +84,7 @@ def check_what_was_told(database: Database, key: KeyRecord, words: Counter[str])
 async def test_a_database_that_is_killed_under_load_and_comes_back(directory: Path) -> None:
     over = False
     with embedded_postgres(directory, _SETTINGS) as server:
-        database = prepared(server)
+        database = template_of(server)
         opened = open_pool(database.dsn, 2, wait_seconds=0.5)
         pool = await opened.__aenter__()
         ledger_opened = open_ledger(database.dsn, pool, answer_seconds=2)
@@ -121,7 +113,7 @@ async def test_a_database_that_is_killed_under_load_and_comes_back(directory: Pa
 
 async def test_a_database_that_is_stopped_under_load_and_goes_on(directory: Path) -> None:
     with embedded_postgres(directory, _SETTINGS) as server:
-        database = prepared(server)
+        database = template_of(server)
         async with open_pool(database.dsn, 2) as pool, open_ledger(database.dsn, pool, answer_seconds=0.5) as ledger:
             alice = await make_user(pool, "alice")
             key = await make_key(pool, alice)

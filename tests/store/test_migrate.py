@@ -12,11 +12,12 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from kms.dev.postgres import EmbeddedPostgres, temporary_postgres
+from kms.dev.postgres import EmbeddedPostgres
 from kms.domain.errors import KmsError, Reason
 from kms.domain.secret import Secret
 from kms.store.migrate import Applied, Migration, check, check_schema, migrate, migrations, pending, set_service_password
 from kms.store.pool import Pool, open_pool
+from tests.fixtures.clusters import Clusters
 from tests.fixtures.postgres import Database
 
 REPOSITORY = Path(__file__).parents[2]
@@ -25,9 +26,9 @@ NAMES = [migration.script_name for migration in migrations()]
 
 
 @pytest.fixture(scope="module")
-def bare() -> Iterator[EmbeddedPostgres]:
+def bare(clusters: Clusters) -> Iterator[EmbeddedPostgres]:
     """A server on which nothing was ever migrated."""
-    with temporary_postgres() as server:
+    with clusters.empty() as server:
         yield server
 
 
@@ -192,8 +193,8 @@ def test_a_runner_does_not_wait_for_ever(empty: str) -> None:
         assert "another migration of this database is running" in refused(lambda: migrate(empty, wait_seconds=1))
 
 
-def test_the_prepared_migrator_needs_no_superuser() -> None:
-    with temporary_postgres() as server:
+def test_the_prepared_migrator_needs_no_superuser(clusters: Clusters) -> None:
+    with clusters.empty() as server:
         with psycopg.connect(server.superuser_dsn(), autocommit=True) as connection:
             connection.execute(b"CREATE DATABASE first")
             connection.execute(b"CREATE DATABASE second")

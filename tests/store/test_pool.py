@@ -4,7 +4,6 @@ import asyncio
 import itertools
 import os
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,9 +17,10 @@ from kms.dev.postgres import FAST_UNSAFE, EmbeddedPostgres, embedded_postgres
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import UserId
 from kms.domain.secret import Secret
-from kms.store.migrate import migrate, set_service_password
+from kms.store.migrate import set_service_password
 from kms.store.pool import ACT_AS, AS_ADMINISTRATOR, AS_JOB, BEFORE_LOGIN, Acting, Pool, as_user, check_server, open_pool
-from tests.fixtures.postgres import Database
+from tests.fixtures.clusters import Clusters, passable_directory
+from tests.fixtures.postgres import Database, template_of
 
 WHO = "SELECT current_user::text AS role, current_setting('app.user_id') AS user_id"
 CUT = b"""
@@ -276,10 +276,11 @@ async def test_a_statement_whose_columns_changed_their_type_is_an_error_and_the_
 
 
 @pytest.fixture
-def mortal_directory() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="kms-test-", ignore_cleanup_errors=True) as name:
-        Path(name).chmod(0o711)
-        yield Path(name)
+def mortal_directory(clusters: Clusters) -> Iterator[Path]:
+    """That of a migrated cluster, nobody else's."""
+    with passable_directory() as own:
+        clusters.copy_migrated(own)
+        yield own
 
 
 def kill(server: EmbeddedPostgres) -> None:
@@ -290,11 +291,7 @@ def kill(server: EmbeddedPostgres) -> None:
 
 async def test_the_pool_survives_the_death_and_return_of_the_database(mortal_directory: Path) -> None:
     with embedded_postgres(mortal_directory, {**FAST_UNSAFE, "synchronous_commit": "on"}) as server:
-        with psycopg.connect(server.superuser_dsn(), autocommit=True) as connection:
-            connection.execute(b"CREATE DATABASE kms")
-        migrate(server.superuser_dsn("kms"))
-        set_service_password(server.superuser_dsn(), Secret(server.service_password().encode()))
-        opened = open_pool(server.service_dsn("kms"), 4, wait_seconds=0.5)
+        opened = open_pool(template_of(server).dsn, 4, wait_seconds=0.5)
         pool = await opened.__aenter__()
         assert await pool.fetch(AS_JOB, "SELECT 1 AS one") == [{"one": 1}]
         kill(server)

@@ -10,13 +10,14 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from kms.dev.postgres import EmbeddedPostgres, temporary_postgres
+from kms.dev.postgres import EmbeddedPostgres
 from kms.domain.errors import KmsError
 from kms.domain.secret import Secret
 from kms.store import restore as restoration
 from kms.store.backup import backup
 from kms.store.migrate import check, migrate, migrations, set_service_password
 from kms.store.restore import restore
+from tests.fixtures.clusters import Clusters
 from tests.store.records import mac
 
 SCHEMA = Path(__file__).parents[2] / "schema"
@@ -40,14 +41,14 @@ class Prepared:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
+def prepared(clusters: Clusters, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
     directory = tmp_path_factory.mktemp("older")
     old = directory / "schema"
     old.mkdir()
     for migration in migrations():
         if migration.version <= OLD:
             shutil.copy(SCHEMA / migration.script_name, old)
-    with temporary_postgres() as server:
+    with clusters.empty() as server:
         with psycopg.connect(server.superuser_dsn(), autocommit=True) as connection:
             connection.execute("CREATE DATABASE first")
         with psycopg.connect(server.superuser_dsn("first")) as connection:

@@ -13,8 +13,9 @@ import psycopg
 import pytest
 from psycopg import errors
 
-from kms.dev.postgres import EmbeddedPostgres, temporary_postgres
+from kms.dev.postgres import FAST_UNSAFE, EmbeddedPostgres
 from kms.store.migrate import migrate
+from tests.fixtures.clusters import Clusters
 from tests.fixtures.postgres import Database
 from tests.store.acting import add_user, ensure_partitions, run
 
@@ -195,9 +196,9 @@ def test_slow_queries_are_none_and_a_notice_without_the_extension(admin: psycopg
 
 
 @pytest.fixture(scope="module")
-def plain_server() -> Iterator[EmbeddedPostgres]:
+def plain_server(clusters: Clusters) -> Iterator[EmbeddedPostgres]:
     """A server that loads no library."""
-    with temporary_postgres({"fsync": "off", "full_page_writes": "off", "shared_preload_libraries": ""}) as server:
+    with clusters.empty({**FAST_UNSAFE, "shared_preload_libraries": ""}) as server:
         migrate(server.superuser_dsn())
         yield server
 
