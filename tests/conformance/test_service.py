@@ -19,6 +19,7 @@ from kms.v1 import crypto_pb2 as cpb
 from kms.v1 import keys_pb2 as kpb
 from tests.conformance.refusals import refusal
 from tests.conformance.requests import create, made
+from tests.conformance.test_workers import eventually, waits_for_a_lock
 from tests.conformance.unread import unread
 from tests.fixtures.server import DEPLOYMENT, Caller, Deployment, RunningServer
 
@@ -116,11 +117,15 @@ def test_a_short_deadline_is_kept(caller: Caller) -> None:
 def test_stopping_lets_calls_in_flight_end_and_takes_no_new_one(deployment: Deployment) -> None:
     with deployment.serving() as server:
         caller = server.caller()
-        made(caller, "ed25519")
-        slow = caller.keys.CreateKey.future(create("rsa", name="slow", size_bits=4096), timeout=20)
-        time.sleep(0.2)
-        server.process.send_signal(signal.SIGTERM)
-        assert slow.result().key.size_bits == 4096
+        key = made(caller, "ed25519")
+        with psycopg.connect(deployment.database.admin_dsn) as admin:
+            # The move waits for the lock of its key, for as long as we like.
+            admin.execute("SELECT FROM cryptography.keys WHERE id = %s FOR UPDATE", (key.id,))
+            slow = caller.keys.DeactivateKey.future(kpb.DeactivateKeyRequest(key="k"), timeout=20)
+            eventually(lambda: waits_for_a_lock(deployment))
+            server.process.send_signal(signal.SIGTERM)
+            eventually(lambda: "draining" in {line["event"] for line in server.log()})
+        assert slow.result().key.state == kpb.KEY_STATE_INACTIVE
         assert server.process.wait(20) == 0
         late = refusal(caller.crypto.Sign, cpb.SignRequest(key="k", message=b"m"))
         assert late.code == grpc.StatusCode.UNAVAILABLE
