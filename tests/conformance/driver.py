@@ -5,7 +5,8 @@ The job comes as JSON on standard input, the outcomes go out as JSON on standard
 
 import asyncio
 import json
-import subprocess
+import os
+import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ from grpc_status import rpc_status
 
 from kms.v1 import crypto_pb2 as cpb
 from kms.v1.crypto_pb2_grpc import CryptoServiceStub
+from tests.fixtures import fork_server
+from tests.fixtures.fork_server import Process
 
 LIMIT_REACHED: Final = "USAGE_LIMIT_REACHED"
 _PAUSE_SECONDS: Final = 0.05
@@ -59,22 +62,30 @@ class Use:
         return self.outcome not in ("OK", LIMIT_REACHED, "STORE_UNAVAILABLE", "HSM_UNAVAILABLE", "STALE")
 
 
-def started(job: Job) -> "subprocess.Popen[str]":
+@dataclass(frozen=True, slots=True)
+class Working:
+    """A process that does a job, and the other end of its standard input and output."""
+
+    process: Process
+    stream: socket.socket
+
+
+def started(job: Job) -> Working:
     """Start a process that does *job*."""
-    command = [sys.executable, "-m", "tests.conformance.driver"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdin is not None
-    process.stdin.write(json.dumps(asdict(job)))
-    process.stdin.close()
-    return process
+    stream, theirs = socket.socketpair()
+    with theirs:
+        process = fork_server.start("tests.conformance.driver", [], os.environ, (theirs.fileno(), theirs.fileno(), 2))
+    stream.sendall(json.dumps(asdict(job)).encode())
+    stream.shutdown(socket.SHUT_WR)
+    return Working(process, stream)
 
 
-def told(process: "subprocess.Popen[str]") -> list[Use]:
+def told(working: Working) -> list[Use]:
     """Wait for the end of a process and return what it has to tell."""
-    assert process.stdout is not None
-    with process:
-        output = process.stdout.read()
-    return [Use(**use) for use in json.loads(output)]
+    with working.stream, working.stream.makefile() as output:
+        uses = [Use(**use) for use in json.load(output)]
+    working.process.wait()
+    return uses
 
 
 async def main(job: Job) -> list[Use]:
