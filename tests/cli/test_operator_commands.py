@@ -31,8 +31,7 @@ def test_a_user_that_is_added_can_call_with_what_was_written(deployment: Deploym
     config_file = Path(found["config_file"])
     with deployment.serving() as server:
         config_file.write_text(config_file.read_text().replace("127.0.0.1:0", server.address))
-        command = [sys.executable, "-m", "kms", "--config", str(config_file), "key", "list", "--json"]
-        listed = subprocess.run(command, env=deployment.environment, capture_output=True, text=True, check=False, timeout=30)
+        listed = deployment.run("--config", str(config_file), "key", "list", "--json")
     assert (listed.returncode, listed.stderr, json.loads(listed.stdout)) == (0, "", {"keys": []})
 
 

