@@ -18,7 +18,13 @@ _RETRY_SECONDS = 1
 def code_of(reason: Reason) -> code_pb2.Code.ValueType:  # noqa: C901 - one flat table; the checker proves it complete
     """Return the `google.rpc.Code` for *reason*."""
     match reason:
-        case Reason.MALFORMED | Reason.DIGEST_LENGTH | Reason.CIPHERTEXT_INVALID | Reason.INCORRECT_KEY:
+        case (
+            Reason.MALFORMED
+            | Reason.DIGEST_LENGTH
+            | Reason.CIPHERTEXT_INVALID
+            | Reason.INCORRECT_KEY
+            | Reason.CERTIFICATE_INVALID
+        ):
             return code_pb2.INVALID_ARGUMENT
         case (
             Reason.WRONG_PURPOSE
@@ -33,11 +39,13 @@ def code_of(reason: Reason) -> code_pb2.Code.ValueType:  # noqa: C901 - one flat
             | Reason.USAGE_LIMIT_REACHED
             | Reason.CUSTODY_UNAVAILABLE
             | Reason.KEK_IN_USE
+            | Reason.CERTIFICATE_REVOKED
+            | Reason.AUTHORITY_INACTIVE
         ):
             return code_pb2.FAILED_PRECONDITION
         case Reason.ENVELOPE_INVALID | Reason.RECORD_INVALID:
             return code_pb2.DATA_LOSS
-        case Reason.KEY_NOT_FOUND | Reason.ROTATION_NOT_FOUND:
+        case Reason.KEY_NOT_FOUND | Reason.ROTATION_NOT_FOUND | Reason.CERTIFICATE_NOT_FOUND | Reason.AUTHORITY_NOT_FOUND:
             return code_pb2.NOT_FOUND
         case Reason.PERMISSION_DENIED:
             return code_pb2.PERMISSION_DENIED
