@@ -31,6 +31,25 @@ CERTIFICATE: Final[Row] = {
     "key_id": OWNER,
     "certificate_type": "x509",
     "certificate_data": "MII",
+    "fingerprint": "00",
+    "profile": "server",
+    "issuance_status": "imported",
+    "tbs_sha256": bytes(32),
+    "record_mac": bytes(32),
+}
+INTENT: Final[Row] = {**CERTIFICATE, "key_id": None, "certificate_data": "", "fingerprint": None, "issuance_status": "intended"}
+AUTHORITY: Final[Row] = {
+    "id": OWNER,
+    "name": "root",
+    "generation": 1,
+    "manager_id": OWNER,
+    "key_id": OWNER,
+    "key_owner_id": OWNER,
+    "status": "pending",
+    "subject": "CN=root",
+    "created_at": "2025-01-01",
+    "version": 1,
+    "record_mac": bytes(32),
 }
 SESSION: Final[Row] = {
     "user_id": OWNER,
@@ -40,6 +59,8 @@ SESSION: Final[Row] = {
 }
 WRAPPING: Final[Row] = {"id": OWNER, "kind": "kek", "generation": 1, "token_serial": "1"}
 PAST, FUTURE = "2020-01-01", "2999-01-01"
+REVOKED: Final[Row] = {"revocation_status": "revoked", "revoked_at": PAST}
+ACTIVE: Final[Row] = {"status": "active", "certificate": b"der", "not_after": FUTURE}
 
 GOOD: Final[list[tuple[str, Row]]] = [
     ("cryptography.keys", AES),
@@ -58,6 +79,11 @@ GOOD: Final[list[tuple[str, Row]]] = [
     ("cryptography.rotation_policies", POLICY),
     ("cryptography.rotation_policies", {**POLICY, "every_seconds": 1, "before_expiry_seconds": 1, "at_usage_percent": 99}),
     ("cryptography.certificates", CERTIFICATE),
+    ("cryptography.certificates", {**CERTIFICATE, "serial_number": "f" * 40}),
+    ("cryptography.certificates", {**CERTIFICATE, "revocation_status": "revoked", "revoked_at": PAST, "revocation_reason": 10}),
+    ("cryptography.certificate_authorities", AUTHORITY),
+    ("cryptography.certificate_authorities", {**AUTHORITY, **ACTIVE}),
+    ("cryptography.certificate_authorities", {**AUTHORITY, **ACTIVE, "status": "superseded", "superseded_at": PAST}),
     ("cryptography.wrapping_keys", WRAPPING),
     ("cryptography.wrapping_keys", {**WRAPPING, "retired_at": PAST, "destroyed_at": PAST}),
 ]
@@ -131,6 +157,34 @@ BAD: Final[list[tuple[str, Row, Row]]] = [
     ("cryptography.rotation_policies", POLICY, {"requests": -1}),
     ("cryptography.certificates", CERTIFICATE, {"certificate_type": "pgp"}),
     ("cryptography.certificates", CERTIFICATE, {"revocation_status": "lost"}),
+    ("cryptography.certificates", CERTIFICATE, {"revocation_status": "revoked"}),
+    ("cryptography.certificates", CERTIFICATE, {"revoked_at": PAST, "revocation_reason": 1}),
+    ("cryptography.certificates", CERTIFICATE, {"revocation_status": "revoked", "revoked_at": PAST}),
+    *(("cryptography.certificates", CERTIFICATE, {**REVOKED, "revocation_reason": reason}) for reason in (-1, 7, 11)),
+    ("cryptography.certificates", CERTIFICATE, {"issuance_status": "lost"}),
+    ("cryptography.certificates", CERTIFICATE, {"issuance_status": "issued"}),
+    ("cryptography.certificates", CERTIFICATE, {"certificate_data": ""}),
+    ("cryptography.certificates", CERTIFICATE, {"fingerprint": None}),
+    ("cryptography.certificates", INTENT, {}),
+    ("cryptography.certificates", INTENT, {"issuance_status": "abandoned"}),
+    ("cryptography.certificates", CERTIFICATE, {"serial_number": "00FF"}),
+    ("cryptography.certificates", CERTIFICATE, {"serial_number": "f" * 41}),
+    ("cryptography.certificates", CERTIFICATE, {"tbs_sha256": b"short"}),
+    ("cryptography.certificates", CERTIFICATE, {"record_mac": b"short"}),
+    ("cryptography.certificates", CERTIFICATE, {"crl_shard": -1}),
+    ("cryptography.certificates", CERTIFICATE, {"version": 0}),
+    *(("cryptography.certificate_authorities", AUTHORITY, Row(name=name)) for name in ("", "Root", "a b", "-a", "a-", "a" * 64)),
+    ("cryptography.certificate_authorities", AUTHORITY, {"generation": 0}),
+    ("cryptography.certificate_authorities", AUTHORITY, {"status": "gone"}),
+    ("cryptography.certificate_authorities", AUTHORITY, {"status": "active"}),
+    ("cryptography.certificate_authorities", AUTHORITY, {"certificate": b"der"}),
+    ("cryptography.certificate_authorities", AUTHORITY, {**ACTIVE, "status": "superseded"}),
+    ("cryptography.certificate_authorities", AUTHORITY, {"path_length": -1}),
+    ("cryptography.certificate_authorities", AUTHORITY, {"path_length": 17}),
+    ("cryptography.certificate_authorities", AUTHORITY, {"crl_shards": -1}),
+    ("cryptography.certificate_authorities", AUTHORITY, {"crl_shards": 65_537}),
+    ("cryptography.certificate_authorities", AUTHORITY, {"version": 0}),
+    ("cryptography.certificate_authorities", AUTHORITY, {"record_mac": b"short"}),
     ("cryptography.wrapping_keys", WRAPPING, {"kind": "other"}),
     ("cryptography.wrapping_keys", WRAPPING, {"generation": 0}),
     ("cryptography.wrapping_keys", WRAPPING, {"destroyed_at": PAST}),
@@ -141,6 +195,10 @@ FOREIGN: Final[list[tuple[str, Row]]] = [
     ("cryptography.key_rotations", {**ROTATION, "user_id": OTHER}),
     ("cryptography.key_rotations", {**ROTATION, "new_key_id": OTHER}),
     ("cryptography.certificates", {**CERTIFICATE, "user_id": OTHER}),
+    ("cryptography.certificates", {**INTENT, "issuer_id": OTHER}),
+    ("cryptography.certificate_authorities", {**AUTHORITY, "key_owner_id": OTHER}),
+    ("cryptography.certificate_authorities", {**AUTHORITY, "manager_id": "00000000-0000-4000-8000-00000000dead"}),
+    ("cryptography.certificate_authorities", {**AUTHORITY, "parent_id": OTHER}),
     ("authentication.user_sessions", {**SESSION, "user_id": "00000000-0000-4000-8000-00000000dead"}),
 ]
 
@@ -220,7 +278,8 @@ ONE_OF_EACH: Final[dict[str, Row]] = {
     "cryptography.keys": {**AES, "id": KEY, "parent_key_id": None, "custody": "RESIDENT", "hsm_key_id": "00ff"},
     "cryptography.key_rotations": {**ROTATION, "id": ONE, "old_key_id": KEY, "new_key_id": None, "initiated_by": OWNER},
     "cryptography.rotation_policies": POLICY,
-    "cryptography.certificates": {**CERTIFICATE, "id": ONE, "key_id": KEY},
+    "cryptography.certificate_authorities": {**AUTHORITY, "id": ONE, "key_id": KEY},
+    "cryptography.certificates": {**INTENT, "id": ONE, "key_id": KEY, "issuer_id": ONE, "serial_number": "1"},
     "cryptography.wrapping_keys": WRAPPING,
     "cryptography.rewrapping": {"id": ONE, "sealing_key_id": OWNER, "slice": 0},
     "cryptography.epochs": EPOCH,
@@ -276,6 +335,8 @@ SECOND: Final[dict[str, Row]] = {
     "cryptography.key_grants": {"key_id": THIRD_KEY},
     "cryptography.key_rotations": {"old_key_id": THIRD_KEY},
     "cryptography.rotation_policies": {"key_name": "second"},
+    "cryptography.certificate_authorities": {"generation": 2},
+    "cryptography.certificates": {"key_id": THIRD_KEY},
     "cryptography.wrapping_keys": {"kind": "sealing"},
     "cryptography.rewrapping": {"slice": 1},
     "cryptography.request_records": {"user_id": OTHER},
