@@ -1,1 +1,1 @@
-"""CertificateService: authorities in the HSM, the certificates that they issue, and what becomes of those."""
+"""Certificates: a certificate authority whose keys stay in the token (RFC 5280)."""

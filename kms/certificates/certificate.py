@@ -165,8 +165,3 @@ def serial_text(serial_number: int) -> str:
 def certificate_not_found() -> KmsError:
     """Return the one answer for a certificate that is not there and for one that the caller does not see."""
     return KmsError(Reason.CERTIFICATE_NOT_FOUND, "you see no such certificate")
-
-
-def certificate_invalid(message: str) -> KmsError:
-    """Return the refusal of a request or a certificate that breaks a rule. *message* says which."""
-    return KmsError(Reason.CERTIFICATE_INVALID, message)

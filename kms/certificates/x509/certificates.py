@@ -135,7 +135,10 @@ def issuer_of(chain: Sequence[bytes]) -> IssuerCertificate:
         constraints = extension_of(certificate.extensions, x509.BasicConstraints)
         if constraints is None or not constraints.ca:
             raise certificate_invalid("chain", "expected certificates of authorities (CA:TRUE)")
-        below = None if path_length is None else path_length - 1
+        is_counted = certificate is not certificates[-1] and not is_self_issued(certificate)
+        below = path_length - 1 if path_length is not None and is_counted else path_length
+        if below is not None and below < 0:
+            raise certificate_invalid("chain", "expected no authority below one whose path length is 0")
         limits = [limit for limit in (below, constraints.path_length) if limit is not None]
         path_length = min(limits, default=None)
     limits_of_names = [extension_of(certificate.extensions, x509.NameConstraints) for certificate in certificates]
@@ -154,6 +157,11 @@ def parse_certificate(der: bytes) -> ParsedCertificate:
         return _parsed(certificate)
     except UNREADABLE:
         raise certificate_invalid("certificate", "expected extensions of RFC 5280 that can be read") from None
+
+
+def is_self_issued(certificate: x509.Certificate) -> bool:
+    """Whether the certificate names its subject as its issuer. Path lengths do not count it (RFC 5280 section 6.1)."""
+    return certificate.subject == certificate.issuer
 
 
 @lru_cache(256)
@@ -207,12 +215,13 @@ def _check(to_certify: ToCertify, key: PublicKey, signer: PublicKey) -> None:
         raise certificate_invalid("validity", "expected a validity within that of the issuer")
     issuer.check_names(to_certify.names)
     if profile.is_ca and issuer.path_length is not None:
-        asked = _path_length(to_certify)
+        asked = path_length_of(to_certify)
         if issuer.path_length < 1 or asked is None or asked >= issuer.path_length:
             raise certificate_invalid("path_length", f"expected less than the {issuer.path_length} of the issuer")
 
 
-def _path_length(to_certify: ToCertify) -> int | None:
+def path_length_of(to_certify: ToCertify) -> int | None:
+    """Return how many authorities may stand below the one that is certified; None is no limit."""
     return to_certify.profile.path_length if to_certify.path_length is None else to_certify.path_length
 
 
@@ -222,7 +231,7 @@ def _extensions(
     """Return the extensions and whether each is critical, as RFC 5280 section 4.2 wants it."""
     profile = to_certify.profile
     extensions: list[tuple[x509.ExtensionType, bool]] = [
-        (x509.BasicConstraints(ca=profile.is_ca, path_length=_path_length(to_certify) if profile.is_ca else None), True),
+        (x509.BasicConstraints(ca=profile.is_ca, path_length=path_length_of(to_certify) if profile.is_ca else None), True),
         (x509_key_usage(profile.key_usage), True),
         (x509.SubjectKeyIdentifier.from_public_key(key), False),
         (_authority_key_id(key, issuer), False),

@@ -7,28 +7,17 @@ from dataclasses import dataclass
 from typing import Final
 
 from cryptography import x509
-from cryptography.x509.oid import ExtensionOID, SignatureAlgorithmOID
+from cryptography.x509.oid import ExtensionOID
 
 from kms.certificates.names import GeneralName, Subject, certificate_invalid
 from kms.certificates.profiles import KeyUsage, Profile, PublicKeyType, Unwanted
 from kms.certificates.x509.extensions import UNREADABLE, extension_of, usages_of
 from kms.certificates.x509.naming import names_of, subject_of
 from kms.certificates.x509.public_keys import check_strong
-from kms.certificates.x509.signing import public_key_of, spki_of, type_of
+from kms.certificates.x509.signing import ALGORITHMS, ALGORITHMS_RULE, public_key_of, spki_of, type_of
 
 REQUEST_BYTES_MAX: Final = 65_536
 
-_ALGORITHMS: Final = frozenset(
-    {
-        SignatureAlgorithmOID.RSA_WITH_SHA256,
-        SignatureAlgorithmOID.RSA_WITH_SHA384,
-        SignatureAlgorithmOID.RSA_WITH_SHA512,
-        SignatureAlgorithmOID.ECDSA_WITH_SHA256,
-        SignatureAlgorithmOID.ECDSA_WITH_SHA384,
-        SignatureAlgorithmOID.ECDSA_WITH_SHA512,
-        SignatureAlgorithmOID.ED25519,
-    }
-)
 _PEM: Final = b"-----BEGIN "
 # The service makes its own key identifier whatever the request says.
 _KNOWN_EXTENSIONS: Final = frozenset(
@@ -89,8 +78,8 @@ def _parsed(csr: x509.CertificateSigningRequest) -> CertificateRequest:
     key = public_key_of(csr.public_key())
     check_strong(key)
     key_type, key_bits = type_of(key)
-    if csr.signature_algorithm_oid not in _ALGORITHMS:
-        raise certificate_invalid("csr", "expected a signature by RSA or ECDSA with SHA-256, SHA-384 or SHA-512, or by Ed25519")
+    if csr.signature_algorithm_oid not in ALGORITHMS:
+        raise certificate_invalid("csr", ALGORITHMS_RULE)
     if not csr.is_signature_valid:
         raise certificate_invalid("csr", "expected a signature by the key that is to be certified")
     extensions = csr.extensions

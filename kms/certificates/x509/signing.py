@@ -20,6 +20,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key, load_pem_public_key
+from cryptography.x509.oid import SignatureAlgorithmOID
 
 from kms.certificates.names import certificate_invalid
 from kms.certificates.profiles import PublicKeyType
@@ -27,6 +28,20 @@ from kms.domain.algorithms import Hash, Scheme, SignatureAlgorithm
 from kms.domain.errors import KmsError, Reason
 
 PublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | rsa.RSAPublicKey
+
+ALGORITHMS: Final = frozenset(
+    {
+        SignatureAlgorithmOID.RSA_WITH_SHA256,
+        SignatureAlgorithmOID.RSA_WITH_SHA384,
+        SignatureAlgorithmOID.RSA_WITH_SHA512,
+        SignatureAlgorithmOID.ECDSA_WITH_SHA256,
+        SignatureAlgorithmOID.ECDSA_WITH_SHA384,
+        SignatureAlgorithmOID.ECDSA_WITH_SHA512,
+        SignatureAlgorithmOID.ED25519,
+    }
+)
+"""How certificates and requests of others may be signed: nothing with SHA-1 or MD5."""
+ALGORITHMS_RULE: Final = "expected a signature by RSA or ECDSA with SHA-256, SHA-384 or SHA-512, or by Ed25519"
 
 _PLACEHOLDER_ECDSA: Final = bytes.fromhex("3006020101020101")  # r = s = 1
 _ED25519_BYTES: Final = 64
