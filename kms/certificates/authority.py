@@ -127,6 +127,10 @@ class Authority:
         """Whether the record lets a user issue certificates of *profile*."""
         return IssuerGrant(user_id, profile) in self.issuers
 
+    def is_open_to(self, user_id: UserId) -> bool:
+        """Whether a user sees the certificates of the authority: its manager and its issuers do."""
+        return user_id == self.manager_id or any(grant.user_id == user_id for grant in self.issuers)
+
     def changed(self, **changes: object) -> "Authority":
         """Return the authority after a change: the next version."""
         return replace(self, version=self.version + 1, **changes)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from uuid import UUID
 from kms.app.ports import Call, Repeat, User
 from kms.certificates.authority import Authority, AuthorityRef
 from kms.certificates.certificate import Certificate, CertificateFilter, CertificatePlace
-from kms.domain.ids import UserId
+from kms.domain.ids import KeyId, UserId
 
 
 class Authorities(Protocol):
@@ -72,6 +72,10 @@ class Certificates(Protocol):
 
     async def find_by_serial(self, issuer_id: UUID, serial_number: int) -> Certificate | None:
         """Return a certificate of an authority for the service itself, or None."""
+        ...
+
+    async def of_key(self, owner_id: UserId, key_id: KeyId) -> Sequence[Certificate]:
+        """Return the certificates of a key for the service itself, the newest first, at most 100."""
         ...
 
     async def page(
