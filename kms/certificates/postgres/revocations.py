@@ -7,10 +7,10 @@ from typing import Final
 from uuid import UUID
 
 import structlog
-from kms.certificates.postgres.certificates import StoredCertificates
 
 from kms.certificates.certificate import Certificate, serial_text
 from kms.certificates.crl import CRL_INTERVAL, Crl
+from kms.certificates.postgres.certificates import StoredCertificates
 from kms.certificates.revocation_ports import NewAnswer, StoredCrl
 from kms.domain.errors import KmsError, Reason
 from kms.store.pool import AS_JOB, Pool
