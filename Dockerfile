@@ -4,7 +4,7 @@ WORKDIR /src
 COPY requirements.lock .
 # Every file that can end up in the image is checked against the lock; then only what the service itself needs is installed.
 RUN pip download --quiet --no-cache-dir --require-hashes --only-binary :all: -r requirements.lock -d /wheels
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY schema schema
 COPY kms kms
 RUN pip wheel --quiet --no-deps --no-index --find-links /wheels -w /wheels . \

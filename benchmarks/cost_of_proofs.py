@@ -28,24 +28,32 @@ _SWITCH: Final = """
 import pathlib, sys, threading
 
 if "serve" in sys.orig_argv:
-    from kms.app import records, repeats
+    from kms.app import records
+    from kms.domain import answers
+    from kms.keys.ledger import counts
     from kms.store import journal_knowledge
 
-    proven, checked, sealed = records.Records.prove_key, journal_knowledge.JournalKnowledge.check, repeats._repeat
+    proven, checked = records.Records.prove_key, journal_knowledge.JournalKnowledge.check
+    used, taken = journal_knowledge.JournalKnowledge.uses, counts.Counts.take_due
+    sealed = answers.RequestSecret.stored
     off = [False]
 
     async def prove(self, row):
         if not off[0]:
             await proven(self, row)
 
-    def check(self, key):
+    def check(self, key, *, uses=0):
         if not off[0]:
-            checked(self, key)
+            checked(self, key, uses=uses)
 
-    def repeat(asked, secret, content):
-        if off[0]:
-            return repeats.Repeat(asked.rpc, asked.request_id, secret.body_mac, bytes(33) + content)
-        return sealed(asked, secret, content)
+    def uses(self, key_id):
+        return 0 if off[0] else used(self, key_id)
+
+    def take_due(self):
+        return [] if off[0] else taken(self)
+
+    def stored(self, answer_id, content):
+        return bytes(33) + answer_id + content if off[0] else sealed(self, answer_id, content)
 
     def follow():
         with (pathlib.Path(__file__).parent / "switch").open("rb", buffering=0) as pipe:
@@ -53,8 +61,8 @@ if "serve" in sys.orig_argv:
                 off[0] = letter == b"0"
 
     records.Records.prove_key = prove
-    journal_knowledge.JournalKnowledge.check = check
-    repeats._repeat = repeat
+    journal_knowledge.JournalKnowledge.check, journal_knowledge.JournalKnowledge.uses = check, uses
+    counts.Counts.take_due, answers.RequestSecret.stored = take_due, stored
     threading.Thread(target=follow, daemon=True).start()
 """
 

@@ -20,6 +20,7 @@ DUE: Final = 200
 UNCONFIRMED: Final = 50
 FORGOTTEN: Final = 1_000
 ROTATIONS_DUE: Final = 100
+ROTATOR_NUMBER: Final = 1
 WORKERS: Final = 2
 _CHUNK: Final = 500_000
 
@@ -33,6 +34,10 @@ SMALL_TABLES: Final = """
     INSERT INTO authentication.users (id, username, email, password_hash, salt)
         SELECT md5('user' || n)::uuid, 'user' || n, 'user' || n || '@example.org', '!', '!'
         FROM generate_series(0, %(users)s - 1) AS n;
+"""
+ROTATOR: Final = """
+    INSERT INTO authentication.user_roles (user_id, role_id)
+        SELECT %(rotator)s, id FROM authentication.roles WHERE name = 'rotator'
 """
 LEDGER_WRITERS: Final = """
     INSERT INTO cryptography.ledger_writers (writer_id, batch, written_at)
@@ -159,6 +164,7 @@ def generate(dsn: str, size: Size) -> None:
     """Migrate the empty database of *dsn* and fill it: indexes in place, triggers off, statistics and visibility at the end."""
     migrate(dsn)
     _send(dsn, SMALL_TABLES, {"users": size.users})
+    _send(dsn, ROTATOR, {"rotator": user_id(ROTATOR_NUMBER)})
     _send(dsn, LEDGER_WRITERS, {})
     _send(dsn, FIRST_EPOCH, {})
     wanted = {

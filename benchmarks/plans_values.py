@@ -13,11 +13,12 @@ from uuid import UUID, uuid4
 
 from psycopg.types.json import Jsonb
 
-from benchmarks.plans_rows import DUE, UNCONFIRMED, Size, certificate_id, key_id, key_name, rotation_id, user_id
+from benchmarks.plans_rows import DUE, ROTATOR_NUMBER, UNCONFIRMED, Size, certificate_id, key_id, key_name, rotation_id, user_id
 from kms.store.keys import WALKED_MAX
 from kms.store.trail import SCANNED_MAX
 
 _USABLE_FROM: Final = 1 + max(DUE, UNCONFIRMED)
+_A_DAY: Final = timedelta(days=1)
 _AHEAD: Final = timedelta(milliseconds=20)  # a move waits for its moment, so this is in its time
 _PEM: Final = "-----BEGIN PUBLIC KEY-----\n" + "A" * 124
 
@@ -208,6 +209,28 @@ def _rotations(*, of_the_many: bool, status: str | None = None) -> Make:
     return make
 
 
+def _all_rotations(size: Size) -> Sending:
+    parameters = {"created_at": None, "id": None, "status": None, "limit": 51, "key": key_id(a_key(size))}
+    return Sending(user_id(ROTATOR_NUMBER), parameters)
+
+
+def _claim_slice(_: Size) -> Sending:
+    parameters = {"worker": uuid4(), "items_max": 1, "lease_seconds": 30.0, "item": None, "leavable": [uuid4()]}
+    return Sending(None, parameters, role="job_runner")
+
+
+def _store_rewrapped(size: Size) -> Sending:
+    parameters = {"item": uuid4(), "worker": uuid4(), "claim": 1, "keys": [key_id(a_key(size))], "before": ["a"], "after": ["b"]}
+    return Sending(None, parameters, role="job_runner")
+
+
+def _uses(size: Size) -> Sending:
+    number = a_key(size)
+    parameters = {"keys": [key_id(number)], "superseded": [datetime.now(UTC) - _A_DAY], "since": None}
+    parameters |= {"window": _A_DAY, "scanned_max": SCANNED_MAX}
+    return Sending(size.owner(number), parameters)
+
+
 _KEY_SUBJECTS: Final = _replay(key_id, lambda size: size.keys)
 CASES: Final[Mapping[str, Mapping[str, Make]]] = {
     "batches.SETTLE": {"1 use": _settle(1), "64 uses": _settle(64)},
@@ -250,6 +273,8 @@ CASES: Final[Mapping[str, Mapping[str, Make]]] = {
     "pool.ACT_AS": {"": lambda size: Sending(None, ["authenticated_users", str(size.owner(a_key(size)))])},
     "keys.PREDECESSORS": {"": lambda size: Sending(user_id(0), {"caller": user_id(0), "name": key_name(a_key(size))})},
     "refusals.RECORD": {"100 refusals": _refusals},
+    "rotation.envelopes.CLAIM": {"": _claim_slice},
+    "rotation.envelopes.STORE": {"": _store_rewrapped},
     "rotation.leases.CLAIM": {"4 of 100 that are due": _claim, "one": _claim_one},
     "rotation.postgres.FIND": {"": _rotation},
     "rotation.postgres.PAGE": {
@@ -258,8 +283,11 @@ CASES: Final[Mapping[str, Mapping[str, Make]]] = {
         "the user of a tenth, failed": _rotations(of_the_many=True, status="failed"),
         "the user of a tenth, a status that none has": _rotations(of_the_many=True, status="in_progress"),
     },
+    "rotation.postgres.PAGE_OF_ALL": {"a rotator": _all_rotations},
+    "rotation.postgres.PAGE_OF_ANY_KEY": {"a rotator": _all_rotations},
     "rotation.postgres.PAGE_OF_KEY": {"": _rotations(of_the_many=False)},
     "rotation.postgres.REQUEST": {"": _ask_for_rotation},
+    "rotation.usage_postgres.USES": {"": _uses},
     "repeats.FIND": {"": _answer},
     "migrate.AS_ROLE": {"": _fixed(role="postgres")},
     "migrate.RECORD": {"": _fixed(version="V9999", description="", script_name="", checksum="")},

@@ -23,6 +23,8 @@ from kms.domain.ids import KeyId, UserId, parse_uuid
 NAME_CHARACTERS_MAX: Final = 63
 _NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _GENERATION: Final = re.compile(r"[1-9][0-9]{0,8}")
+_BASE_URL: Final = re.compile(r"http://([a-z0-9.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?(/[A-Za-z0-9._~-]+)*")
+_BASE_URL_CHARACTERS_MAX: Final = 200
 _UUID: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 
@@ -152,6 +154,18 @@ def parse_authority_name(text: str, *, field: str = "name") -> str:
     """Return *text* as the name of an authority, or raise MALFORMED."""
     if not _NAME.fullmatch(text) or _UUID.fullmatch(text):
         raise malformed(field, "expected 1 to 63 of a-z 0-9 -, neither beginning nor ending with -, and not a UUID")
+    return text
+
+
+def parse_base_url(text: str, *, field: str = "base_url") -> str:
+    """Return *text* as the address under which an authority publishes, empty for none, or raise MALFORMED.
+
+    Only plain HTTP: whoever verifies a certificate would need another one to fetch over TLS (RFC 5280 section 8).
+    """
+    if text and (len(text) > _BASE_URL_CHARACTERS_MAX or not _BASE_URL.fullmatch(text)):
+        raise malformed(
+            field, f"expected http://HOST[:PORT][/PATH], at most {_BASE_URL_CHARACTERS_MAX} characters, without / at the end"
+        )
     return text
 
 

@@ -64,6 +64,7 @@ from kms.store.wrapping import StoredWrappingKeys
 from kms.telemetry import Spans, Telemetry
 from kms.wiring import collection
 from kms.wiring.audit import seal_seconds, trail_sealer, verifying
+from kms.wiring.certificates import CertificateParts, certificate_parts
 from kms.wiring.condition import Condition, SealWatch
 from kms.wiring.control import Report
 from kms.wiring.descriptors import raise_descriptor_limit
@@ -179,6 +180,7 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         moves = telemetry.observed(_lifecycle(pool, records, journal, knowledge), "store", "move", of="lifecycle.")
         lifecycle = ForgettingLifecycle(moves, keys)
         rotation = await stack.enter_async_context(rotation_parts(pool, records, hsm, master_keys, keys, journal, knowledge))
+        certificates = certificate_parts(config, pool, records, journal, knowledge)
         runner = JobRunner(AdvisoryLocks(connection_settings(dsn)))
         history, probe, pulse = HistoryWatch(), DatabaseProbe(pool), Pulse()
         sealer = trail_sealer(config, dsn, pool, records, hsm, history, partial(runner.note_success, CHECKPOINTS))
@@ -190,7 +192,9 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         )
         is_first = supervised is None or supervised.number == 1
         uses = await stack.enter_async_context(_told_uses(journal, keys.counts))
-        parts = JobParts(pool, stored_keys, hsm, lifecycle, journal, uses, disk, probe, condition, sealer, rotation, is_first)
+        parts = JobParts(
+            pool, stored_keys, hsm, lifecycle, journal, uses, disk, probe, condition, sealer, rotation, certificates, is_first
+        )
         await stack.enter_async_context(runner.running(*upkeep_jobs(parts)))
         await stack.enter_async_context(seen(seen_on, telemetry, condition, pulse))
         connections = Connections(connection_limits(server_config))
@@ -204,6 +208,7 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
             ForgettingLedger(settled, keys, users),
             lifecycle,
             rotation,
+            certificates,
             identity,
             telemetry,
             connections,
@@ -235,6 +240,7 @@ def _server(
     ledger: Ledger,
     lifecycle: Lifecycle,
     rotation: RotationParts,
+    certificates: CertificateParts,
     identity: ClientIdentity,
     telemetry: Telemetry,
     connections: Connections,
@@ -248,12 +254,13 @@ def _server(
     settling = Settling(ledger, access)
     repeats = Repeats(keys, hsm, settling, counts)
     signing, encryption = Signing(keys, hsm, public_keys), Encryption(keys, hsm, public_keys)
+    uses = ChargedUses(signing, encryption, settling, repeats, run_batch)
     scheduling = Scheduling(keys, rotation.policies, rotation.rotations)
     edge = Edge(identity, access, ledger, telemetry, connections, call_limits(config))
     return Server(
         edge,
         KeyServicer(Keyring(keys, hsm, uninterrupted), Moving(keys, lifecycle), repeats, partial(add_schedule, scheduling)),
-        CryptoServicer(ChargedUses(signing, encryption, settling, repeats, run_batch)),
+        CryptoServicer(uses),
         AuditServicer(auditing),
         AdminServicer(Administration(reports)),
         RotationServicer(
@@ -269,6 +276,7 @@ def _server(
             scheduling,
             LineageUsage(keys, rotation.uses),
         ),
+        certificates.servicer(access, Keyring(keys, hsm, uninterrupted), uses, repeats),
         transport=transport_limits(config),
         faults=lambda: reports.condition.faults,
         shares_port=shares_port,
