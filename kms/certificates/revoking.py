@@ -4,6 +4,7 @@ the record and the line of the journal ──► the answer does not leave befor
                                        ──► the next CRL (where it fails, a job makes it)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
@@ -13,7 +14,7 @@ import structlog
 from kms.app.ports import Call, User
 from kms.certificates.authority import Authority, AuthorityRef
 from kms.certificates.certificate import Certificate, Issuance, Revocation, RevocationReason, certificate_not_found
-from kms.certificates.crls import CrlPublishing
+from kms.certificates.crls import CrlPublishing, SignedCrl
 from kms.certificates.ports import Authorities, Certificates
 from kms.domain.errors import KmsError, Reason, malformed
 from kms.domain.permissions import Permission
@@ -50,6 +51,15 @@ class Revoking:
                 await self._publish(authority, revoked)
                 return revoked
         raise KmsError(Reason.STALE, "the certificate is changed all the time: nothing was changed")
+
+    async def newest_crl(self, authority: Authority, shard: int) -> SignedCrl:
+        """Return the newest CRL of a shard; the first is made now. Raises what `CrlPublishing.publish` raises."""
+        return await self.publishing.current(authority, shard) or await self.publishing.publish(authority, shard)
+
+    async def publish(self, authority: Authority) -> Sequence[SignedCrl]:
+        """Make new CRLs of an authority, one for each shard. Raises what `CrlPublishing.publish` raises."""
+        shards = range(authority.crl_shards + 1)
+        return [await self.publishing.publish(authority, shard, even_unchanged=True) for shard in shards]
 
     async def _issuer_of(self, certificate: Certificate) -> Authority:
         if certificate.issuer_id is None or certificate.issuance is not Issuance.ISSUED:
