@@ -171,9 +171,15 @@ CREATE FUNCTION cryptography.record_certificate_event(
 ) RETURNS VOID
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp
 AS $$
+DECLARE
+    address INET;
 BEGIN
+    -- Not in one expression: the planner would convert an empty peer, which the service itself has, before it looks at the condition.
+    IF pg_input_is_valid(peer, 'inet') THEN
+        address := peer;
+    END IF;
     PERFORM audit.record_security_event(
-        event, severity, NULL, CASE WHEN pg_input_is_valid(peer, 'inet') THEN peer::INET END, NULL, kind, subject, event, 'success',
+        event, severity, NULL, address, NULL, kind, subject, event, 'success',
         30, details || jsonb_build_object('request_id', request_id)
     );
 END;

@@ -19,9 +19,12 @@ from kms.certificates.authority import (
 )
 from kms.certificates.certificate import Certificate, CertificatePlace, Issuance, serial_text
 from kms.certificates.constraints import parse_constraints
+from kms.certificates.crl import parse_reason
+from kms.certificates.crls import SignedCrl
 from kms.certificates.issuing import CertificateWish, Issued, Issuing
 from kms.certificates.names import EMPTY, Subject, parse_names, parse_subject_text
 from kms.certificates.own_keys import OwnKeys
+from kms.certificates.revoking import Revoking
 from kms.domain.algorithms import KeyType, Purpose, key_spec
 from kms.domain.errors import KmsError, malformed
 from kms.domain.fields import open_token, parse_number, parse_optional_number, token_of
@@ -50,6 +53,7 @@ class CertificateServicer:
     managing: ManagingAuthorities
     issuing: Issuing
     own_keys: OwnKeys
+    revoking: Revoking
 
     async def CreateCertificateAuthority(
         self, request: pb.CreateCertificateAuthorityRequest, call: Call
@@ -159,16 +163,22 @@ class CertificateServicer:
         return pb.ListCertificatesResponse(certificates=listed, next_page_token=token)
 
     async def RevokeCertificate(self, request: pb.RevokeCertificateRequest, call: Call) -> pb.RevokeCertificateResponse:
-        """To come with the branch `revoking`."""
-        raise NotImplementedError
+        """Revoke a certificate."""
+        certificate_id = parse_uuid(request.certificate_id, field="certificate_id")
+        revoked = await self.revoking.revoke(call, certificate_id, parse_reason(request.reason))
+        return pb.RevokeCertificateResponse(certificate=wire_certificate(revoked, await self.issuing.now()))
 
     async def GetCrl(self, request: pb.GetCrlRequest, call: Call) -> pb.GetCrlResponse:
-        """To come with the branch `revoking`."""
-        raise NotImplementedError
+        """Return the newest CRL."""
+        authority = await self.managing.require(parse_authority_ref(request.authority))
+        shard = parse_number(request.shard, field="shard", most=authority.crl_shards)
+        return pb.GetCrlResponse(crl=_wire_crl(authority, shard, await self.revoking.newest_crl(authority, shard)))
 
     async def PublishCrl(self, request: pb.PublishCrlRequest, call: Call) -> pb.PublishCrlResponse:
-        """To come with the branch `revoking`."""
-        raise NotImplementedError
+        """Sign new CRLs."""
+        authority = await self.managing.managed(call.user, parse_authority_ref(request.authority))
+        made = await self.revoking.publish(authority)
+        return pb.PublishCrlResponse(crls=[_wire_crl(authority, shard, crl) for shard, crl in enumerate(made)])
 
     async def _wire(self, authority: Authority, call: Call) -> pb.CertificateAuthority:
         wire = wire_authority(authority, call.user.user_id)
@@ -227,6 +237,17 @@ def wire_certificate(certificate: Certificate, now: datetime) -> pb.Certificate:
         revocation_reason=0 if revocation is None else revocation.reason.value,  # type: ignore[arg-type]  # the same numbers
         superseded_at=convert.stamp(certificate.superseded_at),
         replaces="" if certificate.replaces is None else str(certificate.replaces),
+    )
+
+
+def _wire_crl(authority: Authority, shard: int, signed: SignedCrl) -> pb.Crl:
+    return pb.Crl(
+        authority_id=str(authority.authority_id),
+        shard=shard,
+        number=signed.crl.number,
+        crl=signed.der,
+        this_update=convert.stamp(signed.crl.this_update),
+        next_update=convert.stamp(signed.crl.next_update),
     )
 
 

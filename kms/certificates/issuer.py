@@ -77,6 +77,13 @@ class Issuer:
         """Have *authority*, which has a certificate, certify the key of another generation. Raises what `issue` raises."""
         return await self._signed(call, authority, draft, await self.certificates.now(), None, is_self=False)
 
+    async def issue_to_responder(self, authority: Authority, draft: Draft) -> Certificate:
+        """Issue the certificate of the signer of OCSP answers: of an authority that is superseded or disabled, too.
+
+        Raises what `issue` raises.
+        """
+        return await self._signed(None, authority, draft, await self.certificates.now(), None, is_self=False)
+
     async def _signed(
         self, call: Call | None, authority: Authority, draft: Draft, now: datetime, keep: Keep | None, *, is_self: bool
     ) -> Certificate:

@@ -49,6 +49,7 @@ _MANAGES_AUTHORITIES: Final = frozenset(
         "ImportAuthorityCertificate",
         "UpdateCertificateAuthority",
         "RotateCertificateAuthority",
+        "PublishCrl",
     )
 )
 

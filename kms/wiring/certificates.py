@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from kms.app.access import Access
-from kms.app.keyring import Keyring
 from kms.app.records import Records
 from kms.certificates.authorities import ManagingAuthorities
 from kms.certificates.certificate_service import CertificateServicer
@@ -17,12 +15,12 @@ from kms.certificates.profiles import BUILT_IN
 from kms.certificates.service_keys import ServiceKeys
 from kms.config import Config
 from kms.jobs.job import Job
-from kms.keys.crypto.charged import ChargedUses
-from kms.keys.ledger.repeats import Repeats
 from kms.store.journal import Journal
 from kms.store.journal_knowledge import JournalKnowledge
 from kms.store.pool import Pool
 from kms.store.users import StoredUsers
+from kms.wiring.key_uses import KeyUses
+from kms.wiring.revocation import RevocationParts, revocation_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,32 +29,33 @@ class CertificateParts:
 
     authorities: StoredAuthorities
     certificates: StoredCertificates
-    users: StoredUsers
+    keys: ServiceKeys
+    issuer: Issuer
+    revocation: RevocationParts
     deployment: str
 
     def jobs(self) -> list[Job]:
         """Return the jobs of each worker."""
-        return [abandoning_job(self.certificates)]
+        return [abandoning_job(self.certificates), *self.revocation.jobs()]
 
-    def servicer(self, access: Access, keyring: Keyring, uses: ChargedUses, repeats: Repeats) -> CertificateServicer:
+    def servicer(self, uses: KeyUses) -> CertificateServicer:
         """Return the servicer of CertificateService."""
-        keys = ServiceKeys(self.users, access, keyring, uses)
-        random = keyring.hsm.random
-        issuer = Issuer(self.certificates, keys, random)
+        authorities, certificates, issuer = self.authorities, self.certificates, self.issuer
         return CertificateServicer(
-            ManagingAuthorities(self.authorities, self.certificates, keys, issuer, BUILT_IN),
-            Issuing(self.authorities, self.certificates, issuer, keyring.keys, repeats, BUILT_IN, self.deployment),
-            OwnKeys(keyring.keys, uses, self.certificates, random),
+            ManagingAuthorities(authorities, certificates, self.keys, issuer, BUILT_IN),
+            Issuing(authorities, certificates, issuer, uses.keys, uses.repeats, BUILT_IN, self.deployment),
+            OwnKeys(uses.keys, uses.charged, certificates, uses.hsm.random),
+            self.revocation.revoking,
         )
 
 
 def certificate_parts(
-    config: Config, pool: Pool, records: Records, journal: Journal | None, knowledge: JournalKnowledge | None
+    config: Config, pool: Pool, records: Records, uses: KeyUses, journal: Journal | None, knowledge: JournalKnowledge | None
 ) -> CertificateParts:
     """Return the parts, as `kms serve` has them."""
-    return CertificateParts(
-        StoredAuthorities(pool, records, knowledge, journal),
-        StoredCertificates(pool, records, knowledge, journal),
-        StoredUsers(pool),
-        config.deployment_id,
-    )
+    authorities = StoredAuthorities(pool, records, knowledge, journal)
+    certificates = StoredCertificates(pool, records, knowledge, journal)
+    keys = ServiceKeys(StoredUsers(pool), uses.access, uses.keyring, uses.charged)
+    issuer = Issuer(certificates, keys, uses.hsm.random)
+    revocation = revocation_parts(config.publishing, pool, authorities, certificates, keys, issuer, knowledge)
+    return CertificateParts(authorities, certificates, keys, issuer, revocation, config.deployment_id)

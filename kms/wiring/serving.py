@@ -7,38 +7,29 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 import structlog
 import uvloop
 
-from kms.app.access import Access
 from kms.app.auditing import Auditing
-from kms.app.keyring import Keyring
 from kms.app.moving import Moving
-from kms.app.ports import Keys, Ledger, Lifecycle, Users
+from kms.app.ports import Ledger, Lifecycle
 from kms.app.records import Records
 from kms.app.status import Administration
 from kms.config import Config, ServerConfig, needed
 from kms.hsm.token_hsm import HsmStatus, TokenHsm, open_hsm
-from kms.hsm.uninterrupted import uninterrupted
 from kms.jobs.postgres import AdvisoryLocks
 from kms.jobs.runner import JobRunner
-from kms.keys.crypto.charged import ChargedUses
-from kms.keys.crypto.encryption import Encryption
-from kms.keys.crypto.signing import Signing
 from kms.keys.ledger.counts import Counts
-from kms.keys.ledger.repeats import Repeats
-from kms.keys.ledger.settling import Settling
 from kms.pki.client_identity import ClientIdentity, host_clock
-from kms.pki.public_keys import PublicKeyOperations
 from kms.rotation.rotating import Rotating
 from kms.rotation.rotation_service import RotationServicer, add_schedule
 from kms.rotation.scheduling import Scheduling
 from kms.rotation.usage import LineageUsage
 from kms.rpc.admin import AdminServicer
 from kms.rpc.audit import AuditServicer
-from kms.rpc.batches import run_batch
 from kms.rpc.connections import Connections
 from kms.rpc.crypto import CryptoServicer
 from kms.rpc.edge import Edge
@@ -69,11 +60,13 @@ from kms.wiring.condition import Condition, SealWatch
 from kms.wiring.control import Report
 from kms.wiring.descriptors import raise_descriptor_limit
 from kms.wiring.jobs import CHECKPOINTS, JobParts, serving_jobs, upkeep_jobs
+from kms.wiring.key_uses import KeyUses, key_uses
 from kms.wiring.limits import call_limits, connection_limits, transport_limits
 from kms.wiring.log import configure_log
 from kms.wiring.memory import open_journal, was_served
 from kms.wiring.parts import database_dsn, hsm_settings, ready_pool
 from kms.wiring.reports import ProcessReports
+from kms.wiring.revocation import publishing
 from kms.wiring.rotation import RotationParts, rotation_parts
 from kms.wiring.seen import Pulse, seen
 from kms.wiring.supervised import Stopping, Supervised
@@ -148,8 +141,7 @@ async def _drain(server: Server, stopping: Stopping, seconds: float) -> None:
 async def running(config: Config, supervised: Supervised | None = None) -> AsyncIterator[Service]:
     """Serve within the block, alone or as one of several workers. Leaving it gives up what is still in flight."""
     server_config = needed(config.server)
-    alone_on = config.metrics.listen if config.metrics else None
-    seen_on = supervised.metrics if supervised else alone_on
+    seen_on = _seen_on(config, supervised)
     tls = TlsFiles(server_config.tls_cert_file, server_config.tls_key_file, server_config.client_ca_file)
     check_pair(tls)
     identity = ClientIdentity(
@@ -173,14 +165,15 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
             open_ledger(dsn, pool, settled=telemetry.settled, records_strangers=disk.has_room_for_strangers)
         )
         journal = open_journal(config, *epoch)
-        knowledge = None if journal is None else JournalKnowledge(journal.path)
-        if knowledge is not None:
-            await asyncio.to_thread(knowledge.follow)
+        knowledge = await _knowledge(journal)
         known_keys = keys if knowledge is None else KnownKeys(keys, knowledge)
         moves = telemetry.observed(_lifecycle(pool, records, journal, knowledge), "store", "move", of="lifecycle.")
         lifecycle = ForgettingLifecycle(moves, keys)
         rotation = await stack.enter_async_context(rotation_parts(pool, records, hsm, master_keys, keys, journal, knowledge))
-        certificates = certificate_parts(config, pool, records, journal, knowledge)
+        settled = telemetry.observed(ledger, "store", "settle", "earlier", of="ledger.")
+        observed = telemetry.observed(hsm, "hsm", *HSM_OPERATIONS)
+        uses = key_uses(known_keys, users, observed, ForgettingLedger(settled, keys, users), keys.counts)
+        certificates = certificate_parts(config, pool, records, uses, journal, knowledge)
         runner = JobRunner(AdvisoryLocks(connection_settings(dsn)))
         history, probe, pulse = HistoryWatch(), DatabaseProbe(pool), Pulse()
         sealer = trail_sealer(config, dsn, pool, records, hsm, history, partial(runner.note_success, CHECKPOINTS))
@@ -191,21 +184,17 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
             hsm, ledger, pool, records, disk, probe.answers, caches, watch, history, advice, jobs=runner.statuses
         )
         is_first = supervised is None or supervised.number == 1
-        uses = await stack.enter_async_context(_told_uses(journal, keys.counts))
+        told = await stack.enter_async_context(_told_uses(journal, keys.counts))
         parts = JobParts(
-            pool, stored_keys, hsm, lifecycle, journal, uses, disk, probe, condition, sealer, rotation, certificates, is_first
+            pool, stored_keys, hsm, lifecycle, journal, told, disk, probe, condition, sealer, rotation, certificates, is_first
         )
         await stack.enter_async_context(runner.running(*upkeep_jobs(parts)))
         await stack.enter_async_context(seen(seen_on, telemetry, condition, pulse))
         connections = Connections(connection_limits(server_config))
-        settled = telemetry.observed(ledger, "store", "settle", "earlier", of="ledger.")
         server = _server(
             Auditing(StoredTrail(pool), verifying(config, pool, records)),
-            known_keys,
-            keys.counts,
-            users,
-            hsm,
-            ForgettingLedger(settled, keys, users),
+            uses,
+            ledger,
             lifecycle,
             rotation,
             certificates,
@@ -216,10 +205,28 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
             ProcessReports(condition, config.deployment_id, config.mode, supervised.number if supervised else 0),
             shares_port=supervised is not None,
         )
+        await stack.enter_async_context(
+            publishing(config.publishing, certificates.revocation.publications, shares_port=supervised is not None)
+        )
         port = await server.start(server_config.listen, tls)
         stack.push_async_callback(server.stop, 0)
         await stack.enter_async_context(runner.running(*serving_jobs(server, connections, port, pulse)))
         yield Service(port, hsm, server, condition)
+
+
+def _seen_on(config: Config, supervised: Supervised | None) -> str | Path | None:
+    """Return where metrics and readiness are seen: of a worker its supervisor says where."""
+    if supervised is not None:
+        return supervised.metrics
+    return config.metrics.listen if config.metrics else None
+
+
+async def _knowledge(journal: Journal | None) -> JournalKnowledge | None:
+    """Return what is known by *journal*, read once from its beginning."""
+    knowledge = None if journal is None else JournalKnowledge(journal.path)
+    if knowledge is not None:
+        await asyncio.to_thread(knowledge.follow)
+    return knowledge
 
 
 def _tracing(config: Config) -> AbstractContextManager[Spans | None]:
@@ -233,10 +240,7 @@ def _tracing(config: Config) -> AbstractContextManager[Spans | None]:
 
 def _server(
     auditing: Auditing,
-    keys: Keys,
-    counts: Counts,
-    users: Users,
-    hsm: TokenHsm,
+    uses: KeyUses,
     ledger: Ledger,
     lifecycle: Lifecycle,
     rotation: RotationParts,
@@ -249,26 +253,21 @@ def _server(
     *,
     shares_port: bool,
 ) -> Server:
-    access, public_keys = Access(users), PublicKeyOperations()
-    hsm = telemetry.observed(hsm, "hsm", *HSM_OPERATIONS)
-    settling = Settling(ledger, access)
-    repeats = Repeats(keys, hsm, settling, counts)
-    signing, encryption = Signing(keys, hsm, public_keys), Encryption(keys, hsm, public_keys)
-    uses = ChargedUses(signing, encryption, settling, repeats, run_batch)
+    keys = uses.keys
     scheduling = Scheduling(keys, rotation.policies, rotation.rotations)
-    edge = Edge(identity, access, ledger, telemetry, connections, call_limits(config))
+    edge = Edge(identity, uses.access, ledger, telemetry, connections, call_limits(config))
     return Server(
         edge,
-        KeyServicer(Keyring(keys, hsm, uninterrupted), Moving(keys, lifecycle), repeats, partial(add_schedule, scheduling)),
-        CryptoServicer(uses),
+        KeyServicer(uses.keyring, Moving(keys, lifecycle), uses.repeats, partial(add_schedule, scheduling)),
+        CryptoServicer(uses.charged),
         AuditServicer(auditing),
         AdminServicer(Administration(reports)),
         RotationServicer(
             Rotating(
                 keys,
-                hsm,
+                uses.hsm,
                 rotation.rotations,
-                repeats,
+                uses.repeats,
                 rotation.worker.do_item,
                 partial(asyncio.sleep, _ROTATION_LOOK_SECONDS),
                 partial(asyncio.sleep, _WATCH_SECONDS),
@@ -276,7 +275,7 @@ def _server(
             scheduling,
             LineageUsage(keys, rotation.uses),
         ),
-        certificates.servicer(access, Keyring(keys, hsm, uninterrupted), uses, repeats),
+        certificates.servicer(uses),
         transport=transport_limits(config),
         faults=lambda: reports.condition.faults,
         shares_port=shares_port,

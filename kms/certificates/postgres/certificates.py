@@ -30,7 +30,7 @@ from kms.certificates.postgres.rows import OF_NOBODY, json_bytes, json_moment, m
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId, UserId
 from kms.domain.key_row import record_invalid
-from kms.store.journal import Event, Journal, Line
+from kms.store.journal import Journal, JournaledCertificate, revoked_line
 from kms.store.journal_knowledge import JournalKnowledge
 from kms.store.journaled import write_line
 from kms.store.keys import keep_answer
@@ -184,10 +184,8 @@ class StoredCertificates:
             **_of(call),
         }
         is_done = await self._is_done(call, REVOKE, parameters)
-        if is_done and self.journal is not None and certificate.revocation is not None:
-            reason = certificate.revocation.reason.name.lower()
-            line = Line(Event.CERTIFICATE_REVOKED, certificate.certificate_id, certificate.revocation.at, reason)
-            await write_line(self.journal, line)
+        if is_done and self.journal is not None:
+            await write_line(self.journal, revoked_line(certificate.certificate_id, _journaled(certificate)))
         return is_done
 
     async def supersede(self, call: Call | None, certificate: Certificate) -> bool:
@@ -282,6 +280,20 @@ def _revocation(certificate: Certificate) -> dict[str, object]:
     revocation = certificate.revocation
     assert revocation is not None  # noqa: S101  # what is stored is a revocation
     return {"id": certificate.certificate_id, "reason": int(revocation.reason), "moment": revocation.at}
+
+
+def _journaled(certificate: Certificate) -> JournaledCertificate:
+    """Return what the journal has of a certificate of an authority that is revoked."""
+    if certificate.issuer_id is None or certificate.revocation is None:
+        raise AssertionError("what is stored is a revocation by an authority")
+    return JournaledCertificate(
+        issuer_id=certificate.issuer_id,
+        serial_number=certificate.serial_number,
+        shard=certificate.crl_shard,
+        reason=int(certificate.revocation.reason),
+        expires_at=certificate.not_after,
+        revoked_at=certificate.revocation.at,
+    )
 
 
 def _certificate(row: DictRow) -> Certificate:
