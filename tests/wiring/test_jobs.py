@@ -23,7 +23,8 @@ def jobs(parts: Mapping[str, object]) -> list[Job]:
     working = cast(Any, SimpleNamespace(do_due=None, ask_for_due=None))
     master_keys, rewrapping = MasterKeys(absent, absent, needs_copy=False), rewrapping_job(absent, absent)
     rotation = RotationParts(absent, absent, working, working, absent, master_keys, rewrapping)
-    certificates = CertificateParts(absent, absent, absent, "test")
+    revoking = cast(Any, SimpleNamespace(jobs=list))
+    certificates = CertificateParts(absent, absent, absent, absent, revoking, "test")
     fields = {**dict.fromkeys(JobParts.__dataclass_fields__, absent), "rotation": rotation, "certificates": certificates}
     return upkeep_jobs(JobParts(**{**fields, **parts}))
 
