@@ -200,11 +200,9 @@ class ManagingAuthorities:
     async def _parent(self, caller: User, ref: AuthorityRef) -> Authority:
         parent = await self.require(ref)
         check_active(parent, await self.certificates.now())
-        if Permission.CERTS_ISSUE not in caller.permissions:
-            raise permission_denied(Permission.CERTS_ISSUE)
         if not parent.issues(caller.user_id, INTERMEDIATE.name):
             message = f"the manager of the authority {parent.name} has not let you issue certificates of profile intermediate"
-            raise KmsError(Reason.PERMISSION_DENIED, message, permission=Permission.CERTS_ISSUE)
+            raise KmsError(Reason.PERMISSION_DENIED, message, permission=Permission.CERTS_MANAGE)
         return parent
 
     async def _make(

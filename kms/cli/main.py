@@ -10,6 +10,8 @@ import typer
 
 from kms.cli import (
     audit,
+    authorities,
+    certificates,
     crypto,
     database,
     events,
@@ -59,7 +61,7 @@ def _global(
     ctx.obj = Invocation(config_file, as_json)
 
 
-for _part in (service, database, partitions, hsm, kek, records, users, crypto, reencryption, status):
+for _part in (service, database, partitions, hsm, kek, records, users, crypto, reencryption, status, authorities, certificates):
     _part.register(app)
 _keys = keys.register(app)
 moves.register(_keys)

@@ -40,6 +40,8 @@ def test_the_command_has_what_the_readme_names() -> None:
         *("key rotation", "rotation pause", "rotation resume", "rotation watch", "rotation retry"),
         *("key create", "key list", "key show", "key public", "sign", "verify", "encrypt", "decrypt", "reencrypt", "datakey"),
         "random",
+        *("ca create", "ca list", "ca show", "ca export", "ca import", "ca rotate", "ca allow", "ca disable", "ca hand-over"),
+        *("cert issue", "cert request", "cert import", "cert list", "cert show", "cert renew"),
         *("key activate", "key deactivate", "key reactivate", "key revoke", "key compromise"),
         *("key destroy", "key cancel-destruction", "key update"),
         *("backup", "restore", "epoch show", "epoch begin", "epoch continue", "epoch confirm"),
