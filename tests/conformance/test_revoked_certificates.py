@@ -156,7 +156,7 @@ def test_an_authority_over_mtls_shuts_a_revoked_client_out(shop: Platform, tmp_p
         pkcs8 = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
         (tmp_path / f"{name}.key").write_bytes(pkcs8)
         profile = "server" if name == "server" else "client"
-        issued = shop.issue(profile, names=given, csr=csr(key=key))
+        issued = shop.issue(profile=profile, names=given, csr=csr(key=key))
         certificates[name] = issued.certificate
         (tmp_path / f"{name}.pem").write_bytes(pem(issued.certificate.certificate))
     _revoke(shop, certificates["revoked"])
