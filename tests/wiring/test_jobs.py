@@ -12,7 +12,6 @@ from kms.store.pool import Pool
 from kms.store.repeats import StoredRepeats
 from kms.wiring.certificates import CertificateParts
 from kms.wiring.jobs import JobParts, forget_answers, upkeep_jobs
-from kms.wiring.revocation import RevocationParts
 from kms.wiring.rotation import RotationParts
 from tests.fixtures.postgres import Database
 from tests.store.uses import a_repeat, make_key, make_user, rows, sign
@@ -20,17 +19,12 @@ from tests.store.uses import a_repeat, make_key, make_user, rows, sign
 
 def jobs(parts: Mapping[str, object]) -> list[Job]:
     """Return the jobs of a worker with *parts*; the rest of it is absent."""
-    absent = cast(
-        Any,
-        SimpleNamespace(
-            opens=None, check=None, watch=None, ask=None, records=None, serve_term=None, write=None, publish_due=None, run=None
-        ),
-    )
+    absent = cast(Any, SimpleNamespace(opens=None, check=None, watch=None, ask=None, records=None, serve_term=None, write=None))
     working = cast(Any, SimpleNamespace(do_due=None, ask_for_due=None))
     master_keys, rewrapping = MasterKeys(absent, absent, needs_copy=False), rewrapping_job(absent, absent)
     rotation = RotationParts(absent, absent, working, working, absent, master_keys, rewrapping)
-    revocation = RevocationParts(absent, absent, absent, absent)
-    certificates = CertificateParts(absent, absent, absent, absent, revocation, "test")
+    revoking = cast(Any, SimpleNamespace(jobs=list))
+    certificates = CertificateParts(absent, absent, absent, absent, revoking, "test")
     fields = {**dict.fromkeys(JobParts.__dataclass_fields__, absent), "rotation": rotation, "certificates": certificates}
     return upkeep_jobs(JobParts(**{**fields, **parts}))
 
@@ -41,7 +35,7 @@ def named(parts: Mapping[str, object]) -> list[str]:
 
 def test_a_worker_has_the_jobs_that_its_parts_are_for() -> None:
     rotation = ["rotations", "rotation policies", "master_keys", "rewrapping"]
-    every = ["partitions", "destruction", "repeats", "condition", "disk", *rotation, "certificates", "crls", "ocsp", "database"]
+    every = ["partitions", "destruction", "repeats", "condition", "disk", *rotation, "certificates", "database"]
     none = {"is_first": False, "journal": None, "uses": None, "sealer": None}
     assert named(none) == every
     assert named({**none, "is_first": True}) == [*every, "residents"]
@@ -50,7 +44,7 @@ def test_a_worker_has_the_jobs_that_its_parts_are_for() -> None:
 
 
 def test_one_worker_at_a_time_looks_for_keys_that_are_due() -> None:
-    assert [job.name for job in jobs({}) if job.scope is Scope.ONE_WORKER] == ["rotation policies", "crls", "ocsp"]
+    assert [job.name for job in jobs({}) if job.scope is Scope.ONE_WORKER] == ["rotation policies"]
 
 
 async def test_answers_that_are_no_longer_given_are_removed_all_of_them(database: Database, store: Pool) -> None:
