@@ -146,6 +146,15 @@ def test_a_list_of_each_shard_is_published(server: RunningServer) -> None:
         _fetched(f"{server.publishing_url}/crl/{shop.name}/1/3.crl")
 
 
+def test_metrics_say_when_a_list_ends(shop: Platform, server: RunningServer) -> None:
+    shop.manager.certificates.PublishCrl(pb.PublishCrlRequest(authority=shop.name))
+    labels = frozenset({("authority", f"{shop.name}/1")})
+    _until(lambda: ("kms_crl_left_seconds", labels) in server.metrics())
+    metrics = server.metrics()
+    assert metrics["kms_crl_left_seconds", labels] > 6 * 86_400
+    assert metrics["kms_crl_age_seconds", labels] < 3600
+
+
 def test_an_authority_over_mtls_shuts_a_revoked_client_out(shop: Platform, tmp_path: Path) -> None:
     """A server of openssl's, with the CRL of the authority, takes one client and refuses the other."""
     (tmp_path / "ca.pem").write_bytes(pem(shop.authority.certificate))
