@@ -49,9 +49,16 @@ class MemoryAuthority:
         """Return *unsigned* with the signature of the key, as the token makes it."""
         return unsigned.signed(signature(self.key, unsigned.to_sign))
 
-    def issue(self, serial_number: int, *, now: datetime = NOW, for_ocsp: bool = False) -> "MemoryAuthority":
+    def issue(
+        self,
+        serial_number: int,
+        *,
+        now: datetime = NOW,
+        for_ocsp: bool = False,
+        key: ec.EllipticCurvePrivateKey | None = None,
+    ) -> "MemoryAuthority":
         """Return an end entity, for servers or for answering OCSP."""
-        key = ec.generate_private_key(ec.SECP256R1())
+        key = key or ec.generate_private_key(ec.SECP256R1())
         purpose = ExtendedKeyUsageOID.OCSP_SIGNING if for_ocsp else ExtendedKeyUsageOID.SERVER_AUTH
         names = x509.SubjectAlternativeName([x509.DNSName(f"host-{serial_number}.example.com")])
         builder = (

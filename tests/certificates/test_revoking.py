@@ -9,6 +9,7 @@ import pytest
 from cryptography import x509
 
 from kms.certificates.certificate import Certificate, RevocationReason
+from kms.certificates.postgres.revocations import read_crl_status
 from kms.certificates.publishing.documents import IssuerPath
 from kms.certificates.x509.crls import parse_crl
 from kms.domain.errors import KmsError, Reason
@@ -187,6 +188,17 @@ async def test_what_is_not_there_is_not_published(root: StoredAuthority) -> None
         with pytest.raises(KmsError) as caught:
             await root.publications.crl(path, 0)
         assert caught.value.reason is Reason.AUTHORITY_NOT_FOUND
+
+
+async def test_a_list_that_is_not_made_anew_is_a_warning_long_before_it_ends(root: StoredAuthority, store: Pool) -> None:
+    await root.publishing.publish_due()
+    [status] = await read_crl_status(store)
+    assert (status.authority, status.shards, status.entries, status.warning) == ("root/1", 1, 0, "")
+    assert 0 <= status.age_seconds < 3600 < status.left_seconds
+    for left, word in (("3 days", "ends in 7"), ("-1 second", "has ended")):
+        root.run(f"UPDATE cryptography.crls SET this_update = now() - interval '7 days', next_update = now() + interval '{left}'")
+        [status] = await read_crl_status(store)
+        assert word in status.warning
 
 
 # A hostile database --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from uuid import UUID
 import structlog
 
 from kms.certificates.certificate import Certificate, serial_text
-from kms.certificates.crl import CRL_INTERVAL, Crl
+from kms.certificates.crl import CRL_INTERVAL, CRL_LIFETIME, Crl
 from kms.certificates.postgres.certificates import StoredCertificates
 from kms.certificates.revocation_ports import NewAnswer, StoredCrl
 from kms.domain.errors import KmsError, Reason
@@ -71,6 +71,15 @@ class CrlStatus:
     age_seconds: float
     left_seconds: float
     entries: int
+
+    @property
+    def warning(self) -> str:
+        """Return the warning for an operator, or an empty text. A CRL is made anew long before half of its life is over."""
+        if self.left_seconds > CRL_LIFETIME.total_seconds() / 2:
+            return ""
+        if self.left_seconds <= 0:
+            return f"a CRL of the authority {self.authority} has ended: who verifies a certificate refuses it"
+        return f"a CRL of the authority {self.authority} ends in {self.left_seconds / 3600:.0f} hours, and no new one is made"
 
 
 @dataclass(frozen=True, slots=True)
