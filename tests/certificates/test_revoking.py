@@ -1,6 +1,7 @@
 """Revocation and CRLs on a real database: who may revoke, what the CRL lists, and what a hostile database changes of that."""
 
 import asyncio
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from uuid import uuid4
@@ -8,7 +9,7 @@ from uuid import uuid4
 import pytest
 from cryptography import x509
 
-from kms.certificates.certificate import Certificate, RevocationReason
+from kms.certificates.certificate import Certificate, Revocation, RevocationReason
 from kms.certificates.postgres.revocations import read_crl_status
 from kms.certificates.publishing.documents import IssuerPath
 from kms.certificates.x509.crls import parse_crl
@@ -199,6 +200,19 @@ async def test_a_list_that_is_not_made_anew_is_a_warning_long_before_it_ends(roo
         root.run(f"UPDATE cryptography.crls SET this_update = now() - interval '7 days', next_update = now() + interval '{left}'")
         [status] = await read_crl_status(store)
         assert word in status.warning
+
+
+async def test_a_line_of_the_journal_that_a_crash_left_out_is_written_with_the_next_list(root: StoredAuthority) -> None:
+    [certificate] = await _issued(root)
+    mac = root.run(_SNAPSHOT, certificate.certificate_id)[0][0]
+    await _listed(root)
+    killed = replace(root.certificates, journal=None)  # as if the process had ended before it wrote the line
+    assert await killed.revoke(root.manager, certificate.revoked(Revocation(await killed.now(), _KEY_COMPROMISE)))
+    await root.publishing.publish_due()
+    root.run(_UNREVOKE, mac, certificate.certificate_id)
+    root.run("DELETE FROM cryptography.crls")
+    root.restart()
+    assert await _listed(root) == {certificate.serial_number}
 
 
 # A hostile database --------------------------------------------------------------------------------------------------------

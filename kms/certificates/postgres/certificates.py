@@ -184,9 +184,19 @@ class StoredCertificates:
             **_of(call),
         }
         is_done = await self._is_done(call, REVOKE, parameters)
-        if is_done and self.journal is not None:
-            await write_line(self.journal, revoked_line(certificate.certificate_id, _journaled(certificate)))
+        if is_done:
+            await self.note_revoked(certificate)
         return is_done
+
+    async def note_revoked(self, certificate: Certificate) -> None:
+        """Have the journal know that a certificate of an authority is revoked, unless it does.
+
+        A process that was killed before it wrote the line leaves that to who makes the next CRL. Raises OUTCOME_UNKNOWN if the
+        journal cannot be written.
+        """
+        is_known = self.knowledge is not None and self.knowledge.knows_revoked(certificate.certificate_id)
+        if self.journal is not None and not is_known:
+            await write_line(self.journal, revoked_line(certificate.certificate_id, _journaled(certificate)))
 
     async def supersede(self, call: Call | None, certificate: Certificate) -> bool:
         """See `Certificates.supersede`."""

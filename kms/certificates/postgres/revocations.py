@@ -110,7 +110,8 @@ class StoredCrls:
                     raise
                 _LOG.error("not on the CRL: the certificate's record is not ours", certificate=str(certificate_id))
                 continue
-            if certificate is not None:
+            if certificate is not None and certificate.revocation is not None:
+                await self.certificates.note_revoked(certificate)
                 found.append(certificate)
         return found
 
