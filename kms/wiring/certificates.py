@@ -1,5 +1,6 @@
 """The parts of the certificate authority."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kms.app.records import Records
@@ -11,7 +12,7 @@ from kms.certificates.jobs import abandoning_job
 from kms.certificates.own_keys import OwnKeys
 from kms.certificates.postgres.authorities import StoredAuthorities
 from kms.certificates.postgres.certificates import StoredCertificates
-from kms.certificates.profiles import BUILT_IN
+from kms.certificates.profiles import Profile
 from kms.certificates.service_keys import ServiceKeys
 from kms.config import Config
 from kms.jobs.job import Job
@@ -20,6 +21,7 @@ from kms.store.journal_knowledge import JournalKnowledge
 from kms.store.pool import Pool
 from kms.store.users import StoredUsers
 from kms.wiring.key_uses import KeyUses
+from kms.wiring.profiles import profiles_of
 from kms.wiring.revocation import RevocationParts, revocation_parts
 
 
@@ -32,6 +34,7 @@ class CertificateParts:
     keys: ServiceKeys
     issuer: Issuer
     revocation: RevocationParts
+    profiles: Mapping[str, Profile]
     deployment: str
 
     def jobs(self) -> list[Job]:
@@ -42,8 +45,8 @@ class CertificateParts:
         """Return the servicer of CertificateService."""
         authorities, certificates, issuer = self.authorities, self.certificates, self.issuer
         return CertificateServicer(
-            ManagingAuthorities(authorities, certificates, self.keys, issuer, BUILT_IN),
-            Issuing(authorities, certificates, issuer, uses.keys, uses.repeats, BUILT_IN, self.deployment),
+            ManagingAuthorities(authorities, certificates, self.keys, issuer, self.profiles),
+            Issuing(authorities, certificates, issuer, uses.keys, uses.repeats, self.profiles, self.deployment),
             OwnKeys(uses.keys, uses.charged, certificates, uses.hsm.random),
             self.revocation.revoking,
         )
@@ -58,4 +61,5 @@ def certificate_parts(
     keys = ServiceKeys(StoredUsers(pool), uses.access, uses.keyring, uses.charged)
     issuer = Issuer(certificates, keys, uses.hsm.random)
     revocation = revocation_parts(config.publishing, pool, authorities, certificates, keys, issuer, knowledge)
-    return CertificateParts(authorities, certificates, keys, issuer, revocation, config.deployment_id)
+    profiles = profiles_of(config.certificates)
+    return CertificateParts(authorities, certificates, keys, issuer, revocation, profiles, config.deployment_id)

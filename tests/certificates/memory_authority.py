@@ -75,12 +75,12 @@ class MemoryAuthority:
 
 
 @cache
-def authority(kind: str = "p256") -> MemoryAuthority:
+def authority(kind: str = "p256", now: datetime = NOW) -> MemoryAuthority:
     """Return the authority with a key of this *kind*: p256, secp256k1, rsa or ed25519. One serves all tests of a process."""
     key = _key(kind)
     name = f"Test {kind}"
     builder = (
-        _builder(name, x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]), key.public_key(), 1, NOW)
+        _builder(name, x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]), key.public_key(), 1, now)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .add_extension(x509.KeyUsage(**{**_NO_PURPOSES, "key_cert_sign": True, "crl_sign": True}), critical=True)
     )

@@ -235,7 +235,13 @@ class StoredAuthority:
 
 
 async def stored_authority(
-    pool: Pool, database: Database, directory: Path, *, shards: int = 0, ends_in: timedelta = 2400 * _HOUR
+    pool: Pool,
+    database: Database,
+    directory: Path,
+    *,
+    shards: int = 0,
+    ends_in: timedelta = 2400 * _HOUR,
+    memory: MemoryAuthority | None = None,
 ) -> StoredAuthority:
     """Return a new authority in *database*. Its journal is in *directory*."""
     journal = Journal(directory / "journal")
@@ -244,6 +250,6 @@ async def stored_authority(
     add_user(database.admin_dsn, manager_id, "manager")
     add_user(database.admin_dsn, service_user, "kms-certificates")
     manager = Call(User(manager_id, "manager", 0, frozenset({Permission.CERTS_MANAGE})), "call", "")
-    made = StoredAuthority(pool, database, authority(), Token(), Allowance(), journal, manager, service_user, uuid4())
+    made = StoredAuthority(pool, database, memory or authority(), Token(), Allowance(), journal, manager, service_user, uuid4())
     await made._create(shards=shards, ends_in=ends_in)
     return made

@@ -244,7 +244,11 @@ def test_keys_of_authorities_are_for_nothing_else(server: RunningServer, shop: P
 
 
 def test_a_disabled_authority_issues_nothing_and_its_validity_bounds_what_it_issues(server: RunningServer) -> None:
-    shop = platform(server, validity=Duration(seconds=3600))
+    shop = platform(server, validity=Duration(seconds=3600), custody_min=kpb.CUSTODY_UNSPECIFIED)
+    query = (
+        "SELECT custody FROM cryptography.keys WHERE id = (SELECT key_id FROM cryptography.certificate_authorities WHERE id = %s)"
+    )
+    assert rows(server, query, shop.authority.id) == [("RESIDENT",)], "the key of a root never leaves the token"
     issued = shop.issue().certificate
     assert issued.not_after.seconds == shop.authority.not_after.seconds
     request = pb.UpdateCertificateAuthorityRequest(authority=shop.name, disable=True, version=1)

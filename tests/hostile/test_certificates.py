@@ -6,6 +6,7 @@ Whatever he writes, nobody gets a certificate whom the manager did not let have 
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, cast
 from uuid import UUID, uuid4
@@ -22,6 +23,7 @@ from kms.certificates.profiles import BUILT_IN
 from kms.domain.errors import KmsError, Reason
 from kms.domain.permissions import Permission
 from kms.store.pool import Pool
+from tests.certificates.memory_authority import authority
 from tests.certificates.stored_authority import StoredAuthority, stored_authority
 from tests.conformance.certificates import csr
 from tests.fixtures.postgres import Database
@@ -83,7 +85,7 @@ NOT_PROVEN: Final = {"certificate_type", "fingerprint"}
 
 @pytest.fixture
 async def root(store: Pool, database: Database, tmp_path: Path) -> StoredAuthority:
-    return await stored_authority(store, database, tmp_path)
+    return await stored_authority(store, database, tmp_path, memory=authority(now=datetime.now(UTC)))
 
 
 def columns(root: StoredAuthority, table: str) -> set[str]:
@@ -115,7 +117,6 @@ async def ask(root: StoredAuthority, call: Call) -> Reason | None:
     try:
         await issuing(root).issue(call, wish, None)
     except KmsError as error:
-        print(error)
         return error.reason
     return None
 

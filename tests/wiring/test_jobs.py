@@ -24,7 +24,7 @@ def jobs(parts: Mapping[str, object]) -> list[Job]:
     master_keys, rewrapping = MasterKeys(absent, absent, needs_copy=False), rewrapping_job(absent, absent)
     rotation = RotationParts(absent, absent, working, working, absent, master_keys, rewrapping)
     revoking = cast(Any, SimpleNamespace(jobs=list))
-    certificates = CertificateParts(absent, absent, absent, absent, revoking, "test")
+    certificates = CertificateParts(absent, absent, absent, absent, revoking, {}, "test")
     fields = {**dict.fromkeys(JobParts.__dataclass_fields__, absent), "rotation": rotation, "certificates": certificates}
     return upkeep_jobs(JobParts(**{**fields, **parts}))
 
