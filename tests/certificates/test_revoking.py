@@ -263,11 +263,13 @@ async def test_an_end_that_is_brought_forward_takes_nothing_off_the_list(root: S
 
 
 async def test_a_planted_revocation_is_on_no_list(root: StoredAuthority) -> None:
-    [certificate] = await _issued(root)
-    root.run("UPDATE cryptography.certificates SET revocation_status = 'revoked', revoked_at = now(), revocation_reason = 1")
+    one, other = await _issued(root, 2)
+    revoked = other.revoked(Revocation(await root.certificates.now(), _KEY_COMPROMISE))
+    assert await root.certificates.revoke(root.manager, revoked)
+    planted = "UPDATE cryptography.certificates SET revocation_status = 'revoked', revoked_at = now(), revocation_reason = 1"
+    root.run(f"{planted} WHERE id = %s", one.certificate_id)
     await root.publishing.publish(await root.read(), 0, even_unchanged=True)
-    assert await _listed(root) == set()
-    assert certificate.revocation is None
+    assert await _listed(root) == {other.serial_number}, "beside a planted row those that are ours are still listed"
 
 
 async def test_a_planted_list_is_not_published(root: StoredAuthority) -> None:
