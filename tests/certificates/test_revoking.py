@@ -244,6 +244,18 @@ async def test_a_row_and_the_list_that_are_put_back_together_bring_nothing_back(
         assert await _listed(root) == {certificate.serial_number}, f"restarted: {is_restarted}"
 
 
+async def test_without_a_journal_no_list_is_older_than_one_that_was_seen(root: StoredAuthority) -> None:
+    publishing = replace(root.publishing, journaled=lambda _: {})
+    root.publications = replace(root.publications, publishing=publishing)
+    root.revoking = replace(root.revoking, publishing=publishing)
+    [certificate] = await _issued(root)
+    await _listed(root)
+    old = root.run("SELECT number, crl FROM cryptography.crls")[0]
+    await root.revoking.revoke(root.manager, certificate.certificate_id, _KEY_COMPROMISE)
+    root.run("UPDATE cryptography.crls SET number = %s, crl = %s", *old)
+    assert await _listed(root) == {certificate.serial_number}
+
+
 async def test_a_row_that_is_removed_stays_on_the_list(root: StoredAuthority) -> None:
     [certificate] = await _issued(root)
     await root.revoking.revoke(root.manager, certificate.certificate_id, _KEY_COMPROMISE)
