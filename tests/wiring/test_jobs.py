@@ -35,7 +35,7 @@ def named(parts: Mapping[str, object]) -> list[str]:
 
 def test_a_worker_has_the_jobs_that_its_parts_are_for() -> None:
     rotation = ["rotations", "rotation policies", "master_keys", "rewrapping"]
-    every = ["partitions", "destruction", "repeats", "condition", "disk", *rotation, "certificates", "database"]
+    every = ["partitions", "destruction", "repeats", "condition", "disk", *rotation, "certificates", "trust", "database"]
     none = {"is_first": False, "journal": None, "uses": None, "sealer": None}
     assert named(none) == every
     assert named({**none, "is_first": True}) == [*every, "residents"]
