@@ -36,7 +36,7 @@ from kms.domain.errors import KmsError, Reason
 
 ANSWER_LIFETIME: Final = timedelta(days=2)
 RENEWED_BEFORE_END: Final = timedelta(days=1)
-MISSING_MAX: Final = 256
+MISSING_MAX: Final = 1_000
 _LOG = structlog.get_logger("kms.certificates")
 
 

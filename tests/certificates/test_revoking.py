@@ -1,6 +1,7 @@
 """Revocation and CRLs on a real database: who may revoke, what the CRL lists, and what a hostile database changes of that."""
 
 import asyncio
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from uuid import uuid4
@@ -8,7 +9,7 @@ from uuid import uuid4
 import pytest
 from cryptography import x509
 
-from kms.certificates.certificate import Certificate, RevocationReason
+from kms.certificates.certificate import Certificate, Revocation, RevocationReason
 from kms.certificates.postgres.revocations import read_crl_status
 from kms.certificates.publishing.documents import IssuerPath
 from kms.certificates.x509.crls import parse_crl
@@ -201,6 +202,19 @@ async def test_a_list_that_is_not_made_anew_is_a_warning_long_before_it_ends(roo
         assert word in status.warning
 
 
+async def test_a_line_of_the_journal_that_a_crash_left_out_is_written_with_the_next_list(root: StoredAuthority) -> None:
+    [certificate] = await _issued(root)
+    mac = root.run(_SNAPSHOT, certificate.certificate_id)[0][0]
+    await _listed(root)
+    killed = replace(root.certificates, journal=None)  # as if the process had ended before it wrote the line
+    assert await killed.revoke(root.manager, certificate.revoked(Revocation(await killed.now(), _KEY_COMPROMISE)))
+    await root.publishing.publish_due()
+    root.run(_UNREVOKE, mac, certificate.certificate_id)
+    root.run("DELETE FROM cryptography.crls")
+    root.restart()
+    assert await _listed(root) == {certificate.serial_number}
+
+
 # A hostile database --------------------------------------------------------------------------------------------------------
 
 
@@ -230,6 +244,39 @@ async def test_a_row_and_the_list_that_are_put_back_together_bring_nothing_back(
         assert await _listed(root) == {certificate.serial_number}, f"restarted: {is_restarted}"
 
 
+async def test_without_a_journal_no_list_is_older_than_one_that_was_seen(root: StoredAuthority) -> None:
+    root.has_journal = False
+    root.restart()
+    [certificate] = await _issued(root)
+    await _listed(root)
+    old = root.run("SELECT number, crl FROM cryptography.crls")[0]
+    await root.revoking.revoke(root.manager, certificate.certificate_id, _KEY_COMPROMISE)
+    root.run("UPDATE cryptography.crls SET number = %s, crl = %s", *old)
+    assert await _listed(root) == {certificate.serial_number}
+
+
+_EDITS = {
+    "valid again": _UNREVOKE,
+    "ended": "UPDATE cryptography.certificates SET not_after = now() - interval '1 day', record_mac = %s WHERE id = %s",
+    "of another shard": "UPDATE cryptography.certificates SET crl_shard = 1, record_mac = %s WHERE id = %s",
+    "removed": "DELETE FROM cryptography.certificates WHERE record_mac <> %s AND id = %s",
+}
+
+
+@pytest.mark.parametrize("edit", _EDITS.values(), ids=_EDITS)
+async def test_without_a_journal_a_row_that_is_edited_stays_on_the_list(root: StoredAuthority, edit: str) -> None:
+    root.has_journal = False
+    root.restart()
+    [certificate] = await _issued(root)
+    mac = root.run(_SNAPSHOT, certificate.certificate_id)[0][0]
+    await root.revoking.revoke(root.manager, certificate.certificate_id, _KEY_COMPROMISE)
+    root.run(edit, mac, certificate.certificate_id)
+    for _ in range(2):
+        await root.publishing.publish(await root.read(), 0, even_unchanged=True)
+    root.restart()
+    assert await _listed(root) == {certificate.serial_number}
+
+
 async def test_a_row_that_is_removed_stays_on_the_list(root: StoredAuthority) -> None:
     [certificate] = await _issued(root)
     await root.revoking.revoke(root.manager, certificate.certificate_id, _KEY_COMPROMISE)
@@ -249,11 +296,13 @@ async def test_an_end_that_is_brought_forward_takes_nothing_off_the_list(root: S
 
 
 async def test_a_planted_revocation_is_on_no_list(root: StoredAuthority) -> None:
-    [certificate] = await _issued(root)
-    root.run("UPDATE cryptography.certificates SET revocation_status = 'revoked', revoked_at = now(), revocation_reason = 1")
+    one, other = await _issued(root, 2)
+    revoked = other.revoked(Revocation(await root.certificates.now(), _KEY_COMPROMISE))
+    assert await root.certificates.revoke(root.manager, revoked)
+    planted = "UPDATE cryptography.certificates SET revocation_status = 'revoked', revoked_at = now(), revocation_reason = 1"
+    root.run(f"{planted} WHERE id = %s", one.certificate_id)
     await root.publishing.publish(await root.read(), 0, even_unchanged=True)
-    assert await _listed(root) == set()
-    assert certificate.revocation is None
+    assert await _listed(root) == {other.serial_number}, "beside a planted row those that are ours are still listed"
 
 
 async def test_a_planted_list_is_not_published(root: StoredAuthority) -> None:

@@ -202,6 +202,6 @@ def _answers(port: int) -> bool:
 
 def _tls_client(directory: Path, port: int, name: str) -> str:
     command = ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-CAfile", "ca.pem", "-verify_return_error"]
-    command += ["-cert", f"{name}.pem", "-key", f"{name}.key", "-verify_hostname", "localhost"]
+    command += ["-cert", f"{name}.pem", "-key", f"{name}.key", "-verify_hostname", "localhost", "-tls1_2"]
     done = subprocess.run(command, cwd=directory, input=b"Q\n", capture_output=True, check=False, timeout=60)
     return (done.stdout + done.stderr).decode(errors="replace")
