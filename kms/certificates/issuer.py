@@ -67,6 +67,7 @@ class Issuer:
         """
         now = await self.certificates.now()
         check_active(authority, now)
+        await self._check_not_revoked(authority)
         return await self._signed(call, authority, draft, now, keep, is_self=False)
 
     async def issue_to_itself(self, call: Call, authority: Authority, draft: Draft) -> Certificate:
@@ -115,6 +116,15 @@ class Issuer:
         issued = intended.issued(await self.keys.sign_for(call, authority, unsigned, details))
         await self.certificates.complete(call, issued, None if keep is None else keep(issued.certificate_id))
         return issued
+
+    async def _check_not_revoked(self, authority: Authority) -> None:
+        """Raise AUTHORITY_INACTIVE where the certificate of *authority* is revoked. One from elsewhere is not looked at."""
+        if authority.parent_id is None and authority.chain:
+            return
+        issuer_id, parsed = authority.parent_id or authority.authority_id, parse_certificate(_certificate(authority))
+        found = await self.certificates.find_by_serial(issuer_id, parsed.serial_number)
+        if found is None or found.revocation is not None:
+            raise KmsError(Reason.AUTHORITY_INACTIVE, "the certificate of the authority is revoked", state="revoked")
 
     async def _to_certify(self, authority: Authority, draft: Draft, now: datetime, *, is_self: bool) -> ToCertify:
         issuer = None if is_self else issuer_of((_certificate(authority), *authority.chain))
