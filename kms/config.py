@@ -179,6 +179,18 @@ class MetricsConfig(_Section):
     listen: Address = "127.0.0.1:9464"
 
 
+class PublishingConfig(_Section):
+    """`[publishing]`: where certificates of authorities, CRLs and OCSP answers are published, over plain HTTP.
+
+    The bounds are those of each worker.
+    """
+
+    listen: Address = "127.0.0.1:7480"
+    connections_max: Annotated[int, Field(ge=1, le=100_000)] = 256
+    connection_seconds: Annotated[float, Field(ge=1, le=600)] = 30.0
+    ocsp_signatures_per_second: Annotated[float, Field(ge=0, le=100_000)] = 50.0
+
+
 class TracingConfig(_Section):
     """`[tracing]`: the collector that spans are sent to (OTLP over HTTP), and which share of calls without a trace begins one."""
 
@@ -290,6 +302,7 @@ class Config(_Section):
     client: ClientConfig | None = None
     authority: AuthorityConfig | None = None
     metrics: MetricsConfig | None = None
+    publishing: PublishingConfig | None = None
     tracing: TracingConfig | None = None
     audit: AuditConfig | None = None
     certificates: CertificatesConfig | None = None

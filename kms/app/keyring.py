@@ -95,8 +95,8 @@ async def require_key(keys: Keys, caller: UserId, ref: KeyRef, *, recent: bool =
     return record
 
 
-async def require_usable_key(keys: Keys, caller: UserId, ref: KeyRef, *uses: Use, fresh: bool) -> UsableKey:
-    """Return the caller's key if its state permits one of *uses*.
+async def require_usable_key(keys: Keys, caller: UserId, ref: KeyRef, *uses: Use, fresh: bool, bound_to: str = "") -> UsableKey:
+    """Return the caller's key if its state permits one of *uses*. It must be bound to *bound_to*: of a caller, to nothing.
 
     A key may be as it was a second ago, unless it is to be *fresh*. No key is refused for a state that it had a moment ago.
     Raises KEY_NOT_FOUND, the reason of the state that forbids each of *uses*, USAGE_LIMIT_REACHED, WRONG_PURPOSE.
@@ -114,9 +114,9 @@ async def require_usable_key(keys: Keys, caller: UserId, ref: KeyRef, *uses: Use
     with about_key(key.record.identity.key_id):
         _check_limit(key.record, use)
         check_use(key.record.state, use)
-        bound_to = key.record.identity.bound_to
-        if bound_to:
-            raise KmsError(Reason.WRONG_PURPOSE, "this key belongs to the service itself", bound_to=bound_to)
+        if (found := key.record.identity.bound_to) != bound_to:
+            message = "this key belongs to the service itself" if found else "this key does not belong to the service itself"
+            raise KmsError(Reason.WRONG_PURPOSE, message, bound_to=found)
     return key
 
 

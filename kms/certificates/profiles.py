@@ -257,3 +257,6 @@ BUILT_IN: Final[Mapping[str, Profile]] = {
     profile.name: profile for profile in (SERVER, CLIENT, CODE_SIGNING, INTERMEDIATE, OCSP, ROOT)
 }
 """The profiles that are always there, by name."""
+
+OF_THE_SERVICE: Final = frozenset({ROOT.name, OCSP.name})
+"""Profiles of certificates that the service makes for itself, and nobody asks for by name."""

@@ -17,6 +17,8 @@ class Permission(StrEnum):
     """What a role can hold, as `authentication.roles` stores it. A value is never reused."""
 
     AUDIT_READ = "audit:read"
+    CERTS_ISSUE = "certs:issue"
+    CERTS_MANAGE = "certs:manage"
     KEYS_ROTATE = "keys:rotate"
     KEYS_USE_COMPROMISED = "keys:use-compromised"
     KEYS_USE_REVOKED = "keys:use-revoked"
@@ -40,10 +42,24 @@ _READS_TRAIL: Final = frozenset({"AuditService/SearchEvents", "AuditService/Tail
 _ROTATES: Final = frozenset(
     f"RotationService/{method}" for method in ("RotateKey", "RetryRotation", "GetRotation", "WatchRotation", "ListRotations")
 )
+_MANAGES_AUTHORITIES: Final = frozenset(
+    f"CertificateService/{method}"
+    for method in (
+        "CreateCertificateAuthority",
+        "ImportAuthorityCertificate",
+        "UpdateCertificateAuthority",
+        "RotateCertificateAuthority",
+        "PublishCrl",
+    )
+)
 
 
 DUTIES: Final[Mapping[Permission, Duty]] = {
     Permission.AUDIT_READ: Duty(_READS_TRAIL, "auditor_users", only=_READS_TRAIL, does="reads the trail"),
+    # A user without it gets what an authority gives each user: a client certificate of their own. So the RPCs are open to all.
+    Permission.CERTS_ISSUE: Duty(frozenset(), "authenticated_users", does="issues certificates"),
+    # Of the authorities that there are, the record of each names the one user who manages it.
+    Permission.CERTS_MANAGE: Duty(_MANAGES_AUTHORITIES, "authenticated_users", does="manages certificate authorities"),
     # The RPCs are open to all, for keys of their own. For a holder they open the keys of all users.
     Permission.KEYS_ROTATE: Duty(frozenset(), "authenticated_users", only=_ROTATES, does="rotates keys"),
     # Of one's own keys, as any use: the RPCs are open to all.

@@ -21,7 +21,7 @@ from kms.keys.crypto.reencryption import ReEncrypted, ToReEncrypt
 from kms.keys.crypto.signing import Signature, ToSign, ToVerify, Verification
 from kms.keys.ledger.repeats import RepeatableRequest
 from kms.rpc import enums
-from kms.v1 import crypto_pb2, keys_pb2, rotation_pb2
+from kms.v1 import certificates_pb2, crypto_pb2, keys_pb2, rotation_pb2
 
 PAGE_DEFAULT = 50
 PAGE_MAX = 200
@@ -230,7 +230,9 @@ def repeatable(
     | crypto_pb2.ReEncryptRequest
     | crypto_pb2.GenerateDataKeyRequest
     | keys_pb2.CreateKeyRequest
-    | rotation_pb2.RotateKeyRequest,
+    | rotation_pb2.RotateKeyRequest
+    | certificates_pb2.IssueCertificateRequest
+    | certificates_pb2.RenewCertificateRequest,
 ) -> RepeatableRequest | None:
     """Return the idempotency id of a request with what it stands for. None: the request has no id."""
     if not request.request_id:

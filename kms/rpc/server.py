@@ -21,6 +21,8 @@ from kms.v1 import (
     admin_pb2_grpc,
     audit_pb2,
     audit_pb2_grpc,
+    certificates_pb2,
+    certificates_pb2_grpc,
     crypto_pb2,
     crypto_pb2_grpc,
     keys_pb2,
@@ -36,6 +38,7 @@ DOES_WITHOUT: Final = {
     keys_pb2.DESCRIPTOR.services_by_name["KeyService"].full_name: _NO_PART,
     crypto_pb2.DESCRIPTOR.services_by_name["CryptoService"].full_name: _NO_PART,
     rotation_pb2.DESCRIPTOR.services_by_name["RotationService"].full_name: _NO_PART,
+    certificates_pb2.DESCRIPTOR.services_by_name["CertificateService"].full_name: _NO_PART,
     audit_pb2.DESCRIPTOR.services_by_name["AuditService"].full_name: frozenset({"token"}),
     admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name: frozenset({"token"}),
 }
@@ -71,6 +74,7 @@ class Server:
         audit: AuditServicer,
         admin: AdminServicer,
         rotation: object,
+        certificates: object,
         *,
         transport: TransportLimits,
         faults: Callable[[], Collection[str]],
@@ -85,6 +89,7 @@ class Server:
         audit_pb2_grpc.add_AuditServiceServicer_to_server(cast(Any, audit), self._server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(cast(Any, admin), self._server)
         rotation_pb2_grpc.add_RotationServiceServicer_to_server(cast(Any, rotation), self._server)
+        certificates_pb2_grpc.add_CertificateServiceServicer_to_server(cast(Any, certificates), self._server)
         self._health = Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*DOES_WITHOUT, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)

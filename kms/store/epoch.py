@@ -145,7 +145,7 @@ DESTROY_KEYS: Final = """
 """
 REVOKE_CERTIFICATES: Final = """
     UPDATE cryptography.certificates AS c
-    SET revocation_status = 'revoked', revoked_at = told.at
+    SET revocation_status = 'revoked', revoked_at = told.at, revocation_reason = 0
     FROM unnest(%(subjects)s::uuid[], %(moments)s::timestamptz[]) AS told (id, at)
     WHERE c.id = told.id AND c.revocation_status <> 'revoked'
 """

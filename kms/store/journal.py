@@ -34,6 +34,7 @@ class Event(StrEnum):
 
     KEY_USED: a worker charged so many uses of the key since its last such line.
     KEY_CHANGED: the key may do less than before, or is to be destroyed; the reason begins with the version that it has then.
+    AUTHORITY_CHANGED: the subject is a certificate authority; the reason begins with the version that it has since.
     FOLLOWED: the journal has every move of the epoch that is its subject, up to the place in its reason.
     EPOCH_SEEN: a service began to serve the epoch that is its subject; versions in lines before it are those of another.
     """
@@ -47,6 +48,7 @@ class Event(StrEnum):
     KEY_CHANGED = "key_changed"
     KEY_USED = "key_used"
     CERTIFICATE_REVOKED = "certificate_revoked"
+    AUTHORITY_CHANGED = "authority_changed"
     USER_DISABLED = "user_disabled"
 
 
@@ -71,6 +73,52 @@ class Line:
 def changed_line(key_id: UUID, version: int, *, occurred_at: datetime, what: str) -> Line:
     """Return the line of a key that is at *version* since *what* happened to it. The same version is the same change."""
     return Line(Event.KEY_CHANGED, key_id, occurred_at, f"version {version}, {what}")
+
+
+def authority_line(authority_id: UUID, version: int, *, occurred_at: datetime, what: str) -> Line:
+    """Return the line of a certificate authority that is at *version* since *what* happened to it."""
+    return Line(Event.AUTHORITY_CHANGED, authority_id, occurred_at, f"version {version}, {what}")
+
+
+@dataclass(frozen=True, slots=True)
+class JournaledCertificate:
+    """A certificate that is revoked, as a CRL needs to know. `reason` is its CRLReason, `shard` that of its CRL."""
+
+    issuer_id: UUID
+    serial_number: int
+    shard: int
+    reason: int
+    expires_at: datetime
+    revoked_at: datetime
+
+
+def revoked_line(certificate_id: UUID, certificate: JournaledCertificate) -> Line:
+    """Return the line of a certificate that is revoked."""
+    words = {
+        "issuer": certificate.issuer_id,
+        "serial": f"{certificate.serial_number:x}",
+        "shard": certificate.shard,
+        "reason": certificate.reason,
+        "expires_at": certificate.expires_at.isoformat(),
+    }
+    what = " ".join(f"{name}={value}" for name, value in words.items())
+    return Line(Event.CERTIFICATE_REVOKED, certificate_id, certificate.revoked_at, f"revoked, {what}")
+
+
+def certificate_in(line: Line) -> JournaledCertificate | None:
+    """Return the certificate in a line that `revoked_line` made, None for another."""
+    words = dict(word.split("=", 1) for word in _words(line) if "=" in word)
+    try:
+        return JournaledCertificate(
+            UUID(words["issuer"]),
+            int(words["serial"], 16),
+            int(words["shard"]),
+            int(words["reason"]),
+            datetime.fromisoformat(words["expires_at"]),
+            line.occurred_at,
+        )
+    except (KeyError, ValueError):
+        return None
 
 
 def used_line(key_id: UUID, uses: int, *, occurred_at: datetime) -> Line:

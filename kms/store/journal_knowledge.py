@@ -6,7 +6,7 @@ worker or of another on the machine.
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +19,17 @@ from kms.domain.key_row import record_invalid
 from kms.domain.keys import KeyFilter, KeyRecord, UsableKey
 from kms.domain.lifecycle import State
 from kms.store.errors import unavailable
-from kms.store.journal import Entry, Event, epoch_number, parse_line, uses_in, version_in, word_in
+from kms.store.journal import (
+    Entry,
+    Event,
+    JournaledCertificate,
+    certificate_in,
+    epoch_number,
+    parse_line,
+    uses_in,
+    version_in,
+    word_in,
+)
 
 _ENDS = (Event.KEY_COMPROMISED, Event.KEY_REVOKED, Event.KEY_DESTROYED)
 
@@ -50,6 +60,9 @@ class JournalKnowledge:
     _ended: dict[UUID, set[Event]] = field(default_factory=dict, repr=False)
     _narrowed: dict[UUID, Narrowed] = field(default_factory=dict, repr=False)
     _used: Counter[UUID] = field(default_factory=Counter, repr=False)
+    _authorities: dict[UUID, int] = field(default_factory=dict, repr=False)
+    _revoked_certificates: set[UUID] = field(default_factory=set, repr=False)
+    _revoked_by_issuer: dict[UUID, dict[int, JournaledCertificate]] = field(default_factory=dict, repr=False)
 
     def check(self, key: KeyRecord, *, uses: int = 0) -> None:
         """Raise RECORD_INVALID for a key that the journal knows to be revoked, compromised, destroyed or changed since.
@@ -78,6 +91,24 @@ class JournalKnowledge:
         narrowed = self._narrowed.get(key_id)
         return narrowed is not None and narrowed.version >= version
 
+    def knows_authority(self, authority_id: UUID, version: int) -> bool:
+        """Whether the journal has *version* of a certificate authority, or a later one. Raises STORE_UNAVAILABLE."""
+        self.follow()
+        return self._authorities.get(authority_id, 0) >= version
+
+    def knows_revoked(self, certificate_id: UUID) -> bool:
+        """Whether the journal knows that a certificate is revoked. Raises STORE_UNAVAILABLE."""
+        self.follow()
+        return certificate_id in self._revoked_certificates
+
+    def revoked_certificates(self, issuer_id: UUID) -> Mapping[int, JournaledCertificate]:
+        """Return the certificates of an authority that the journal knows to be revoked, by serial number.
+
+        Raises STORE_UNAVAILABLE.
+        """
+        self.follow()
+        return self._revoked_by_issuer.get(issuer_id, {})
+
     def follow(self) -> None:
         """Learn what was written since the last look. Raises STORE_UNAVAILABLE."""
         try:
@@ -102,10 +133,17 @@ class JournalKnowledge:
             self._epoch = epoch_number(line)
             self._narrowed.clear()
             self._used.clear()
+            self._authorities.clear()
         elif line.event is Event.KEY_USED:
             self._used[line.subject] += uses_in(line)
         elif line.event in _ENDS:
             self._ended.setdefault(line.subject, set()).add(line.event)
+        elif line.event is Event.AUTHORITY_CHANGED:
+            self._authorities[line.subject] = max(self._authorities.get(line.subject, 0), version_in(line))
+        elif line.event is Event.CERTIFICATE_REVOKED:
+            self._revoked_certificates.add(line.subject)
+            if (certificate := certificate_in(line)) is not None:
+                self._revoked_by_issuer.setdefault(certificate.issuer_id, {}).setdefault(certificate.serial_number, certificate)
         elif line.event is Event.KEY_CHANGED:
             known = self._narrowed.get(line.subject)
             told = Narrowed(version_in(line), _number_in(line, "max_usage_count"), _moment_in(line, "expires_at"))

@@ -38,6 +38,7 @@ from kms.store.repeats import FORGET_MAX, StoredRepeats
 from kms.store.resident_rows import StoredResidentRows
 from kms.store.sealer import Sealer
 from kms.store.watch import DatabaseProbe
+from kms.wiring.certificates import CertificateParts
 from kms.wiring.condition import Condition
 from kms.wiring.limits import closing_connections
 from kms.wiring.rotation import RotationParts
@@ -65,6 +66,7 @@ class JobParts:
     condition: Condition
     sealer: Sealer | None
     rotation: RotationParts
+    certificates: CertificateParts
     trust: Trust
     is_first: bool
 
@@ -80,6 +82,7 @@ def upkeep_jobs(parts: JobParts) -> list[Job]:
         Job("condition", 5.0, parts.condition.check, warns_after_seconds=_MINUTE),
         Job("disk", 5.0, parts.disk.watch),
         *parts.rotation.jobs(),
+        *parts.certificates.jobs(),
         trust_job(parts.trust),
         Job("database", 1.0, parts.probe.ask),
     ]

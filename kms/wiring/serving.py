@@ -7,38 +7,29 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 import structlog
 import uvloop
 
-from kms.app.access import Access
 from kms.app.auditing import Auditing
-from kms.app.keyring import Keyring
 from kms.app.moving import Moving
-from kms.app.ports import Keys, Ledger, Lifecycle, Users
+from kms.app.ports import Ledger, Lifecycle
 from kms.app.records import Records
 from kms.app.status import Administration
 from kms.config import Config, ServerConfig, needed
 from kms.hsm.token_hsm import HsmStatus, TokenHsm, open_hsm
-from kms.hsm.uninterrupted import uninterrupted
 from kms.jobs.postgres import AdvisoryLocks
 from kms.jobs.runner import JobRunner
-from kms.keys.crypto.charged import ChargedUses
-from kms.keys.crypto.encryption import Encryption
-from kms.keys.crypto.signing import Signing
 from kms.keys.ledger.counts import Counts
-from kms.keys.ledger.repeats import Repeats
-from kms.keys.ledger.settling import Settling
 from kms.pki.client_identity import ClientIdentity, host_clock
-from kms.pki.public_keys import PublicKeyOperations
 from kms.rotation.rotating import Rotating
 from kms.rotation.rotation_service import RotationServicer, add_schedule
 from kms.rotation.scheduling import Scheduling
 from kms.rotation.usage import LineageUsage
 from kms.rpc.admin import AdminServicer
 from kms.rpc.audit import AuditServicer
-from kms.rpc.batches import run_batch
 from kms.rpc.connections import Connections
 from kms.rpc.crypto import CryptoServicer
 from kms.rpc.edge import Edge
@@ -64,15 +55,18 @@ from kms.store.wrapping import StoredWrappingKeys
 from kms.telemetry import Spans, Telemetry
 from kms.wiring import collection
 from kms.wiring.audit import seal_seconds, trail_sealer, verifying
+from kms.wiring.certificates import CertificateParts, certificate_parts
 from kms.wiring.condition import Condition, SealWatch
 from kms.wiring.control import Report
 from kms.wiring.descriptors import raise_descriptor_limit
 from kms.wiring.jobs import CHECKPOINTS, JobParts, serving_jobs, upkeep_jobs
+from kms.wiring.key_uses import KeyUses, key_uses
 from kms.wiring.limits import call_limits, connection_limits, transport_limits
 from kms.wiring.log import configure_log
 from kms.wiring.memory import open_journal, was_served
 from kms.wiring.parts import database_dsn, hsm_settings, ready_pool
 from kms.wiring.reports import ProcessReports
+from kms.wiring.revocation import publishing
 from kms.wiring.rotation import RotationParts, rotation_parts
 from kms.wiring.seen import Pulse, seen
 from kms.wiring.supervised import Stopping, Supervised
@@ -148,8 +142,7 @@ async def _drain(server: Server, stopping: Stopping, seconds: float) -> None:
 async def running(config: Config, supervised: Supervised | None = None) -> AsyncIterator[Service]:
     """Serve within the block, alone or as one of several workers. Leaving it gives up what is still in flight."""
     server_config = needed(config.server)
-    alone_on = config.metrics.listen if config.metrics else None
-    seen_on = supervised.metrics if supervised else alone_on
+    seen_on = _seen_on(config, supervised)
     trust = open_trust(server_config)
     identity = ClientIdentity(trust, deployment=config.deployment_id, clock=host_clock)
     async with AsyncExitStack() as stack:
@@ -170,13 +163,15 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
             open_ledger(dsn, pool, settled=telemetry.settled, records_strangers=disk.has_room_for_strangers)
         )
         journal = open_journal(config, *epoch)
-        knowledge = None if journal is None else JournalKnowledge(journal.path)
-        if knowledge is not None:
-            await asyncio.to_thread(knowledge.follow)
+        knowledge = await _knowledge(journal)
         known_keys = keys if knowledge is None else KnownKeys(keys, knowledge)
         moves = telemetry.observed(_lifecycle(pool, records, journal, knowledge), "store", "move", of="lifecycle.")
         lifecycle = ForgettingLifecycle(moves, keys)
         rotation = await stack.enter_async_context(rotation_parts(pool, records, hsm, master_keys, keys, journal, knowledge))
+        settled = telemetry.observed(ledger, "store", "settle", "earlier", of="ledger.")
+        observed = telemetry.observed(hsm, "hsm", *HSM_OPERATIONS)
+        uses = key_uses(known_keys, users, observed, ForgettingLedger(settled, keys, users), keys.counts)
+        certificates = certificate_parts(config, pool, records, uses, journal, knowledge)
         runner = JobRunner(AdvisoryLocks(connection_settings(dsn)))
         history, probe, pulse = HistoryWatch(), DatabaseProbe(pool), Pulse()
         sealer = trail_sealer(config, dsn, pool, records, hsm, history, partial(runner.note_success, CHECKPOINTS))
@@ -199,23 +194,33 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
             jobs=runner.statuses,
         )
         is_first = supervised is None or supervised.number == 1
-        uses = await stack.enter_async_context(_told_uses(journal, keys.counts))
+        told = await stack.enter_async_context(_told_uses(journal, keys.counts))
         parts = JobParts(
-            pool, stored_keys, hsm, lifecycle, journal, uses, disk, probe, condition, sealer, rotation, trust, is_first
+            pool,
+            stored_keys,
+            hsm,
+            lifecycle,
+            journal,
+            told,
+            disk,
+            probe,
+            condition,
+            sealer,
+            rotation,
+            certificates,
+            trust,
+            is_first,
         )
         await stack.enter_async_context(runner.running(*upkeep_jobs(parts)))
         await stack.enter_async_context(seen(seen_on, telemetry, condition, pulse))
         connections = Connections(connection_limits(server_config))
-        settled = telemetry.observed(ledger, "store", "settle", "earlier", of="ledger.")
         server = _server(
             Auditing(StoredTrail(pool), verifying(config, pool, records)),
-            known_keys,
-            keys.counts,
-            users,
-            hsm,
-            ForgettingLedger(settled, keys, users),
+            uses,
+            ledger,
             lifecycle,
             rotation,
+            certificates,
             identity,
             telemetry,
             connections,
@@ -223,10 +228,28 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
             ProcessReports(condition, config.deployment_id, config.mode, supervised.number if supervised else 0),
             shares_port=supervised is not None,
         )
+        await stack.enter_async_context(
+            publishing(config.publishing, certificates.revocation.publications, shares_port=supervised is not None)
+        )
         port = await server.start(server_config.listen, partial(tls_material, trust))
         stack.push_async_callback(server.stop, 0)
         await stack.enter_async_context(runner.running(*serving_jobs(server, connections, port, pulse)))
         yield Service(port, hsm, server, condition)
+
+
+def _seen_on(config: Config, supervised: Supervised | None) -> str | Path | None:
+    """Return where metrics and readiness are seen: of a worker its supervisor says where."""
+    if supervised is not None:
+        return supervised.metrics
+    return config.metrics.listen if config.metrics else None
+
+
+async def _knowledge(journal: Journal | None) -> JournalKnowledge | None:
+    """Return what is known by *journal*, read once from its beginning."""
+    knowledge = None if journal is None else JournalKnowledge(journal.path)
+    if knowledge is not None:
+        await asyncio.to_thread(knowledge.follow)
+    return knowledge
 
 
 def _tracing(config: Config) -> AbstractContextManager[Spans | None]:
@@ -240,13 +263,11 @@ def _tracing(config: Config) -> AbstractContextManager[Spans | None]:
 
 def _server(
     auditing: Auditing,
-    keys: Keys,
-    counts: Counts,
-    users: Users,
-    hsm: TokenHsm,
+    uses: KeyUses,
     ledger: Ledger,
     lifecycle: Lifecycle,
     rotation: RotationParts,
+    certificates: CertificateParts,
     identity: ClientIdentity,
     telemetry: Telemetry,
     connections: Connections,
@@ -255,25 +276,21 @@ def _server(
     *,
     shares_port: bool,
 ) -> Server:
-    access, public_keys = Access(users), PublicKeyOperations()
-    hsm = telemetry.observed(hsm, "hsm", *HSM_OPERATIONS)
-    settling = Settling(ledger, access)
-    repeats = Repeats(keys, hsm, settling, counts)
-    signing, encryption = Signing(keys, hsm, public_keys), Encryption(keys, hsm, public_keys)
+    keys = uses.keys
     scheduling = Scheduling(keys, rotation.policies, rotation.rotations)
-    edge = Edge(identity, access, ledger, telemetry, connections, call_limits(config))
+    edge = Edge(identity, uses.access, ledger, telemetry, connections, call_limits(config))
     return Server(
         edge,
-        KeyServicer(Keyring(keys, hsm, uninterrupted), Moving(keys, lifecycle), repeats, partial(add_schedule, scheduling)),
-        CryptoServicer(ChargedUses(signing, encryption, settling, repeats, run_batch)),
+        KeyServicer(uses.keyring, Moving(keys, lifecycle), uses.repeats, partial(add_schedule, scheduling)),
+        CryptoServicer(uses.charged),
         AuditServicer(auditing),
         AdminServicer(Administration(reports)),
         RotationServicer(
             Rotating(
                 keys,
-                hsm,
+                uses.hsm,
                 rotation.rotations,
-                repeats,
+                uses.repeats,
                 rotation.worker.do_item,
                 partial(asyncio.sleep, _ROTATION_LOOK_SECONDS),
                 partial(asyncio.sleep, _WATCH_SECONDS),
@@ -281,6 +298,7 @@ def _server(
             scheduling,
             LineageUsage(keys, rotation.uses),
         ),
+        certificates.servicer(uses),
         transport=transport_limits(config),
         faults=lambda: reports.condition.faults,
         shares_port=shares_port,

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from asyncio.subprocess import DEVNULL, Process
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from enum import Enum
 from multiprocessing import Pipe
@@ -46,10 +46,13 @@ def supervise(config: Config) -> int:
     protect_memory()
     raise_descriptor_limit()
     server = needed(config.server)
-    sections = {"hsm": needed(config.hsm).with_secret("hsm"), "database": needed(config.database).with_secret("database")}
-    with reserved(server.listen) as address, gathered(config.metrics) as metrics:
-        own = config.model_copy(update={**sections, "server": server.model_copy(update={"listen": address})})
-        return asyncio.run(_Supervisor(own, metrics).run())
+    secrets = {"hsm": needed(config.hsm).with_secret("hsm"), "database": needed(config.database).with_secret("database")}
+    with ExitStack() as stack:
+        ports: dict[str, object] = {"server": server.model_copy(update={"listen": stack.enter_context(reserved(server.listen))})}
+        if (publishing := config.publishing) is not None:
+            ports["publishing"] = publishing.model_copy(update={"listen": stack.enter_context(reserved(publishing.listen))})
+        metrics = stack.enter_context(gathered(config.metrics))
+        return asyncio.run(_Supervisor(config.model_copy(update={**secrets, **ports}), metrics).run())
 
 
 def pause_seconds(crashes: int, *, is_served: bool) -> float:

@@ -38,7 +38,10 @@ NOBODYS: Final = {
     "configuration.environments": {"admin_users", "auditor_users", "job_runner"},
     "configuration.service_configs": {"admin_users", "job_runner"},
     "authentication.roles": {"authenticated_users", "admin_users", "auditor_users"},
+    "cryptography.certificate_authorities": {"authenticated_users", "admin_users", "auditor_users", "job_runner"},
+    "cryptography.crls": {"job_runner"},
     "cryptography.ledger_writers": set(),
+    "cryptography.ocsp_answers": {"job_runner"},
     "cryptography.epochs": {"job_runner", "admin_users"},
     "cryptography.rewrapping": {"job_runner"},
     "cryptography.wrapping_keys": {"job_runner"},
@@ -57,15 +60,23 @@ ENTRANCES: Final = {
     "audit.record_refusals": {"kms_service"},
     "authentication.assign_role": {"admin_users"},
     "authentication.create_service_user": {"admin_users"},
+    "cryptography.abandon_certificate": {"job_runner"},
+    "cryptography.add_certificate": {"authenticated_users", "job_runner"},
     "cryptography.adopt_child": {"job_runner"},
     "cryptography.begin_first_epoch": {"job_runner"},
+    "cryptography.certificates_without_ocsp_answer": {"job_runner"},
+    "cryptography.certificates_without_outcome": {"job_runner"},
+    "cryptography.change_authority": {"authenticated_users"},
     "cryptography.claim_rewrapping": {"job_runner"},
     "cryptography.claim_rotations": {"job_runner"},
     "cryptography.clear_rotation_policy": {"authenticated_users"},
+    "cryptography.complete_certificate": {"authenticated_users", "job_runner"},
     "cryptography.complete_rewrapping": {"job_runner"},
     "cryptography.complete_rotation": {"job_runner"},
     "cryptography.confirm_restored_key": {"admin_users"},
     "cryptography.copy_grants": {"job_runner"},
+    "cryptography.create_authority": {"authenticated_users"},
+    "cryptography.crls_to_look_at": {"job_runner"},
     "cryptography.destroy_keys": {"job_runner"},
     "cryptography.extend_rewrapping_lease": {"job_runner"},
     "cryptography.extend_rotation_lease": {"job_runner"},
@@ -74,6 +85,7 @@ ENTRANCES: Final = {
     "cryptography.finish_rewrapping_step": {"job_runner"},
     "cryptography.finish_rotation_step": {"job_runner"},
     "cryptography.forget_answers": {"job_runner"},
+    "cryptography.forget_ocsp_answers": {"job_runner"},
     "cryptography.grant_key": {"authenticated_users"},
     "cryptography.keep_answer": {"authenticated_users"},
     "cryptography.look_at_policy_later": {"job_runner"},
@@ -90,11 +102,15 @@ ENTRANCES: Final = {
     "cryptography.retire_wrapping_keys": {"job_runner"},
     "cryptography.retry_rotation": {"authenticated_users"},
     "cryptography.revoke_grant": {"authenticated_users"},
+    "cryptography.revoke_certificate": {"authenticated_users", "job_runner"},
     "cryptography.rotation_backlog": {"job_runner"},
     "cryptography.set_rotation_policy": {"authenticated_users"},
     "cryptography.settle": {"kms_service"},
     "cryptography.settled": {"kms_service"},
+    "cryptography.store_crl": {"job_runner"},
+    "cryptography.store_ocsp_answer": {"job_runner"},
     "cryptography.store_rewrapped": {"job_runner"},
+    "cryptography.supersede_certificate": {"authenticated_users", "job_runner"},
     "cryptography.switch_key": {"job_runner"},
 }
 HIDDEN: Final = {
@@ -250,8 +266,22 @@ ROWS_OF_A_USER: Final = """
     INSERT INTO cryptography.key_rotations (user_id, old_key_id, rotation_reason) VALUES (%(user)s, %(key)s, 'age');
     INSERT INTO cryptography.rotation_policies (user_id, key_name, on_compromise, is_paused, version, policy_mac)
         VALUES (%(user)s, 'old', true, false, 1, decode(repeat('00', 32), 'hex'));
-    INSERT INTO cryptography.certificates (user_id, key_id, certificate_type, certificate_data)
-        VALUES (%(user)s, %(key)s, 'x509', 'x');
+    INSERT INTO cryptography.certificate_authorities (
+        id, name, generation, manager_id, key_id, key_owner_id, status, subject, created_at, version, record_mac
+    ) VALUES (
+        %(key)s, %(name)s, 1, %(user)s, %(key)s, %(user)s, 'pending', 'CN=root', now(), 1, sha256('')
+    );
+    INSERT INTO cryptography.crls (issuer_id, shard, number, crl, entries, this_update, next_update)
+    SELECT id, 0, 1, 'der', 0, now(), now() + interval '1 day' FROM cryptography.certificate_authorities
+    ON CONFLICT DO NOTHING;
+    INSERT INTO cryptography.ocsp_answers (issuer_id, serial_number, hash_name, answer, is_revoked, this_update, next_update)
+    SELECT id, '1', 'sha1', 'der', FALSE, now(), now() + interval '1 day' FROM cryptography.certificate_authorities
+    ON CONFLICT DO NOTHING;
+    INSERT INTO cryptography.certificates (
+        user_id, key_id, certificate_type, certificate_data, fingerprint, profile, issuance_status, tbs_sha256, record_mac
+    ) VALUES (
+        %(user)s, %(key)s, 'x509', 'x', '00', 'server', 'imported', sha256(''), sha256('')
+    );
     INSERT INTO cryptography.key_grants (owner_id, key_id, grantee_id, operations, granted_by)
         VALUES (%(user)s, %(key)s, %(carol)s, '{sign}', %(user)s);
     INSERT INTO cryptography.epochs (number, cause, system_identifier, timeline, database_oid)

@@ -48,6 +48,8 @@ the check of an e-mail address:
 authentication.users email_format CHECK (email ~* '^[A-Za-z0-9._%+-]+@[A-Za-z0-9.-]+\.[A-Z[[|=>]]a-z]{2,}$')
 secp256r1:
 cryptography.keys keys_key_type_check CHECK (key_type = ANY (ARRAY['secp256k1',[[=> 'secp256r1',]] 'ed25519', 'rsa', 'aes']))
+keys of certificates may be held elsewhere, and what decides is never left out:
+[[cryptography.certificates.key_id NOT NULL=>]]
 a rotation has no successor until it is completed:
 [[cryptography.key_rotations.new_key_id NOT NULL=>]]
 names of keys are compared byte by byte:

@@ -1,6 +1,7 @@
 """Signing in the token, verifying in the service."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from hashlib import sha256
 
 from kms.app.keyring import require_key, require_usable_key
@@ -28,7 +29,10 @@ from kms.keys.ledger.settling import PendingResult
 
 @dataclass(frozen=True, slots=True)
 class ToSign:
-    """What is signed: a message or a digest of one (`is_digest`), and how. None takes the key type's default."""
+    """What is signed: a message or a digest of one (`is_digest`), and how. None takes the key type's default.
+
+    `bound_to` is what the key is bound to: nothing, unless the service itself signs. `details` are more for the trail.
+    """
 
     key: KeyRef
     data: bytes
@@ -36,6 +40,8 @@ class ToSign:
     scheme: Scheme | None
     hash: HashName | None
     form: SignatureForm | None
+    bound_to: str = field(default="", kw_only=True)
+    details: Mapping[str, str] = field(default_factory=dict, kw_only=True)
 
     @property
     def field(self) -> str:
@@ -79,7 +85,9 @@ class Signing:
     async def sign(self, call: Call, request: ToSign, *, fresh: bool) -> PendingResult[Signature]:
         """Sign with a key of the caller, to be charged. ECDSA signatures are always low-S."""
         check_size(request.field, request.data, bytes_max=MESSAGE_BYTES_MAX)
-        key = await require_usable_key(self.keys, call.user.user_id, request.key, Use.PROTECT, fresh=fresh)
+        key = await require_usable_key(
+            self.keys, call.user.user_id, request.key, Use.PROTECT, fresh=fresh, bound_to=request.bound_to
+        )
         identity = key.record.identity
         with about_key(identity.key_id):
             algorithm, form = _fitting(identity, request)
@@ -93,6 +101,7 @@ class Signing:
             "input": request.field,
             "input_bytes": len(request.data),
             "input_sha256": sha256(request.data).hexdigest(),
+            **request.details,
         }
         entry = Entry(call, "sign", identity.key_id, key.record.version, Use.PROTECT, is_charged=True, details=details)
         return PendingResult(Signature(signature, identity.key_id, algorithm), entry)

@@ -1,0 +1,24 @@
+"""A bound rate: so many at once, and so many a second afterwards."""
+
+from collections.abc import Callable
+
+
+class Bucket:
+    """Tokens that are taken, and come back at a steady rate (token bucket). Only the event loop uses it."""
+
+    def __init__(self, per_second: float, at_once: int, monotonic: Callable[[], float]) -> None:
+        self._per_second = per_second
+        self._at_once = at_once
+        self._monotonic = monotonic
+        self._left = float(at_once)
+        self._counted_at = monotonic()
+
+    def take(self) -> bool:
+        """Whether there is one left now; it is taken."""
+        now = self._monotonic()
+        self._left = min(self._at_once, self._left + (now - self._counted_at) * self._per_second)
+        self._counted_at = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
