@@ -20,6 +20,7 @@ _FILES: Final = StackFiles(Path("/var/lib/kms/service"), token=Path("/var/lib/km
 _OWNER_PASSWORD: Final = Path("/var/lib/kms/password/postgres")
 _LISTEN: Final = "0.0.0.0:7443"
 _ADDRESS: Final = "localhost:7443"
+_PUBLISHES_ON: Final = "0.0.0.0:7480"
 _SERVER: Final = "host=postgres dbname=kms"
 
 
@@ -31,7 +32,7 @@ def prepare() -> None:
         service_dsn=f"{_SERVER} user=kms_service password={service}",
         service_password=Secret(service.encode()),
     )
-    prepared(_FILES, database, listen=_LISTEN, address=_ADDRESS)
+    prepared(_FILES, database, listen=_LISTEN, address=_ADDRESS, publishes_on=_PUBLISHES_ON)
 
 
 def main() -> NoReturn:

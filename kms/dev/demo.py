@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Final, LiteralString, NoReturn
@@ -25,6 +24,8 @@ from kms.cli.client import Client, connect
 from kms.cli.failures import CallError
 from kms.cli.words import key_fields, number, word
 from kms.dev import second_opinion
+from kms.dev.demo_certificates import certify
+from kms.dev.demo_report import Report
 from kms.dev.embedded_stack import dev_stack
 from kms.dev.stack import Stack
 from kms.domain.algorithms import Hash, KeyType, Purpose, Scheme, SignatureForm
@@ -79,34 +80,6 @@ How to go on:
   README.md           what is there, and how to run it for real"""
 
 
-@dataclass(slots=True)
-class Report:
-    """What the demonstration saw; grows as it goes, and prints each line at once unless *quiet*."""
-
-    quiet: bool = False
-    checks: list[tuple[str, bool]] = field(default_factory=list)
-    began: float = field(default_factory=time.monotonic)
-
-    def heading(self, text: str) -> None:
-        """Begin a part, with the seconds since the start."""
-        self.line(f"\n[{time.monotonic() - self.began:5.1f} s] {text}")
-
-    def line(self, text: str) -> None:
-        """Say *text*."""
-        if not self.quiet:
-            print(text, flush=True)
-
-    def check(self, passed: bool, text: str) -> None:
-        """Note whether something that must hold does."""
-        self.checks.append((text, passed))
-        self.line(f"  {'ok    ' if passed else 'FAILED'}  {text}")
-
-    @property
-    def failed(self) -> list[str]:
-        """What did not hold."""
-        return [text for text, passed in self.checks if not passed]
-
-
 def run(*, as_json: bool = False) -> int:
     """Run the demonstration and return the exit code: 0 only if every check held."""
     report = Report(quiet=as_json)
@@ -120,6 +93,7 @@ def run(*, as_json: bool = False) -> int:
             with stack.serving(), connect(stack.client) as client:
                 report.line("  healthy; the client is known by its certificate")
                 demonstrate(client, report)
+                certify(stack, report)
                 rotate_master_keys(stack, client, report)
                 look_inside(stack.superuser_dsn, client, report)
         report.heading("Stopped; nothing is left running.")

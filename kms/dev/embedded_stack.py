@@ -19,6 +19,7 @@ from kms.domain.secret import Secret
 
 DATABASE: Final = "kms"
 PORT: Final = 7443
+PUBLISHING_PORT: Final = 7480
 
 
 def default_directory() -> Path:
@@ -32,14 +33,16 @@ def default_directory() -> Path:
 def dev_stack(directory: Path, *, port: int = PORT, settings: Mapping[str, str] = DURABLE) -> Iterator[Stack]:
     """Prepare the stack in *directory*, made on first use, with its PostgreSQL running until the end.
 
-    *port* 0 takes a free one; *settings* are PostgreSQL's. Raises `KmsError`, saying why.
+    *port* 0 takes a free one. It publishes on port 7480 with the usual port, else on a free one. *settings* are PostgreSQL's.
+    Raises `KmsError`, saying why.
     """
     directory = directory.absolute()
     directory.mkdir(mode=0o711, parents=True, exist_ok=True)  # PostgreSQL's user passes through it to its data
     files = StackFiles(directory, token=directory / "token")
     with embedded_postgres(files.postgres, settings) as postgres:
         address = f"127.0.0.1:{port or free_port()}"
-        yield prepared(files, _database(postgres), listen=address, address=address)
+        publishes_on = f"127.0.0.1:{PUBLISHING_PORT if port == PORT else free_port()}"
+        yield prepared(files, _database(postgres), listen=address, address=address, publishes_on=publishes_on)
 
 
 def _database(postgres: EmbeddedPostgres) -> StackDatabase:

@@ -70,6 +70,18 @@ def recovers(public_key_pem: str, digest: bytes, signature: bytes) -> bool:
         return False
 
 
+def openssl(*arguments: str, directory: Path | None = None) -> subprocess.CompletedProcess[bytes]:
+    """Run the `openssl` program, which must be there, in *directory*."""
+    program = _program()
+    assert program is not None  # noqa: S101  # the caller asked `has_openssl`
+    return _run([program, *arguments], directory=directory)
+
+
+def has_openssl() -> bool:
+    """Whether there is an `openssl` program that knows what we ask of it."""
+    return _program() is not None
+
+
 @functools.cache
 def _program() -> str | None:
     """Return the path of an openssl that knows Ed25519 messages: not before 3.0, and LibreSSL does not."""
@@ -96,5 +108,5 @@ def _pyca_accepts(public_key_pem: str, scheme: Scheme, message: bytes, signature
     return True
 
 
-def _run(command: Sequence[str], *, check: bool = False) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(command, capture_output=True, timeout=_SECONDS, check=check)  # noqa: S603 - no text of a caller
+def _run(command: Sequence[str], *, check: bool = False, directory: Path | None = None) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(command, capture_output=True, timeout=_SECONDS, check=check, cwd=directory)  # noqa: S603 - no text of a caller

@@ -66,6 +66,7 @@ def _instructions(stack: Stack) -> str:
     exports = "\n  ".join(f"export {each}" for each in [*_path(), *variables])
     return f"""
 The service runs at {stack.address}, for this machine only. Ctrl-C stops it.
+It publishes CRLs and answers OCSP at http://{stack.publishes_on}
 Its log is {stack.files.service_log}
 
 In another terminal:

@@ -45,6 +45,7 @@ class Stack:
     database: StackDatabase
     token: SoftToken
     address: str
+    publishes_on: str
 
     @property
     def variables(self) -> dict[str, str]:
@@ -66,9 +67,12 @@ class Stack:
         """The connection string of the database's superuser."""
         return self.database.superuser_dsn
 
-    def kms(self, *arguments: str) -> str:
-        """Run a `kms` command on this stack and return what it prints. Raises STORE_UNAVAILABLE with what it complains of."""
-        return _kms(arguments, self.environment)
+    def kms(self, *arguments: str, config: Path | None = None) -> str:
+        """Run a `kms` command on this stack, with *config* as the user that it names, and return what it prints.
+
+        Raises STORE_UNAVAILABLE with what it complains of.
+        """
+        return _kms(arguments if config is None else ("--config", str(config), *arguments), self.environment)
 
     @contextmanager
     def serving(self, *, workers: int | None = None) -> Iterator[ServiceProcess]:
@@ -80,16 +84,16 @@ class Stack:
             yield process
 
 
-def prepared(files: StackFiles, database: StackDatabase, *, listen: str, address: str) -> Stack:
+def prepared(files: StackFiles, database: StackDatabase, *, listen: str, address: str, publishes_on: str) -> Stack:
     """Return the stack whose files are in *files*, made on first use, on *database*.
 
-    The service listens on *listen*, clients find it at *address*. An interrupted first preparation is simply begun again.
-    Raises `KmsError`, saying why.
+    The service listens on *listen* and *publishes_on*, clients find it at *address*. An interrupted first preparation is simply
+    begun again. Raises `KmsError`, saying why.
     """
     files.make_certificates()
     files.write_secrets(service_dsn=database.service_dsn, migration_dsn=database.superuser_dsn)
-    stack = Stack(files, database, _initialised_token(files.token), address)
-    files.write_configuration(listen=listen, address=address, token=stack.token)
+    stack = Stack(files, database, _initialised_token(files.token), address, publishes_on)
+    files.write_configuration(listen=listen, address=address, publishes_on=publishes_on, token=stack.token)
     stack.kms("migrate")
     set_service_password(database.superuser_dsn, database.service_password)
     if not files.client_configuration.exists():

@@ -83,8 +83,11 @@ class StackFiles:
         """Return that user's way to the service at *address*."""
         return ClientConfig(server=address, ca_file=self.authority_cert, cert_file=self.client_cert, key_file=self.client_key)
 
-    def write_configuration(self, *, listen: str, address: str, token: SoftToken) -> None:
-        """Write `kms.toml`, with all paths absolute: the service listens on *listen*, clients find it at *address*."""
+    def write_configuration(self, *, listen: str, address: str, publishes_on: str, token: SoftToken) -> None:
+        """Write `kms.toml`, with all paths absolute: the service listens on *listen*, clients find it at *address*.
+
+        It publishes CRLs and OCSP answers on *publishes_on*.
+        """
         sections: dict[str, Settings] = {
             "server": {
                 "listen": listen,
@@ -94,6 +97,7 @@ class StackFiles:
             },
             "hsm": {"module": token.module, "token_label": token.label, "pin_file": token.pin_file},
             "database": {"dsn_file": self.secret("service.dsn")},
+            "publishing": {"listen": publishes_on},
             "audit": {"checkpoints": self.directory / "checkpoints"},
             "migration": {"dsn_file": self.secret("migration.dsn")},
             "authority": {"cert_file": self.authority_cert, "key_file": self.authority_cert.with_name(KEY_FILE)},

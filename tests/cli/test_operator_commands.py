@@ -17,7 +17,8 @@ import pytest
 
 from kms.cli.client import connect
 from kms.config import load
-from kms.dev.demo import Report, conclude, demonstrate, look_inside
+from kms.dev.demo import conclude, demonstrate, look_inside
+from kms.dev.demo_report import Report
 from tests.fixtures.server import Deployment
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from kms.dev.demo_certificates import certify
+from kms.dev.demo_report import Report
 from kms.dev.embedded_stack import dev_stack
 from kms.dev.postgres import FAST_UNSAFE
 from kms.dev.service_process import is_serving
@@ -80,6 +82,15 @@ def test_a_second_start_finds_the_keys_of_the_first(directory: Path) -> None:
         path = directory / name
         assert stat.S_IMODE(path.stat().st_mode) == 0o400, name
         assert path.read_text().strip() not in log
+
+
+@pytest.mark.slow
+def test_every_check_of_the_demonstration_of_certificates_holds(directory: Path) -> None:
+    report = Report(quiet=True)
+    with dev_stack(directory, port=0, settings=FAST_UNSAFE) as stack, stack.serving():
+        certify(stack, report)
+    assert report.failed == []
+    assert len(report.checks) == 5
 
 
 @pytest.mark.slow
