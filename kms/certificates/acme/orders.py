@@ -109,27 +109,33 @@ class Ordering:
         order = await self._require(account, order_id, index)
         challenge = order.authorizations[index].challenge
         if challenge is not None and order.authorizations[index].is_waiting(challenge, await self.now()):
-            return await self._begin(account, order, index, challenge, "")
+            return await self.respond(account, order_id, index, challenge, "")
         return order
 
     async def respond(self, account: Account, order_id: UUID, index: int, challenge: ChallengeType, peer: str) -> Order:
         """Ask for a challenge that the client says it has prepared. Asked before, nothing changes. Raises a problem."""
-        order, now = await self._require(account, order_id, index), await self.now()
-        authorization = order.authorizations[index]
-        if challenge not in authorization.challenges:
-            raise not_found()
-        if order.status(now) is Status.PENDING and authorization.is_waiting(challenge, now):
-            return await self._begin(account, order, index, challenge, peer)
-        return order
+        while True:
+            order, now = await self._require(account, order_id, index), await self.now()
+            authorization = order.authorizations[index]
+            if challenge not in authorization.challenges:
+                raise not_found()
+            if order.status(now) is not Status.PENDING or not authorization.is_waiting(challenge, now):
+                return order
+            begun = replace(authorization, status=Status.PROCESSING, challenge=challenge, changed_at=now)
+            changed = order.with_authorization(index, begun)
+            # Another name of the order may be proven at this moment, which changes the same row.
+            if await self.orders.change(changed, None, {}, peer):
+                self.background(self._ask(account, order_id, index, begun, peer))
+                return changed
 
     async def deactivate(self, account: Account, order_id: UUID, index: int, peer: str) -> Order:
         """Give an authorization up. What was issued with it stays valid. Raises a problem."""
-        order = await self._require(account, order_id, index)
-        authorization = replace(order.authorizations[index], status=Status.DEACTIVATED)
-        changed = order.with_authorization(index, authorization)
-        if not await self.orders.change(changed, "acme.authorization_deactivated", _details(authorization), peer):
-            raise _changed_meanwhile()
-        return changed
+        while True:
+            order = await self._require(account, order_id, index)
+            authorization = replace(order.authorizations[index], status=Status.DEACTIVATED)
+            changed = order.with_authorization(index, authorization)
+            if await self.orders.change(changed, "acme.authorization_deactivated", _details(authorization), peer):
+                return changed
 
     async def finalize(self, account: Account, order_id: UUID, wish: dict[str, Any], peer: str) -> Order:
         """Issue the certificate for the key of a request. Raises orderNotReady, badCSR and other problems."""
@@ -170,15 +176,6 @@ class Ordering:
         if certificate.superseded_at is not None:
             raise AcmeError(ProblemType.ALREADY_REPLACED, "replaces: the certificate was replaced already")
         return str(replaces)
-
-    async def _begin(self, account: Account, order: Order, index: int, challenge: ChallengeType, peer: str) -> Order:
-        """Store that a challenge is asked from now on, and ask."""
-        begun = replace(order.authorizations[index], status=Status.PROCESSING, challenge=challenge, changed_at=await self.now())
-        changed = order.with_authorization(index, begun)
-        if not await self.orders.change(changed, None, {}, peer):
-            return await self._require(account, order.order_id, index)  # another worker asks, or the client gave it up
-        self.background(self._ask(account, changed.order_id, index, begun, peer))
-        return changed
 
     async def _ask(self, account: Account, order_id: UUID, index: int, asked: Authorization, peer: str) -> None:
         """Ask for a challenge, and store how it ended."""
