@@ -58,10 +58,11 @@ def acme(postgres: EmbeddedPostgres, token_template: Path, tmp_path_factory: pyt
     """A server with ACME that the tests of this worker share."""
     port, http_port = free_port(), free_port()
     with (
-        serving_names() as names,
+        serving_names(tmp_path_factory.mktemp("names")) as names,
         cloned(postgres) as database,
         deployed(tmp_path_factory.mktemp("acme"), database, token_template) as deployment,
     ):
+        deployment.set_server(journal="journal")
         config = deployment.config_file
         config.write_text(
             config.read_text() + f'[acme]\nlisten = "127.0.0.1:{port}"\nurl = "https://127.0.0.1:{port}"\n'

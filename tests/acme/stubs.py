@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import dns.flags
@@ -17,11 +18,21 @@ import dns.rrset
 
 @dataclass(slots=True)
 class Names:
-    """A DNS server that has each name below `test.` on this host, and the TXT records that a test puts there."""
+    """A DNS server that has each name below `test.` on this host, and TXT records: the lines of a file in *directory*."""
 
     port: int
-    texts: dict[str, list[str]] = field(default_factory=dict)
+    directory: Path
     addresses: dict[str, str] = field(default_factory=dict)
+
+    def texts(self, name: str) -> list[str]:
+        """Return the TXT records of a name."""
+        file = self.directory / name
+        return file.read_text().split() if file.exists() else []
+
+    def put(self, name: str, text: str) -> None:
+        """Add a TXT record."""
+        with (self.directory / name).open("a") as file:
+            file.write(f"{text}\n")
 
     def reply(self, data: bytes) -> bytes:
         """Return the reply to a query."""
@@ -30,8 +41,8 @@ class Names:
         reply.flags |= dns.flags.AA | dns.flags.RA
         question = query.question[0]
         name = question.name.to_text(omit_final_dot=True).lower()
-        if question.rdtype == dns.rdatatype.TXT and name in self.texts:
-            quoted = [f'"{text}"' for text in self.texts[name]]
+        if question.rdtype == dns.rdatatype.TXT and self.texts(name):
+            quoted = [f'"{text}"' for text in self.texts(name)]
             reply.answer.append(dns.rrset.from_text(question.name, 1, "IN", "TXT", *quoted))
         elif question.rdtype == dns.rdatatype.A and name.endswith(".test") and not name.startswith("missing."):
             address = self.addresses.get(name, "127.0.0.1")
@@ -42,7 +53,7 @@ class Names:
 
 
 @contextmanager
-def serving_names() -> Iterator[Names]:
+def serving_names(directory: Path) -> Iterator[Names]:
     """Run a DNS server within the block."""
 
     class Handler(socketserver.BaseRequestHandler):
@@ -51,7 +62,7 @@ def serving_names() -> Iterator[Names]:
             udp.sendto(names.reply(data), self.client_address)
 
     with socketserver.ThreadingUDPServer(("127.0.0.1", 0), Handler) as server:
-        names = Names(server.server_address[1])
+        names = Names(server.server_address[1], directory)
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         yield names
