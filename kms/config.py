@@ -7,6 +7,7 @@ from a variable, which is removed from the environment once read; the file itsel
 
 import ipaddress
 import os
+import re
 import stat
 import tomllib
 import typing
@@ -233,6 +234,87 @@ class AuditConfig(_Section):
     seal_seconds: Annotated[float, Field(ge=0.1, le=3600)] = 1.0
 
 
+_ARC: Final = "(0|[1-9][0-9]{0,8})"
+_OBJECT_IDENTIFIER: Final = re.compile(rf"([01]\.[1-3]?[0-9]|2\.{_ARC})(\.{_ARC}){{1,10}}")
+EXTENDED_KEY_USAGE_NAMES: Final = ("serverAuth", "clientAuth", "codeSigning", "emailProtection", "timeStamping")
+# OCSPSigning and anyExtendedKeyUsage: whoever has such a certificate answers for the authority itself, or for everything.
+_NOT_FOR_OPERATORS: Final = frozenset({"1.3.6.1.5.5.7.3.9", "2.5.29.37.0"})
+
+
+def _check_extended_key_usage(usage: str) -> str:
+    if usage in _NOT_FOR_OPERATORS or not (usage in EXTENDED_KEY_USAGE_NAMES or _OBJECT_IDENTIFIER.fullmatch(usage)):
+        names = ", ".join(EXTENDED_KEY_USAGE_NAMES)
+        raise ValueError(f"expected {names}, or an object identifier like 1.3.6.1.4.1.99999.1, not of OCSPSigning or any usage")
+    return usage
+
+
+ExtendedKeyUsageName = Annotated[str, AfterValidator(_check_extended_key_usage)]
+KeyUsageName = Literal[
+    "digitalSignature", "contentCommitment", "keyEncipherment", "dataEncipherment", "keyAgreement", "encipherOnly", "decipherOnly"
+]
+SubjectAttribute = Literal["CN", "O", "OU", "C", "ST", "L", "serialNumber"]
+_HOURS_MAX: Final = 36_500 * 24
+BUILT_IN_PROFILES: Final = frozenset({"server", "client", "code-signing", "intermediate", "ocsp", "root"})
+_AGREEMENT_ONLY: Final = frozenset({"encipherOnly", "decipherOnly"})
+
+
+class ProfileConfig(_Section):
+    """`[certificates.profiles.NAME]`: a kind of certificates of the operator's own, for end entities."""
+
+    key_usage: Annotated[frozenset[KeyUsageName], Field(min_length=1)] = frozenset({"digitalSignature"})
+    extended_key_usage: Annotated[tuple[ExtendedKeyUsageName, ...], Field(min_length=1, max_length=20)]
+    key_types: Annotated[frozenset[Literal["rsa", "p-256", "p-384", "secp256k1", "ed25519"]], Field(min_length=1)] = frozenset(
+        {"rsa", "p-256", "p-384", "ed25519"}
+    )
+    rsa_bits_min: Annotated[int, Field(ge=2048, le=4096, multiple_of=8)] = 2048
+    name_kinds: frozenset[Literal["dns", "ip", "uri", "email"]] = frozenset()
+    names_min: Annotated[int, Field(ge=0, le=100)] = 0
+    names_max: Annotated[int, Field(ge=0, le=100)] = 10
+    wildcards: bool = False
+    subject_allowed: frozenset[SubjectAttribute] = frozenset({"CN"})
+    subject_required: frozenset[SubjectAttribute] = frozenset()
+    common_name_is_a_name: bool = False
+    validity_hours: Annotated[int, Field(ge=1, le=_HOURS_MAX)] = 90 * 24
+    validity_hours_max: Annotated[int, Field(ge=1, le=_HOURS_MAX)] = 398 * 24
+    unknown_extensions: Literal["refuse", "drop"] = "refuse"
+
+    @model_validator(mode="after")
+    def _is_coherent(self) -> Self:
+        for is_coherent, expected in (
+            (
+                _NOT_FOR_OPERATORS.isdisjoint(self.extended_key_usage),
+                "extended_key_usage without OCSPSigning and anyExtendedKeyUsage",
+            ),
+            (len(set(self.extended_key_usage)) == len(self.extended_key_usage), "each extended_key_usage once"),
+            (
+                "keyAgreement" in self.key_usage or _AGREEMENT_ONLY.isdisjoint(self.key_usage),
+                "encipherOnly and decipherOnly with keyAgreement only",
+            ),
+            (self.names_min <= self.names_max, "names_min of at most names_max"),
+            (bool(self.name_kinds) or self.names_min == 0, "name_kinds, where names_min is not 0"),
+            (self.subject_required <= self.subject_allowed, "subject_required among subject_allowed"),
+            (self.names_min > 0 or bool(self.subject_required), "names_min of at least 1, or something in subject_required"),
+            (self.validity_hours <= self.validity_hours_max, "validity_hours of at most validity_hours_max"),
+        ):
+            if not is_coherent:
+                raise ValueError(f"expected {expected}")
+        return self
+
+
+class CertificatesConfig(_Section):
+    """`[certificates]`: profiles of the operator's own, beside those that are built in."""
+
+    profiles: dict[Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")], ProfileConfig] = Field(
+        default_factory=dict
+    )
+
+    @model_validator(mode="after")
+    def _are_new(self) -> Self:
+        if taken := sorted(BUILT_IN_PROFILES & self.profiles.keys()):
+            raise ValueError(f"expected a name of its own for each profile; built in are already {', '.join(taken)}")
+        return self
+
+
 class Config(_Section):
     """All settings. A section that is absent is None; a command asks for those it needs with `load`."""
 
@@ -250,6 +332,7 @@ class Config(_Section):
     acme: AcmeConfig | None = None
     tracing: TracingConfig | None = None
     audit: AuditConfig | None = None
+    certificates: CertificatesConfig | None = None
 
     def with_workers(self, workers: int | None) -> Self:
         """Return the configuration with so many workers; None leaves it as it is."""

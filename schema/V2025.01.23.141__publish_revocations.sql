@@ -131,7 +131,7 @@ END;
 $$;
 
 -- Certificates of an authority that have no OCSP answer which is good until a moment and says what their row says.
-CREATE FUNCTION cryptography.certificates_without_ocsp_answer(issuer UUID, good_until TIMESTAMPTZ, certificates_max INTEGER)
+CREATE FUNCTION cryptography.certificates_without_ocsp_answer(authority UUID, good_until TIMESTAMPTZ, certificates_max INTEGER)
 RETURNS TABLE (id UUID, serial_number TEXT)
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
@@ -141,7 +141,7 @@ BEGIN
     FROM cryptography.certificates AS c
     LEFT JOIN cryptography.ocsp_answers AS o
         ON o.issuer_id = c.issuer_id AND o.serial_number = c.serial_number AND o.hash_name = 'sha1'
-    WHERE c.issuer_id = issuer AND c.not_after > clock_timestamp() AND c.issuance_status IN ('issued', 'abandoned')
+    WHERE c.issuer_id = authority AND c.not_after > clock_timestamp() AND c.issuance_status IN ('issued', 'abandoned')
         AND c.profile <> 'ocsp'
         AND (o.next_update IS NULL OR o.next_update < good_until OR o.is_revoked <> (c.revocation_status = 'revoked'))
     ORDER BY o.next_update NULLS FIRST

@@ -200,11 +200,9 @@ class ManagingAuthorities:
     async def _parent(self, caller: User, ref: AuthorityRef) -> Authority:
         parent = await self.require(ref)
         check_active(parent, await self.certificates.now())
-        if Permission.CERTS_ISSUE not in caller.permissions:
-            raise permission_denied(Permission.CERTS_ISSUE)
         if not parent.issues(caller.user_id, INTERMEDIATE.name):
             message = f"the manager of the authority {parent.name} has not let you issue certificates of profile intermediate"
-            raise KmsError(Reason.PERMISSION_DENIED, message, permission=Permission.CERTS_ISSUE)
+            raise KmsError(Reason.PERMISSION_DENIED, message, permission=Permission.CERTS_MANAGE)
         return parent
 
     async def _make(
@@ -246,22 +244,23 @@ class ManagingAuthorities:
 
     async def _activate(self, call: Call, authority: Authority, certificate: bytes, chain: Sequence[bytes]) -> Authority:
         """Make a pending authority active. The generation that is active until then certifies it, and is superseded."""
-        active = authority.changed(
-            status=AuthorityStatus.ACTIVE,
-            certificate=certificate,
-            chain=tuple(chain),
-            not_after=parse_certificate(certificate).validity.not_after,
+        certified = authority.changed(
+            certificate=certificate, chain=tuple(chain), not_after=parse_certificate(certificate).validity.not_after
         )
         old = next((each for each in await self.authorities.generations(authority.name) if _is_active(each)), None)
         if old is None:
+            active = replace(certified, status=AuthorityStatus.ACTIVE)
             await self.authorities.change(call, active, "authority.activated", {"name": active.name})
             return active
-        if not old.chain and not active.chain:
+        if not old.chain and not certified.chain:
             # Of roots. Whoever trusts what is above an intermediate trusts both of its generations.
-            await self._cross_certify(call, old, active)
-            await self._cross_certify(call, active, old)
-        now = await self.certificates.now()
-        superseded = old.changed(status=AuthorityStatus.SUPERSEDED, superseded_at=now)
+            await self.authorities.change(call, certified, "authority.certified", {"name": certified.name})
+            await self._cross_certify(call, old, certified)
+            await self._cross_certify(call, certified, old)
+            active = certified.changed(status=AuthorityStatus.ACTIVE)
+        else:
+            active = replace(certified, status=AuthorityStatus.ACTIVE)
+        superseded = old.changed(status=AuthorityStatus.SUPERSEDED, superseded_at=await self.certificates.now())
         await self.authorities.roll_over(call, active, superseded)
         return active
 

@@ -60,13 +60,13 @@ class NameConstraints:
 
     def check(self, names: Iterable[GeneralName]) -> None:
         """Raise CERTIFICATE_INVALID for a name outside the constraints. A URI without a host is outside all of them."""
-        for name in names:
+        for number, name in enumerate(names, 1):
             of_kind = [subtree for subtree in self.permitted if subtree.kind is name.kind]
             if of_kind and not any(subtree.contains(name) for subtree in of_kind):
-                raise certificate_invalid("names", f"expected only names that the authority may certify, not {name}")
+                raise certificate_invalid("names", f"expected only names that the authority may certify, unlike name {number}")
             is_homeless = name.host is None and any(subtree.kind is name.kind for subtree in self.excluded)
             if is_homeless or any(subtree.touches(name) for subtree in self.excluded):
-                raise certificate_invalid("names", f"expected no name that is excluded from the authority, like {name}")
+                raise certificate_invalid("names", f"expected no name that is excluded from the authority, like name {number}")
 
 
 def parse_constraints(permitted: Sequence[str], excluded: Sequence[str]) -> NameConstraints | None:

@@ -138,7 +138,7 @@ class CrlPublishing:
         added = dict(self._missing(authority, shard, None if newest is None else newest.crl))
         for record in records:
             is_of_shard = record.issuer_id == authority.authority_id and record.crl_shard == shard
-            if is_of_shard and record.revocation is not None and record.serial_number not in listed:
+            if is_of_shard and record.revocation is not None:
                 added[record.serial_number] = record.revocation
         gone = listed.keys() - revoked.keys()
         return added, {serial for serial in gone if since is not None and await self._had_ended(authority, serial, since)}

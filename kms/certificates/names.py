@@ -209,7 +209,7 @@ def parse_name(kind: NameKind, text: str, *, field: str = "names") -> GeneralNam
 def parse_domain(text: str, *, field: str) -> str:
     """Return a domain as IDNA 2008 writes it in ASCII (RFC 5891), in lower case; without a dot at its end."""
     rule = "expected a domain: labels of letters, digits and hyphens (IDNA 2008), 63 characters each, 253 in all"
-    if not 0 < len(text) <= DOMAIN_CHARACTERS_MAX or has_hidden(text):
+    if len(text) > DOMAIN_CHARACTERS_MAX:
         raise certificate_invalid(field, rule)
     try:
         domain = idna.encode(text.lower(), strict=True).decode("ascii")
@@ -252,10 +252,8 @@ def _parse_uri(text: str, field: str) -> str:
         host, _ = parts.hostname, parts.port
     except ValueError:
         raise certificate_invalid(field, rule) from None
-    if "@" in parts.netloc:
-        raise certificate_invalid(field, "expected a URI without a user in it")
     if parts.netloc and not _is_host(parts.netloc, host, field):
-        raise certificate_invalid(field, "expected a URI whose host is a domain or an address, in lower case")
+        raise certificate_invalid(field, "expected a URI without a user, whose host is a domain or an address in lower case")
     return text
 
 

@@ -19,6 +19,7 @@ from kms.certificates.authority import Authority, check_signs
 from kms.certificates.certificate import Certificate, Issuance, Revocation, serial_text
 from kms.certificates.ports import Authorities, Certificates
 from kms.certificates.publishing.documents import Document
+from kms.certificates.responders import BOUND_TO, Responders, is_to_be_renewed
 from kms.certificates.revocation_ports import Answers, JournaledRevocations, NewAnswer, Signer
 from kms.certificates.x509.ocsp import (
     CertId,
@@ -33,11 +34,9 @@ from kms.certificates.x509.ocsp import (
 )
 from kms.domain.errors import KmsError, Reason
 
-BOUND_TO: Final = "ocsp"
-PROFILE: Final = "ocsp"
 ANSWER_LIFETIME: Final = timedelta(days=2)
 RENEWED_BEFORE_END: Final = timedelta(days=1)
-MISSING_MAX: Final = 256
+MISSING_MAX: Final = 1_000
 _LOG = structlog.get_logger("kms.certificates")
 
 
@@ -57,6 +56,7 @@ class OcspAnswering:
     certificates: Certificates
     answers: Answers
     signer: Signer
+    responders: Responders
     journaled: JournaledRevocations
     rate: Rate
     _responders: MutableMapping[UUID, Certificate] = field(default_factory=dict, repr=False)
@@ -84,8 +84,6 @@ class OcspAnswering:
 
     async def _answered(self, authority: Authority, request: OcspRequest, now: datetime) -> Document:
         responder = await self._responder(authority, now)
-        if responder is None:
-            return _refused(OcspError.TRY_LATER, now)
         is_common = len(request.cert_ids) == 1 and request.nonce is None
         if is_common and (stored := await self._stored(authority, request.cert_ids[0], responder, now)) is not None:
             return stored
@@ -104,10 +102,12 @@ class OcspAnswering:
         """Sign the answers that an authority lacks or that end soon, about some of its certificates, and return how many."""
         now = await self.authorities.now()
         responder = await self._responder(authority, now)
-        if responder is None or authority.certificate is None:
+        if authority.certificate is None:
             return 0
+        # No answer is good for longer than its signer.
+        good_until = min(now + RENEWED_BEFORE_END, responder.not_after)
         made = 0
-        for certificate_id in await self.answers.missing(authority.authority_id, now + RENEWED_BEFORE_END, MISSING_MAX):
+        for certificate_id in await self.answers.missing(authority.authority_id, good_until, MISSING_MAX):
             certificate = await self.certificates.find_any(certificate_id)
             if certificate is None or certificate.issuer_id != authority.authority_id:
                 continue
@@ -118,20 +118,12 @@ class OcspAnswering:
             made += 1
         return made
 
-    async def responder(self, authority: Authority, now: datetime) -> Certificate | None:
-        """Return the certificate of the signer of an authority that ends last, or None without one that is good at *now*."""
-        for certificate_id in await self.answers.responder_ids(authority.authority_id):
-            certificate = await self.certificates.find_any(certificate_id)
-            if certificate is not None and _is_responder(certificate, authority, now):
-                return certificate
-        return None
-
-    async def _responder(self, authority: Authority, now: datetime) -> Certificate | None:
+    async def _responder(self, authority: Authority, now: datetime) -> Certificate:
+        """Return the certificate of the signer of an authority. The first is made when somebody asks."""
         known = self._responders.get(authority.authority_id)
-        if known is None or known.not_after - now < (known.not_after - known.not_before) / 3:
-            known = await self.responder(authority, now)
-            if known is not None:
-                self._responders[authority.authority_id] = known
+        if known is None or is_to_be_renewed(known, now):
+            known = await self.responders.find(authority, now) or await self.responders.renew(authority)
+            self._responders[authority.authority_id] = known
         return known
 
     async def _stored(self, authority: Authority, cert_id: CertId, responder: Certificate, now: datetime) -> Document | None:
@@ -196,18 +188,6 @@ class OcspAnswering:
             is_revoked = status.revocation is not None
             new = NewAnswer(status.cert_id.hash_name, document.content, is_revoked, document.this_update, document.next_update)
             await self.answers.store(authority.authority_id, status.cert_id.serial_number, new)
-
-
-def _is_responder(certificate: Certificate, authority: Authority, now: datetime) -> bool:
-    return (
-        certificate.issuer_id == authority.authority_id
-        and certificate.profile == PROFILE
-        and certificate.issuance is Issuance.ISSUED
-        and certificate.revocation is None
-        and certificate.key_id is not None
-        and certificate.owner_id == authority.key_owner_id
-        and certificate.not_before <= now < certificate.not_after
-    )
 
 
 def _is_of(authority: Authority, cert_id: CertId) -> bool:

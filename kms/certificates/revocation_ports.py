@@ -46,9 +46,9 @@ class Crls(Protocol):
         ...
 
     async def proven(self, certificate_ids: Sequence[UUID]) -> Sequence[Certificate]:
-        """Return those of the certificates whose record is as the service left it. The log names the others.
+        """Return those of the certificates whose record proves that they are revoked. The log names those that were edited.
 
-        Raises HSM_UNAVAILABLE.
+        The journal knows of them before this returns. Raises HSM_UNAVAILABLE, OUTCOME_UNKNOWN.
         """
         ...
 

@@ -15,7 +15,7 @@ from kms.app.ports import Call
 from kms.certificates.authority import Authority
 from kms.certificates.ports import ServiceUsers
 from kms.certificates.x509.signing import Unsigned
-from kms.domain.algorithms import EC_TYPES, KeySpec, SignatureForm
+from kms.domain.algorithms import EC_TYPES, KeySpec, KeyType, Purpose, SignatureForm, key_spec
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId, KeyName, UserId
 from kms.domain.key_row import record_invalid
@@ -26,6 +26,7 @@ from kms.keys.crypto.signing import ToSign
 USER_NAME: Final = "kms-certificates"
 AUTHORITY: Final = "certificate-authority"
 OCSP: Final = "ocsp"
+_P256: Final = key_spec(KeyType.SECP256R1, Purpose.SIGNING, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,20 @@ class ServiceKeys:
         found = await self.keyring.keys.find(owner, key_id)
         if found is None:
             raise record_invalid(key_id)
+        return found
+
+    async def find_or_make(self, owner: UserId, name: KeyName, bound_to: str) -> KeyRecord:
+        """Return the key of that name, a P-256 key that is made if need be. Raises what `make` raises except NAME_TAKEN."""
+        found = await self.keyring.keys.find(owner, name)
+        if found is None:
+            try:
+                return await self.make(None, name, _P256, None, bound_to)
+            except KmsError as error:
+                if error.reason is not Reason.NAME_TAKEN:  # another worker was faster
+                    raise
+            found = await self.keyring.keys.find(owner, name)
+        if found is None:
+            raise record_invalid()
         return found
 
     async def sign_for(self, call: Call | None, authority: Authority, unsigned: Unsigned, details: Mapping[str, str]) -> bytes:

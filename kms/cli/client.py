@@ -16,7 +16,16 @@ import grpc
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from kms.v1 import admin_pb2_grpc, audit_pb2, audit_pb2_grpc, crypto_pb2_grpc, keys_pb2_grpc, rotation_pb2, rotation_pb2_grpc
+from kms.v1 import (
+    admin_pb2_grpc,
+    audit_pb2,
+    audit_pb2_grpc,
+    certificates_pb2_grpc,
+    crypto_pb2_grpc,
+    keys_pb2_grpc,
+    rotation_pb2,
+    rotation_pb2_grpc,
+)
 
 Request = TypeVar("Request", contravariant=True)
 Response = TypeVar("Response", covariant=True)
@@ -38,6 +47,7 @@ class Client:
         self.audit = audit_pb2_grpc.AuditServiceStub(channel)
         self.admin = admin_pb2_grpc.AdminServiceStub(channel)
         self.rotation = rotation_pb2_grpc.RotationServiceStub(channel)
+        self.certificates = certificates_pb2_grpc.CertificateServiceStub(channel)
         self._config = config
 
     def call(self, method: _Method[Request, Response], request: Request) -> Response:

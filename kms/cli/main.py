@@ -10,6 +10,8 @@ import typer
 
 from kms.cli import (
     audit,
+    authorities,
+    certificates,
     crypto,
     database,
     events,
@@ -20,6 +22,7 @@ from kms.cli import (
     partitions,
     records,
     reencryption,
+    revocations,
     rotations,
     service,
     status,
@@ -59,11 +62,12 @@ def _global(
     ctx.obj = Invocation(config_file, as_json)
 
 
-for _part in (service, database, partitions, hsm, kek, records, users, crypto, reencryption, status):
+for _part in (service, database, partitions, hsm, kek, records, users, crypto, reencryption, status, authorities):
     _part.register(app)
 _keys = keys.register(app)
 moves.register(_keys)
 rotations.register(app, _keys)
+revocations.register(app, certificates.register(app))
 audit.register(events.register(app))
 
 

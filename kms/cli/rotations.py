@@ -1,6 +1,5 @@
 """`kms key rotate`, `kms key rotation` and `kms rotation …`: giving keys successors, now or by policy, and the log of it."""
 
-import re
 import sys
 from datetime import datetime
 from enum import StrEnum
@@ -10,7 +9,7 @@ import typer
 
 from kms.cli.failures import CallError
 from kms.cli.invocation import Invocation, command, group
-from kms.cli.moments import MOMENTS, stamp
+from kms.cli.moments import MOMENTS, parse_span, span_seconds, stamp
 from kms.cli.options import KeyArgument
 from kms.cli.output import changing_line, print_fields, print_json, print_table
 from kms.domain.text import json_text
@@ -26,16 +25,6 @@ _USAGE_COLUMNS: Final = (
 _COLUMNS: Final = ("created_at", "status", "old_key_id", "new_key_id", "affected_records_count", "reason", "id")
 
 RotationArgument = Annotated[str, typer.Argument(metavar="ROTATION", help="A rotation's id.", show_default=False)]
-
-
-_SPAN: Final = re.compile(r"([1-9][0-9]{0,9})([smhd])")
-_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-
-
-def _span(text: str) -> str:
-    if not _SPAN.fullmatch(text):
-        raise typer.BadParameter("expected a number and s, m, h or d, such as 90d")
-    return text
 
 
 def _share(text: str) -> int:
@@ -115,10 +104,11 @@ def policy(
     invocation: Invocation,
     key: KeyArgument,
     every: Annotated[
-        str | None, typer.Option(metavar="SPAN", parser=_span, help="After it has been active so long: 90d.", show_default=False)
+        str | None,
+        typer.Option(metavar="SPAN", parser=parse_span, help="After it has been active so long: 90d.", show_default=False),
     ] = None,
     before_expiry: Annotated[
-        str | None, typer.Option(metavar="SPAN", parser=_span, help="So long before it expires: 7d.", show_default=False)
+        str | None, typer.Option(metavar="SPAN", parser=parse_span, help="So long before it expires: 7d.", show_default=False)
     ] = None,
     at_usage: Annotated[
         int | None,
@@ -143,8 +133,8 @@ def policy(
             request = rotation_pb2.SetRotationPolicyRequest(key=key)
             if wants:
                 wished = keys_pb2.RotationPolicy(
-                    every=None if every is None else Duration(seconds=_seconds(every)),
-                    before_expiry=None if before_expiry is None else Duration(seconds=_seconds(before_expiry)),
+                    every=None if every is None else Duration(seconds=span_seconds(every)),
+                    before_expiry=None if before_expiry is None else Duration(seconds=span_seconds(before_expiry)),
                     at_usage_percent=at_usage or 0,
                     on_compromise=on_compromise,
                 )
@@ -278,10 +268,6 @@ def _print_policy(invocation: Invocation, key: "keys_pb2.Key") -> None:
         print_fields({name.replace("_", " "): value for name, value in fields.items()})
     else:
         print_fields({"key id": key.id, "policy": "none"})
-
-
-def _seconds(span: str) -> int:
-    return int(span[:-1]) * _UNITS[span[-1]]
 
 
 def _print_ended(invocation: Invocation, rotation: "rotation_pb2.Rotation") -> None:

@@ -1,6 +1,6 @@
 """The parts of the certificate authority."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from kms.certificates.jobs import abandoning_job
 from kms.certificates.own_keys import OwnKeys
 from kms.certificates.postgres.authorities import StoredAuthorities
 from kms.certificates.postgres.certificates import StoredCertificates
-from kms.certificates.profiles import BUILT_IN
+from kms.certificates.profiles import Profile
 from kms.certificates.service_keys import ServiceKeys
 from kms.config import Config, PublishingConfig
 from kms.jobs.job import Job
@@ -24,6 +24,7 @@ from kms.store.pool import Pool
 from kms.store.users import StoredUsers
 from kms.wiring.acme import AcmeParts, acme_parts
 from kms.wiring.key_uses import KeyUses
+from kms.wiring.profiles import profiles_of
 from kms.wiring.revocation import RevocationParts, publishing, revocation_parts
 
 
@@ -39,6 +40,7 @@ class CertificateParts:
     revocation: RevocationParts
     acme: AcmeParts
     publishing: PublishingConfig | None
+    profiles: Mapping[str, Profile]
 
     def jobs(self) -> list[Job]:
         """Return the jobs of each worker."""
@@ -57,7 +59,7 @@ class CertificateParts:
         """Return the servicer of CertificateService."""
         authorities, certificates, issuer = self.authorities, self.certificates, self.issuer
         return CertificateServicer(
-            ManagingAuthorities(authorities, certificates, self.keys, issuer, BUILT_IN),
+            ManagingAuthorities(authorities, certificates, self.keys, issuer, self.profiles),
             self.issuing,
             OwnKeys(uses.keys, uses.charged, certificates, uses.hsm.random),
             self.revocation.revoking,
@@ -73,7 +75,7 @@ def certificate_parts(
     keys = ServiceKeys(StoredUsers(pool), uses.access, uses.keyring, uses.charged)
     issuer = Issuer(certificates, keys, uses.hsm.random)
     revocation = revocation_parts(config.publishing, pool, authorities, certificates, keys, issuer, knowledge)
-    issuing = Issuing(authorities, certificates, issuer, uses.keys, uses.repeats, BUILT_IN, config.deployment_id)
-    revoking = revocation.revoking
+    profiles, revoking = profiles_of(config), revocation.revoking
+    issuing = Issuing(authorities, certificates, issuer, uses.keys, uses.repeats, profiles, config.deployment_id)
     acme = acme_parts(config.acme, pool, records, uses, authorities, certificates, issuing, revoking, journal, knowledge)
-    return CertificateParts(authorities, certificates, keys, issuer, issuing, revocation, acme, config.publishing)
+    return CertificateParts(authorities, certificates, keys, issuer, issuing, revocation, acme, config.publishing, profiles)

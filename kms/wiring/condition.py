@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 
 from kms import __version__
 from kms.app.records import Records
+from kms.certificates.postgres.revocations import CrlStatus, read_crl_status
 from kms.domain.errors import KmsError
 from kms.hsm.token_hsm import TokenHsm
 from kms.jobs.job import JobStatus
@@ -74,6 +75,7 @@ class Condition:
     default_rows: int = 0
     keys_unconfirmed: int = 0
     rotations: Backlog = NO_BACKLOG
+    crls: Sequence[CrlStatus] = ()
 
     @property
     def faults(self) -> dict[str, str]:
@@ -103,6 +105,7 @@ class Condition:
         if self.keys_unconfirmed:
             told.append(f"{self.keys_unconfirmed} restored keys wait for a confirmation: see `kms epoch show`")
         told += self.rotations.warnings
+        told += [status.warning for status in self.crls if status.warning]
         told += [status.warning for status in self.jobs() if status.warning]
         return told
 
@@ -130,6 +133,7 @@ class Condition:
         self.seal_watch.see(await StoredSealedTrail(self.pool).status(), monotonic())
         self.keys_unconfirmed = len(await epochs.unconfirmed_keys(self.pool))
         self.rotations = await read_backlog(self.pool)
+        self.crls = await read_crl_status(self.pool)
 
     async def _fault(self, check: Callable[[Pool], Awaitable[object]]) -> str:
         try:
@@ -156,6 +160,7 @@ class ConditionCollector(Collector):
         yield gauge("trail_default_rows", "Rows of the trail in a DEFAULT partition.", condition.default_rows)
         yield gauge("keys_unconfirmed", "Restored keys that wait for a confirmation.", condition.keys_unconfirmed)
         yield from _rotations(condition.rotations)
+        yield from _crls(condition.crls)
         yield from _sealing(condition.seal_watch.status)
         refused = bool(condition.history.refusal)
         yield gauge("trail_history_refused", "Whether the trail is not signed because it is another history.", refused)
@@ -180,6 +185,18 @@ def _rotations(backlog: Backlog) -> Iterator[Metric]:
     yield gauge("rotation_oldest_age_seconds", oldest, backlog.oldest_seconds)
     overdue = "Keys that were due by policy, and were not rotated although that was tried, to 1,000."
     yield gauge("rotation_policies_overdue", overdue, backlog.policies_overdue)
+
+
+def _crls(statuses: Sequence[CrlStatus]) -> Iterator[Metric]:
+    of_all = "of the CRLs of an authority, one for each of its shards"
+    ages = GaugeMetricFamily("kms_crl_age_seconds", f"How long ago the oldest {of_all}, was made.", labels=("authority",))
+    ends = GaugeMetricFamily("kms_crl_left_seconds", f"In how long the first {of_all}, ends.", labels=("authority",))
+    entries = GaugeMetricFamily("kms_crl_entries", f"How many certificates are on all {of_all}.", labels=("authority",))
+    for status in statuses:
+        ages.add_metric((status.authority,), status.age_seconds)
+        ends.add_metric((status.authority,), status.left_seconds)
+        entries.add_metric((status.authority,), status.entries)
+    yield from (ages, ends, entries)
 
 
 def _sealing(status: SealStatus | None) -> Iterator[Metric]:

@@ -57,12 +57,12 @@ def revocation_parts(
     knowledge: JournalKnowledge | None,
 ) -> RevocationParts:
     """Return the parts, as `kms serve` has them."""
-    known, answers = KnownRevocations(knowledge), StoredAnswers(pool)
+    known, answers, locks = KnownRevocations(knowledge), StoredAnswers(pool), ShardLocks()
     per_second = (config or PublishingConfig()).ocsp_signatures_per_second
     rate = Bucket(per_second, max(1, int(2 * per_second)), monotonic)
-    publishing = CrlPublishing(authorities, certificates, StoredCrls(pool, certificates), keys, known, ShardLocks())
-    answering = OcspAnswering(authorities, certificates, answers, keys, known, rate)
-    responders = Responders(authorities, answering, keys, issuer, BUILT_IN[OCSP])
+    publishing = CrlPublishing(authorities, certificates, StoredCrls(pool, certificates), keys, known, locks)
+    responders = Responders(authorities, certificates, answers, keys, issuer, BUILT_IN[OCSP], locks)
+    answering = OcspAnswering(authorities, certificates, answers, keys, responders, known, rate)
     return RevocationParts(
         Revoking(authorities, certificates, publishing),
         publishing,

@@ -49,9 +49,16 @@ class MemoryAuthority:
         """Return *unsigned* with the signature of the key, as the token makes it."""
         return unsigned.signed(signature(self.key, unsigned.to_sign))
 
-    def issue(self, serial_number: int, *, now: datetime = NOW, for_ocsp: bool = False) -> "MemoryAuthority":
+    def issue(
+        self,
+        serial_number: int,
+        *,
+        now: datetime = NOW,
+        for_ocsp: bool = False,
+        key: ec.EllipticCurvePrivateKey | None = None,
+    ) -> "MemoryAuthority":
         """Return an end entity, for servers or for answering OCSP."""
-        key = ec.generate_private_key(ec.SECP256R1())
+        key = key or ec.generate_private_key(ec.SECP256R1())
         purpose = ExtendedKeyUsageOID.OCSP_SIGNING if for_ocsp else ExtendedKeyUsageOID.SERVER_AUTH
         names = x509.SubjectAlternativeName([x509.DNSName(f"host-{serial_number}.example.com")])
         builder = (
@@ -68,12 +75,12 @@ class MemoryAuthority:
 
 
 @cache
-def authority(kind: str = "p256") -> MemoryAuthority:
+def authority(kind: str = "p256", now: datetime = NOW) -> MemoryAuthority:
     """Return the authority with a key of this *kind*: p256, secp256k1, rsa or ed25519. One serves all tests of a process."""
     key = _key(kind)
     name = f"Test {kind}"
     builder = (
-        _builder(name, x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]), key.public_key(), 1, NOW)
+        _builder(name, x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]), key.public_key(), 1, now)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .add_extension(x509.KeyUsage(**{**_NO_PURPOSES, "key_cert_sign": True, "crl_sign": True}), critical=True)
     )

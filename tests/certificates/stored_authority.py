@@ -12,23 +12,32 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import psycopg
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from kms.app.ports import Call, User
 from kms.app.records import Records
 from kms.certificates.authority import Authority, AuthorityRef, AuthorityStatus, IssuerGrant
 from kms.certificates.certificate import Certificate
 from kms.certificates.crls import CrlPublishing
+from kms.certificates.issuer import Draft
 from kms.certificates.ocsp import OcspAnswering
 from kms.certificates.postgres.authorities import StoredAuthorities
 from kms.certificates.postgres.certificates import StoredCertificates
 from kms.certificates.postgres.journaled import KnownRevocations
 from kms.certificates.postgres.revocations import StoredAnswers, StoredCrls
+from kms.certificates.profiles import BUILT_IN
 from kms.certificates.publishing.locks import ShardLocks
 from kms.certificates.publishing.publications import RememberedPublications
+from kms.certificates.responders import Responders
+from kms.certificates.revocation_jobs import OcspRounds
 from kms.certificates.revoking import Revoking
 from kms.certificates.x509.signing import Unsigned
+from kms.domain.algorithms import KeyType, Purpose, key_spec
 from kms.domain.errors import KmsError, Reason
-from kms.domain.ids import KeyId, UserId
+from kms.domain.ids import KeyId, KeyName, UserId
+from kms.domain.keys import Custody, KeyIdentity, KeyRecord
+from kms.domain.lifecycle import State
 from kms.domain.permissions import Permission
 from kms.store.journal import Journal
 from kms.store.journal_knowledge import JournalKnowledge
@@ -99,7 +108,9 @@ class StoredAuthority:
     service_user: UserId
     authority_id: UUID
     seconds: float = 0.0
+    signer_lives: timedelta = 24 * _HOUR
     _serial_number: int = 1000
+    _signers: dict[KeyName, tuple[KeyId, ec.EllipticCurvePrivateKey]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.restart()
@@ -113,7 +124,11 @@ class StoredAuthority:
         known = KnownRevocations(knowledge)
         crls, self.answers = StoredCrls(self.pool, self.certificates), StoredAnswers(self.pool)
         self.publishing = CrlPublishing(self.authorities, self.certificates, crls, self.token, known, ShardLocks())
-        self.answering = OcspAnswering(self.authorities, self.certificates, self.answers, self.token, known, self.allowance)
+        responders = Responders(self.authorities, self.certificates, self.answers, self, self, BUILT_IN["ocsp"], ShardLocks())
+        self.answering = OcspAnswering(
+            self.authorities, self.certificates, self.answers, self.token, responders, known, self.allowance
+        )
+        self.rounds = OcspRounds(self.authorities, responders, self.answering, self.answers)
         self.revoking = Revoking(self.authorities, self.certificates, self.publishing)
         self.publications = RememberedPublications(
             self.authorities, self.publishing, self.answering, lambda: datetime.now(UTC), lambda: self.seconds
@@ -133,11 +148,9 @@ class StoredAuthority:
     async def _issue(self, owner: UserId, profile: str, ends_in: timedelta) -> tuple[Certificate, MemoryAuthority]:
         issuer, now = await self.read(), await self.authorities.now()
         self._serial_number += 1
-        leaf = self.memory.issue(self._serial_number, now=now, for_ocsp=profile == "ocsp")
-        key_id = None
-        if profile == "ocsp":
-            owner = self.service_user
-            key_id = self._add_key(f"ocsp/{self._serial_number}", "ocsp")
+        key_id, key = (None, None) if profile != "ocsp" else self._signers[KeyName("ocsp/root/1")]
+        leaf = self.memory.issue(self._serial_number, now=now, for_ocsp=profile == "ocsp", key=key)
+        if key_id is not None:
             self.token.keys[key_id] = leaf
         intended = Certificate(
             certificate_id=uuid4(),
@@ -149,8 +162,8 @@ class StoredAuthority:
             issuer=issuer.subject,
             subject="CN=leaf",
             names=(),
-            not_before=now - 24 * _HOUR,
-            not_after=now + ends_in,
+            not_before=(now - 24 * _HOUR).replace(microsecond=0),
+            not_after=(now + ends_in).replace(microsecond=0),
             is_ca=False,
             tbs_sha256=bytes(32),
             requested_by=None,
@@ -161,6 +174,21 @@ class StoredAuthority:
         issued = intended.issued(leaf.der)
         await self.certificates.complete(None, issued)
         return issued, leaf
+
+    async def find_or_make(self, owner: UserId, name: KeyName, bound_to: str) -> KeyRecord:
+        """Return the key of a signer, as `ServiceKeys` does."""
+        if name not in self._signers:
+            self._signers[name] = self._add_key(name, bound_to), ec.generate_private_key(ec.SECP256R1())
+        key_id, key = self._signers[name]
+        spec = key_spec(KeyType.SECP256R1, Purpose.SIGNING, None)
+        public_key = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+        identity = KeyIdentity(key_id, owner, spec, bound_to)
+        return KeyRecord(identity, name, State.ACTIVE, Custody.SEALED, public_key, 1, 0, datetime.now(UTC), {})
+
+    async def issue_to_responder(self, authority: Authority, draft: Draft) -> Certificate:
+        """Issue the certificate of a signer, as `Issuer` does."""
+        certificate, _ = await self._issue(self.service_user, "ocsp", self.signer_lives)
+        return certificate
 
     def user(self, name: str, *permissions: Permission) -> Call:
         """Return a call of a new user."""
@@ -207,7 +235,13 @@ class StoredAuthority:
 
 
 async def stored_authority(
-    pool: Pool, database: Database, directory: Path, *, shards: int = 0, ends_in: timedelta = 2400 * _HOUR
+    pool: Pool,
+    database: Database,
+    directory: Path,
+    *,
+    shards: int = 0,
+    ends_in: timedelta = 2400 * _HOUR,
+    memory: MemoryAuthority | None = None,
 ) -> StoredAuthority:
     """Return a new authority in *database*. Its journal is in *directory*."""
     journal = Journal(directory / "journal")
@@ -216,6 +250,6 @@ async def stored_authority(
     add_user(database.admin_dsn, manager_id, "manager")
     add_user(database.admin_dsn, service_user, "kms-certificates")
     manager = Call(User(manager_id, "manager", 0, frozenset({Permission.CERTS_MANAGE})), "call", "")
-    made = StoredAuthority(pool, database, authority(), Token(), Allowance(), journal, manager, service_user, uuid4())
+    made = StoredAuthority(pool, database, memory or authority(), Token(), Allowance(), journal, manager, service_user, uuid4())
     await made._create(shards=shards, ends_in=ends_in)
     return made

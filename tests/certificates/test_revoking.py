@@ -1,6 +1,7 @@
 """Revocation and CRLs on a real database: who may revoke, what the CRL lists, and what a hostile database changes of that."""
 
 import asyncio
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from uuid import uuid4
@@ -8,7 +9,8 @@ from uuid import uuid4
 import pytest
 from cryptography import x509
 
-from kms.certificates.certificate import Certificate, RevocationReason
+from kms.certificates.certificate import Certificate, Revocation, RevocationReason
+from kms.certificates.postgres.revocations import read_crl_status
 from kms.certificates.publishing.documents import IssuerPath
 from kms.certificates.x509.crls import parse_crl
 from kms.domain.errors import KmsError, Reason
@@ -189,6 +191,30 @@ async def test_what_is_not_there_is_not_published(root: StoredAuthority) -> None
         assert caught.value.reason is Reason.AUTHORITY_NOT_FOUND
 
 
+async def test_a_list_that_is_not_made_anew_is_a_warning_long_before_it_ends(root: StoredAuthority, store: Pool) -> None:
+    await root.publishing.publish_due()
+    [status] = await read_crl_status(store)
+    assert (status.authority, status.shards, status.entries, status.warning) == ("root/1", 1, 0, "")
+    assert 0 <= status.age_seconds < 3600 < status.left_seconds
+    for left, word in (("3 days", "ends in 7"), ("-1 second", "has ended")):
+        root.run(f"UPDATE cryptography.crls SET this_update = now() - interval '7 days', next_update = now() + interval '{left}'")
+        [status] = await read_crl_status(store)
+        assert word in status.warning
+
+
+async def test_a_line_of_the_journal_that_a_crash_left_out_is_written_with_the_next_list(root: StoredAuthority) -> None:
+    [certificate] = await _issued(root)
+    mac = root.run(_SNAPSHOT, certificate.certificate_id)[0][0]
+    await _listed(root)
+    killed = replace(root.certificates, journal=None)  # as if the process had ended before it wrote the line
+    assert await killed.revoke(root.manager, certificate.revoked(Revocation(await killed.now(), _KEY_COMPROMISE)))
+    await root.publishing.publish_due()
+    root.run(_UNREVOKE, mac, certificate.certificate_id)
+    root.run("DELETE FROM cryptography.crls")
+    root.restart()
+    assert await _listed(root) == {certificate.serial_number}
+
+
 # A hostile database --------------------------------------------------------------------------------------------------------
 
 
@@ -237,11 +263,13 @@ async def test_an_end_that_is_brought_forward_takes_nothing_off_the_list(root: S
 
 
 async def test_a_planted_revocation_is_on_no_list(root: StoredAuthority) -> None:
-    [certificate] = await _issued(root)
-    root.run("UPDATE cryptography.certificates SET revocation_status = 'revoked', revoked_at = now(), revocation_reason = 1")
+    one, other = await _issued(root, 2)
+    revoked = other.revoked(Revocation(await root.certificates.now(), _KEY_COMPROMISE))
+    assert await root.certificates.revoke(root.manager, revoked)
+    planted = "UPDATE cryptography.certificates SET revocation_status = 'revoked', revoked_at = now(), revocation_reason = 1"
+    root.run(f"{planted} WHERE id = %s", one.certificate_id)
     await root.publishing.publish(await root.read(), 0, even_unchanged=True)
-    assert await _listed(root) == set()
-    assert certificate.revocation is None
+    assert await _listed(root) == {other.serial_number}, "beside a planted row those that are ours are still listed"
 
 
 async def test_a_planted_list_is_not_published(root: StoredAuthority) -> None:

@@ -2,16 +2,21 @@
 
 import itertools
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
+import grpc
+import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from kms.v1 import certificates_pb2 as pb
+from tests.conformance.refusals import refusal_of
 from tests.fixtures.server import Caller, RunningServer
 
 _numbers: Final = itertools.count(1)
@@ -26,14 +31,23 @@ class Platform:
     issuer: Caller
     authority: pb.CertificateAuthority
 
-    def issue(
-        self, profile: str = "server", *, names: tuple[str, ...] = ("dns:www.example.com",), **fields: object
-    ) -> pb.IssueCertificateResponse:
-        """Issue a certificate as its issuer does: of a request for *names* unless *fields* have a key of another kind."""
-        given: dict[str, Any] = fields if {"csr", "key"} & fields.keys() else {"csr": csr(*names), **fields}
-        return self.issuer.certificates.IssueCertificate(
-            pb.IssueCertificateRequest(authority=self.name, profile=profile, **given)
-        )
+    def issue(self, **fields: object) -> pb.IssueCertificateResponse:
+        """Issue a certificate as its issuer does, see `issue_from`."""
+        return issue_from(self.issuer, self.name, **fields)
+
+
+def issue_from(issuer: Caller, name: str, **fields: object) -> pb.IssueCertificateResponse:
+    """Issue a certificate of an authority: of a request for a server unless *fields* say otherwise."""
+    default = {} if "key" in fields else {"csr": csr("dns:www.example.com")}
+    given: dict[str, Any] = {"profile": "server", **default, **fields}
+    return issuer.certificates.IssueCertificate(pb.IssueCertificateRequest(authority=name, **given))
+
+
+def refused(call: Callable[..., object], *arguments: object, **fields: object) -> str:
+    """Return the reason for which *call* is refused."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call(*arguments, **fields)
+    return refusal_of(caught.value).reason
 
 
 def new_name(prefix: str = "ca") -> str:
@@ -98,3 +112,27 @@ def verified(directory: Path, leaf: bytes, roots: tuple[bytes, ...], untrusted: 
         command += ["-untrusted", "untrusted.pem"]
     done = subprocess.run([*command, "leaf.pem"], cwd=directory, capture_output=True, text=True, check=False)
     return (done.stdout + done.stderr).strip()
+
+
+def signed_elsewhere(request: bytes, root_key: ec.EllipticCurvePrivateKey) -> tuple[bytes, bytes]:
+    """Return what another authority makes of a request, a certificate of an authority, and its own certificate."""
+    now = datetime.now(UTC).replace(microsecond=0)
+    asked, root_name = x509.load_der_x509_csr(request), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "elsewhere")])
+    usage = x509.KeyUsage(True, False, False, False, False, True, True, False, False)
+    ders = []
+    for subject, key in ((asked.subject, asked.public_key()), (root_name, root_key.public_key())):
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(root_name)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(minutes=1))
+            .not_valid_after(now + timedelta(days=30))
+            .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+            .add_extension(usage, critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(root_key.public_key()), critical=False)
+        )
+        ders.append(builder.sign(root_key, hashes.SHA256()).public_bytes(serialization.Encoding.DER))
+    return ders[0], ders[1]

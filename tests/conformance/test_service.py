@@ -81,7 +81,7 @@ def test_a_watcher_that_reads_nothing_keeps_nobody_from_the_truth(deployment: De
 
 def test_reflection_lists_the_services(caller: Caller) -> None:
     found = set(ProtoReflectionDescriptorDatabase(caller.channel).get_services())
-    ours = {f"kms.v1.{name}Service" for name in ("Key", "Crypto", "Audit", "Admin", "Rotation")}
+    ours = {f"kms.v1.{name}Service" for name in ("Key", "Crypto", "Audit", "Admin", "Rotation", "Certificate")}
     assert {*ours, "grpc.health.v1.Health"} <= found
 
 

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import grpc
 import psycopg
@@ -301,6 +303,14 @@ def test_the_port_is_free_again_after_an_earlier_service(deployment: Deployment)
         listening.close()
     with reserved(address) as found:
         assert found == address
+
+
+def test_workers_publish_on_one_port(crew: RunningServer) -> None:
+    lines = [line for line in crew.log() if line["event"] == "publishing"]
+    assert {line["worker"] for line in lines} == set(range(1, WORKERS + 1))
+    assert len({line["port"] for line in lines}) == 1
+    with pytest.raises(HTTPError, match="404"):
+        urlopen(crew.publishing_url, timeout=30)  # noqa: S310 - an address of the test's own server
 
 
 def test_supervisor_and_workers_may_open_as_much_as_the_host_lets_them(crew: RunningServer) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc
+import psycopg
 import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor
 from google.protobuf.duration_pb2 import Duration
@@ -21,11 +22,13 @@ from google.rpc import error_details_pb2, status_pb2
 
 import kms.v1
 from kms.v1 import audit_pb2
+from kms.v1 import certificates_pb2 as pb
 from kms.v1 import keys_pb2 as kpb
 from kms.v1 import rotation_pb2 as rpb
+from tests.conformance.certificates import allow, create, csr, manager_of
 from tests.conformance.refusals import Refusal, refusal, refusal_of
 from tests.conformance.requests import made
-from tests.fixtures.server import Caller
+from tests.fixtures.server import Caller, RunningServer
 from tests.hostile.values import BAD_UTF8, HIDDEN, HIDDEN_TEXTS, MOMENTS, READABLE
 
 MALFORMED: Final = (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED")
@@ -61,6 +64,19 @@ GOOD: Final[dict[str, dict[str, Any]]] = {
     "SetRotationPolicyRequest": {"key": "aes", "policy": {"on_compromise": True}},
     "WatchRotationRequest": {"rotation_id": "00000000-0000-4000-8000-000000000000"},
     "GetRotationRequest": {"rotation_id": "00000000-0000-4000-8000-000000000000"},
+    "CreateCertificateAuthorityRequest": {"name": "new", "subject": "CN=new"},
+    "ImportAuthorityCertificateRequest": {"authority": "fields-pending", "certificates": b"x"},
+    "UpdateCertificateAuthorityRequest": {"authority": "fields-own", "set_self_service": True},
+    "RotateCertificateAuthorityRequest": {"authority": "fields-own"},
+    "GetCertificateAuthorityRequest": {"authority": "fields-own"},
+    "IssueCertificateRequest": {"authority": "fields", "profile": "server", "csr": csr("dns:www.example.com")},
+    "RenewCertificateRequest": {"certificate_id": "00000000-0000-4000-8000-000000000000"},
+    "CreateCertificateRequestRequest": {"key": "ec", "subject": "CN=a"},
+    "ImportCertificateRequest": {"key": "ec", "certificate": b"x"},
+    "GetCertificateRequest": {"certificate_id": "00000000-0000-4000-8000-000000000000"},
+    "RevokeCertificateRequest": {"certificate_id": "00000000-0000-4000-8000-000000000000"},
+    "GetCrlRequest": {"authority": "fields-own"},
+    "PublishCrlRequest": {"authority": "fields-own"},
 }
 
 
@@ -70,6 +86,7 @@ class Kind:
 
     refused: tuple[Any, ...]
     field: str = ""
+    reason: str = "MALFORMED"
 
 
 def _moments() -> tuple[Any, ...]:
@@ -107,6 +124,23 @@ POLICIES: Final = Kind((kpb.RotationPolicy(),), "policy")
 ENUM: Final = Kind((-1, 99, 2**31 - 1, -(2**31)))
 FLAG: Final = Kind(())
 ITEMS: Final = Kind(([], "too many"))
+AUTHORITY: Final = Kind((*NOT_NAMES, "", "A", "a-", "a/", "a/0", "a/b", "a/1/2", "x" * 64))
+PARENT: Final = Kind(tuple(text for text in AUTHORITY.refused if text))
+AUTHORITY_NAME: Final = Kind((*AUTHORITY.refused, "a/1", "00000000-0000-4000-8000-000000000000"))
+BASE_URL: Final = Kind((*HIDDEN_TEXTS, "x", "https://a", "http://", "http://a/", "http://a b", "http://A", f"http://{LONG}"))
+SHARDS: Final = Kind((65_537, 2**31, 2**32 - 1))
+BAD_SUBJECTS: Final = ("CN", "CN=", "=a", ",", "CN=a,", "XX=a", "CN=a,CN=b", "C=de", f"CN={LONG}", f"CN={'x' * 65}", *READABLE)
+SUBJECT: Final = Kind((*BAD_SUBJECTS, *(f"CN={text}" for text in HIDDEN_TEXTS)), reason="CERTIFICATE_INVALID")
+BAD_NAMES: Final = ("", "x", "dns:", "dns:a b", "dns:a_b.example.com", "dns:1.2.3.4", "ip:x", "uri:x", "email:x", f"dns:{LONG}")
+NAMES: Final = Kind(
+    (*([each] for each in (*BAD_NAMES, *(f"dns:{text}.example.com" for text in HIDDEN_TEXTS))), ["dns:a.example.com"] * 2),
+    reason="CERTIFICATE_INVALID",
+)
+SUBTREES: Final = Kind((["x"], ["dns:"], ["ip:192.0.2.1/8"], ["ip:x"], ["dns:a.example.com"] * 2), reason="CERTIFICATE_INVALID")
+CSR: Final = Kind((b"", b"x", bytes(65_537), b"\x30\x84\xff\xff\xff\xff"), reason="CERTIFICATE_INVALID")
+CERTIFICATES: Final = Kind((b"", b"x", b"-----BEGIN CERTIFICATE-----"), "certificate", reason="CERTIFICATE_INVALID")
+PROFILE: Final = Kind((*HIDDEN_TEXTS, "", "x", "root", "ocsp", LONG))
+GRANTS: Final = ([pb.IssuerGrant(user_id="x", profile="server")],)
 DAYS: Final = Kind((1, 6, 91, 2**31, 2**32 - 1))
 DATA_KEY_SIZE: Final = Kind((1, 15, 65, 2**31, 2**32 - 1))
 RANDOM_SIZE: Final = Kind((0, 65_537, 2**31, 2**32 - 1))
@@ -230,6 +264,67 @@ KINDS: Final[dict[str, Kind]] = {
     "GetLineageUsageRequest.since": MOMENT,
     "GetLineageUsageRequest.page_size": Kind((51, 2**31, 2**32 - 1)),
     "GetLineageUsageRequest.page_token": TOKEN,
+    "CreateCertificateAuthorityRequest.name": AUTHORITY_NAME,
+    "CreateCertificateAuthorityRequest.subject": Kind((*SUBJECT.refused, ""), reason=SUBJECT.reason),
+    "CreateCertificateAuthorityRequest.key_type": ENUM,
+    "CreateCertificateAuthorityRequest.size_bits": BITS,
+    "CreateCertificateAuthorityRequest.custody_min": ENUM,
+    "CreateCertificateAuthorityRequest.parent": PARENT,
+    "CreateCertificateAuthorityRequest.external": FLAG,
+    "CreateCertificateAuthorityRequest.validity": SPAN,
+    "CreateCertificateAuthorityRequest.path_length": Kind((17, 2**31, 2**32 - 1)),
+    "CreateCertificateAuthorityRequest.permitted": SUBTREES,
+    "CreateCertificateAuthorityRequest.excluded": SUBTREES,
+    "CreateCertificateAuthorityRequest.base_url": BASE_URL,
+    "CreateCertificateAuthorityRequest.crl_shards": SHARDS,
+    "ImportAuthorityCertificateRequest.authority": AUTHORITY,
+    "ImportAuthorityCertificateRequest.certificates": CERTIFICATES,
+    "UpdateCertificateAuthorityRequest.authority": AUTHORITY,
+    "UpdateCertificateAuthorityRequest.version": VERSION,
+    "UpdateCertificateAuthorityRequest.allow": Kind(GRANTS, "allow.user_id"),
+    "UpdateCertificateAuthorityRequest.disallow": Kind(GRANTS, "disallow.user_id"),
+    "UpdateCertificateAuthorityRequest.self_service": Kind((["server"], ["x"], [""], *([text] for text in HIDDEN_TEXTS))),
+    "UpdateCertificateAuthorityRequest.set_self_service": FLAG,
+    "UpdateCertificateAuthorityRequest.manager_id": ID,
+    "UpdateCertificateAuthorityRequest.base_url": BASE_URL,
+    "UpdateCertificateAuthorityRequest.crl_shards": SHARDS,
+    "UpdateCertificateAuthorityRequest.disable": FLAG,
+    "IssuerGrant.user_id": ID,
+    "IssuerGrant.profile": PROFILE,
+    "RotateCertificateAuthorityRequest.authority": AUTHORITY,
+    "RotateCertificateAuthorityRequest.validity": SPAN,
+    "GetCertificateAuthorityRequest.authority": AUTHORITY,
+    "ListCertificateAuthoritiesRequest.page_size": Kind((201, 2**31, 2**32 - 1)),
+    "ListCertificateAuthoritiesRequest.page_token": TOKEN,
+    "IssueCertificateRequest.authority": AUTHORITY,
+    "IssueCertificateRequest.profile": PROFILE,
+    "IssueCertificateRequest.csr": CSR,
+    "IssueCertificateRequest.key": KEY,
+    "IssueCertificateRequest.subject": SUBJECT,
+    "IssueCertificateRequest.names": NAMES,
+    "IssueCertificateRequest.user_id": ID,
+    "IssueCertificateRequest.validity": SPAN,
+    "IssueCertificateRequest.request_id": REQUEST_ID,
+    "RenewCertificateRequest.certificate_id": Kind((*ID.refused, "")),
+    "RenewCertificateRequest.csr": FLAG,  # whatever it holds, there is no such certificate
+    "RenewCertificateRequest.validity": SPAN,
+    "RenewCertificateRequest.request_id": REQUEST_ID,
+    "CreateCertificateRequestRequest.key": KEY,
+    "CreateCertificateRequestRequest.authority": Kind((), "authority"),  # it takes no subject, which the good request has
+    "CreateCertificateRequestRequest.subject": SUBJECT,
+    "CreateCertificateRequestRequest.names": NAMES,
+    "ImportCertificateRequest.key": KEY,
+    "ImportCertificateRequest.certificate": CERTIFICATES,
+    "GetCertificateRequest.certificate_id": Kind((*ID.refused, "")),
+    "ListCertificatesRequest.authority": PARENT,
+    "ListCertificatesRequest.key": OPTIONAL_KEY,
+    "ListCertificatesRequest.page_size": Kind((201, 2**31, 2**32 - 1)),
+    "ListCertificatesRequest.page_token": TOKEN,
+    "RevokeCertificateRequest.certificate_id": Kind((*ID.refused, "")),
+    "RevokeCertificateRequest.reason": ENUM,
+    "GetCrlRequest.authority": AUTHORITY,
+    "GetCrlRequest.shard": Kind((1, 2**31, 2**32 - 1)),
+    "PublishCrlRequest.authority": AUTHORITY,
 }
 
 
@@ -252,18 +347,18 @@ def test_every_field_of_every_request_is_of_a_kind() -> None:
     assert {name for method in METHODS for name, _ in _fields(method)} == set(KINDS)
 
 
-def _bad_requests(method: MethodDescriptor) -> Iterator[tuple[Message, str]]:
-    """Yield the good request of *method* with each field, in turn, bad, and the name of that field."""
+def _bad_requests(method: MethodDescriptor) -> Iterator[tuple[Message, str, str]]:
+    """Yield the good request of *method* with each field, in turn, bad, the name of that field, and the reason of the refusal."""
     request, good = GetMessageClass(method.input_type), GOOD.get(method.input_type.name, {})
     for field in method.input_type.fields:
         kind = KINDS[f"{method.input_type.name}.{field.name}"]
         if kind is ITEMS:
             item: Any = GetMessageClass(_items_of(method))
-            yield request(items=[]), "items"
-            yield request(items=[item(**GOOD[item.DESCRIPTOR.name])] * 257), "items"
+            yield request(items=[]), "items", kind.reason
+            yield request(items=[item(**GOOD[item.DESCRIPTOR.name])] * 257), "items", kind.reason
             continue
         for value in kind.refused:
-            yield request(**{**good, field.name: value}), kind.field or field.name
+            yield request(**{**good, field.name: value}), kind.field or field.name, kind.reason
 
 
 def _items_of(method: MethodDescriptor) -> Descriptor:
@@ -288,6 +383,7 @@ def _called(method: MethodDescriptor, caller: Caller, auditor: Caller) -> Callab
         "CryptoService": caller.crypto,
         "AuditService": auditor.audit,
         "RotationService": caller.rotation,
+        "CertificateService": caller.certificates,
     }
     services["AdminService"] = caller.admin
     stub: Callable[..., Any] = getattr(services[method.containing_service.name], method.name)
@@ -310,21 +406,28 @@ def _refused_field(status: status_pb2.Status) -> tuple[str, str]:
     return info.reason, info.metadata["field"]
 
 
-@pytest.fixture
-def owner(caller: Caller) -> Caller:
-    """A user with the keys that the good requests name."""
+@pytest.fixture(scope="module")
+def owner(server: RunningServer) -> Caller:
+    """A user with the keys and the authorities that the good requests name. Nothing of them is changed."""
+    manager, caller = manager_of(server), manager_of(server)
+    with psycopg.connect(server.deployment.database.admin_dsn, autocommit=True) as connection:
+        connection.execute("SELECT authentication.assign_role(%s, 'certificate-issuer')", (caller.user_id,))
     made(caller, "aes", name="aes")
     made(caller, "secp256k1", name="ec")
+    create(manager, "fields")
+    allow(manager, "fields", (caller, "server"))
+    create(caller, "fields-own")
+    create(caller, "fields-pending", external=True)
     return caller
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_a_field_that_its_kind_refuses_is_malformed_and_named(owner: Caller, auditor: Caller, method: MethodDescriptor) -> None:
     call = _called(method, owner, auditor)
-    for request, field in _bad_requests(method):
+    for request, field, reason in _bad_requests(method):
         found = refusal(call, request)
         shown = (str(request)[:200], found)
-        assert (found.code, found.reason, found.metadata.get("field")) == (*MALFORMED, field), shown
+        assert (found.code, found.reason, found.metadata.get("field")) == (MALFORMED[0], reason, field), shown
         assert len(found.message) < 400, shown
         assert found.message.isprintable(), shown
 

@@ -271,6 +271,12 @@ ROWS_OF_A_USER: Final = """
     ) VALUES (
         %(key)s, %(name)s, 1, %(user)s, %(key)s, %(user)s, 'pending', 'CN=root', now(), 1, sha256('')
     );
+    INSERT INTO cryptography.crls (issuer_id, shard, number, crl, entries, this_update, next_update)
+    SELECT id, 0, 1, 'der', 0, now(), now() + interval '1 day' FROM cryptography.certificate_authorities
+    ON CONFLICT DO NOTHING;
+    INSERT INTO cryptography.ocsp_answers (issuer_id, serial_number, hash_name, answer, is_revoked, this_update, next_update)
+    SELECT id, '1', 'sha1', 'der', FALSE, now(), now() + interval '1 day' FROM cryptography.certificate_authorities
+    ON CONFLICT DO NOTHING;
     INSERT INTO cryptography.certificates (
         user_id, key_id, certificate_type, certificate_data, fingerprint, profile, issuance_status, tbs_sha256, record_mac
     ) VALUES (

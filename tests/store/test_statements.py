@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 import psycopg
 from psycopg.pq import ExecStatus
 
+import kms.certificates.postgres
 import kms.jobs
 import kms.rotation
 import kms.store
@@ -24,7 +25,7 @@ _NOW = datetime(2030, 1, 1, tzinfo=UTC)
 
 
 def statements() -> Iterator[tuple[str, str]]:
-    packages = (kms.store, kms.jobs, kms.rotation)
+    packages = (kms.store, kms.jobs, kms.rotation, kms.certificates.postgres)
     for module in (each for package in packages for each in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")):
         for name, value in vars(importlib.import_module(module.name)).items():
             # A fragment, from which statements are put together, begins with an underscore.

@@ -42,6 +42,7 @@ _COLUMNS: Final = """id, user_id, key_id, issuer_id, profile, serial_number, iss
 NOW: Final = "SELECT clock_timestamp() AS now"
 # Row security shows a caller their own, and those of authorities that they manage or issue from.
 FIND: Final = f"SELECT {_COLUMNS} FROM cryptography.certificates WHERE id = %(id)s"
+FIND_EACH: Final = f"SELECT {_COLUMNS} FROM cryptography.certificates WHERE id = ANY (%(ids)s)"
 FIND_BY_SERIAL: Final = f"""
     SELECT {_COLUMNS} FROM cryptography.certificates WHERE issuer_id = %(issuer)s AND serial_number = %(serial)s
 """
@@ -107,6 +108,13 @@ class StoredCertificates:
     async def find_any(self, certificate_id: UUID) -> Certificate | None:
         """See `Certificates.find_any`."""
         return await self._one(AS_JOB, certificate_id)
+
+    async def find_each(self, certificate_ids: Sequence[UUID]) -> Sequence[Certificate]:
+        """Return those of the certificates that there are, for the service itself, in any order."""
+        found = await self._read(AS_JOB, FIND_EACH, {"ids": list(certificate_ids)})
+        if not {certificate.certificate_id for certificate in found} <= set(certificate_ids):
+            raise record_invalid()
+        return found
 
     async def find_by_serial(self, issuer_id: UUID, serial_number: int) -> Certificate | None:
         """See `Certificates.find_by_serial`."""
@@ -184,9 +192,19 @@ class StoredCertificates:
             **_of(call),
         }
         is_done = await self._is_done(call, REVOKE, parameters)
-        if is_done and self.journal is not None:
-            await write_line(self.journal, revoked_line(certificate.certificate_id, _journaled(certificate)))
+        if is_done:
+            await self.note_revoked(certificate)
         return is_done
+
+    async def note_revoked(self, certificate: Certificate) -> None:
+        """Have the journal know that a certificate of an authority is revoked, unless it does.
+
+        A process that was killed before it wrote the line leaves that to who makes the next CRL. Raises OUTCOME_UNKNOWN if the
+        journal cannot be written.
+        """
+        is_known = self.knowledge is not None and self.knowledge.knows_revoked(certificate.certificate_id)
+        if self.journal is not None and not is_known:
+            await write_line(self.journal, revoked_line(certificate.certificate_id, _journaled(certificate)))
 
     async def supersede(self, call: Call | None, certificate: Certificate) -> bool:
         """See `Certificates.supersede`."""

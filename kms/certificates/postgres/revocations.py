@@ -9,7 +9,7 @@ from uuid import UUID
 import structlog
 
 from kms.certificates.certificate import Certificate, serial_text
-from kms.certificates.crl import CRL_INTERVAL, Crl
+from kms.certificates.crl import CRL_INTERVAL, CRL_LIFETIME, Crl
 from kms.certificates.postgres.certificates import StoredCertificates
 from kms.certificates.revocation_ports import NewAnswer, StoredCrl
 from kms.domain.errors import KmsError, Reason
@@ -48,6 +48,7 @@ STORE_ANSWER: Final = """
 MISSING: Final = "SELECT id FROM cryptography.certificates_without_ocsp_answer(%(issuer)s, %(good_until)s, %(limit)s)"
 FORGET: Final = "SELECT cryptography.forget_ocsp_answers(%(limit)s) AS removed"
 FORGET_MAX: Final = 10_000
+_READ_MAX: Final = 200
 ISSUERS: Final = """
     SELECT id FROM cryptography.certificate_authorities
     WHERE certificate IS NOT NULL AND not_after > clock_timestamp()
@@ -72,6 +73,15 @@ class CrlStatus:
     left_seconds: float
     entries: int
 
+    @property
+    def warning(self) -> str:
+        """Return the warning for an operator, or an empty text. A CRL is made anew long before half of its life is over."""
+        if self.left_seconds > CRL_LIFETIME.total_seconds() / 2:
+            return ""
+        if self.left_seconds <= 0:
+            return f"a CRL of the authority {self.authority} has ended: who verifies a certificate refuses it"
+        return f"a CRL of the authority {self.authority} ends in {self.left_seconds / 3600:.0f} hours, and no new one is made"
+
 
 @dataclass(frozen=True, slots=True)
 class StoredCrls:
@@ -92,18 +102,25 @@ class StoredCrls:
 
     async def proven(self, certificate_ids: Sequence[UUID]) -> Sequence[Certificate]:
         """See `Crls.proven`."""
-        found = list[Certificate]()
-        for certificate_id in certificate_ids:
-            try:
-                certificate = await self.certificates.find_any(certificate_id)
-            except KmsError as error:
-                if error.reason is not Reason.RECORD_INVALID:
-                    raise
-                _LOG.error("not on the CRL: the certificate's record is not ours", certificate=str(certificate_id))
-                continue
-            if certificate is not None:
-                found.append(certificate)
-        return found
+        revoked = list[Certificate]()
+        for start in range(0, len(certificate_ids), _READ_MAX):
+            for certificate in await self._proven(certificate_ids[start : start + _READ_MAX]):
+                if certificate.revocation is not None:
+                    await self.certificates.note_revoked(certificate)
+                    revoked.append(certificate)
+        return revoked
+
+    async def _proven(self, certificate_ids: Sequence[UUID]) -> Sequence[Certificate]:
+        """Return those of the certificates that are as the service left them. Where one is not, each is read alone."""
+        try:
+            return await self.certificates.find_each(certificate_ids)
+        except KmsError as error:
+            if error.reason is not Reason.RECORD_INVALID:
+                raise
+        if len(certificate_ids) == 1:
+            _LOG.error("not on the CRL: the certificate's record is not ours", certificate=str(certificate_ids[0]))
+            return ()
+        return [found for each in certificate_ids for found in await self._proven([each])]
 
     async def store(self, issuer_id: UUID, shard: int, previous: int, crl: Crl, der: bytes) -> bool:
         """See `Crls.store`."""

@@ -8,7 +8,7 @@ from typing import Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import AuthorityInformationAccessOID, ObjectIdentifier
+from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsageOID, ObjectIdentifier
 
 from kms.certificates.constraints import NameConstraints
 from kms.certificates.names import GeneralName, NameKind, Subject, certificate_invalid
@@ -34,6 +34,8 @@ class IssuerCertificate:
     validity: Validity
     path_length: int | None
     constraints: tuple[NameConstraints, ...]
+    extended_key_usage: frozenset[str] | None = None
+    """What all of them let it certify for; None is no limit."""
 
     def check_names(self, names: Sequence[GeneralName]) -> None:
         """Raise CERTIFICATE_INVALID for a name that the issuer, or an authority above it, may not certify."""
@@ -129,6 +131,11 @@ def issuer_of(chain: Sequence[bytes]) -> IssuerCertificate:
 
     Raises CERTIFICATE_INVALID if one of them is no authority's, or limits names in a way that the service does not know.
     """
+    return _issuer_of(tuple(chain))
+
+
+@lru_cache(256)
+def _issuer_of(chain: tuple[bytes, ...]) -> IssuerCertificate:
     certificates = [load_certificate(der) for der in chain]
     path_length: int | None = None
     for certificate in reversed(certificates):
@@ -141,22 +148,37 @@ def issuer_of(chain: Sequence[bytes]) -> IssuerCertificate:
             raise certificate_invalid("chain", "expected no authority below one whose path length is 0")
         limits = [limit for limit in (below, constraints.path_length) if limit is not None]
         path_length = min(limits, default=None)
+    if certificates[0].subject.public_bytes() not in chain[0]:
+        # Certificates name their issuer byte by byte, or verifiers do not find it.
+        raise certificate_invalid("chain", "expected a subject in DER")
     limits_of_names = [extension_of(certificate.extensions, x509.NameConstraints) for certificate in certificates]
     return IssuerCertificate(
-        tuple(chain),
+        chain,
         _validity(certificates[0]),
         path_length,
         tuple(constraints_of(limit) for limit in limits_of_names if limit is not None),
+        _limit_of_usages(certificates),
     )
 
 
+def _limit_of_usages(certificates: Sequence[x509.Certificate]) -> frozenset[str] | None:
+    """Return the extended key usages that are in all certificates which name some; None: none of them does."""
+    limit: frozenset[str] | None = None
+    for usages in (extension_of(certificate.extensions, x509.ExtendedKeyUsage) for certificate in certificates):
+        if usages is not None and ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE not in usages:
+            named = frozenset(usage.dotted_string for usage in usages)
+            limit = named if limit is None else limit & named
+    return limit
+
+
+@lru_cache(256)
 def parse_certificate(der: bytes) -> ParsedCertificate:
     """Return what the certificate in *der* says. Raises CERTIFICATE_INVALID for what cannot be read; verifies nothing."""
     certificate = load_certificate(der)
     try:
         return _parsed(certificate)
     except UNREADABLE:
-        raise certificate_invalid("certificate", "expected extensions of RFC 5280 that can be read") from None
+        raise certificate_invalid("certificate", "expected names and extensions of RFC 5280 that can be read") from None
 
 
 def is_self_issued(certificate: x509.Certificate) -> bool:
@@ -172,9 +194,11 @@ def load_certificate(der: bytes) -> x509.Certificate:
             raise ValueError
         certificate = x509.load_der_x509_certificate(der)
         public_key_of(certificate.public_key())
-        _ = certificate.extensions
+        _ = (certificate.subject, certificate.issuer, certificate.extensions)  # pyca reads each when it is asked for
+        if certificate.serial_number <= 0:
+            raise ValueError
     except UNREADABLE:
-        rule = f"expected a certificate of X.509 version 3 of at most {CERTIFICATE_BYTES_MAX} bytes"
+        rule = f"expected a certificate of RFC 5280 with a positive serial number, of at most {CERTIFICATE_BYTES_MAX} bytes"
         raise certificate_invalid("certificate", rule) from None
     return certificate
 
@@ -214,6 +238,8 @@ def _check(to_certify: ToCertify, key: PublicKey, signer: PublicKey) -> None:
     ):
         raise certificate_invalid("validity", "expected a validity within that of the issuer")
     issuer.check_names(to_certify.names)
+    if issuer.extended_key_usage is not None and not issuer.extended_key_usage.issuperset(profile.extended_key_usage):
+        raise certificate_invalid("profile", "expected extended key usages that the issuer may certify")
     if profile.is_ca and issuer.path_length is not None:
         asked = path_length_of(to_certify)
         # Another generation of the issuer itself does not count (RFC 5280 section 4.2.1.9).

@@ -44,8 +44,8 @@ def verify_chain(chain: Sequence[bytes], *, at: datetime) -> None:
         raise certificate_invalid("chain", f"expected 1 to {CHAIN_LENGTH_MAX} certificates")
     certificates = [load_certificate(der) for der in chain]
     parsed = [parse_certificate(der) for der in chain]
-    for certificate, values in zip(certificates, parsed, strict=True):
-        _check_alone(certificate, values, at)
+    for number, (certificate, values) in enumerate(zip(certificates, parsed, strict=True), 1):
+        _check_alone(certificate, values, at, f"certificate {number}")
     for number, certificate in enumerate(certificates):
         issuer = min(number + 1, len(chain) - 1)
         _check_issued(certificate, certificates[issuer])
@@ -54,13 +54,13 @@ def verify_chain(chain: Sequence[bytes], *, at: datetime) -> None:
     _check_paths(chain, certificates, parsed)
 
 
-def _check_alone(certificate: x509.Certificate, values: ParsedCertificate, at: datetime) -> None:
+def _check_alone(certificate: x509.Certificate, values: ParsedCertificate, at: datetime, which: str) -> None:
     if certificate.version is not x509.Version.v3:
         raise certificate_invalid("chain", "expected certificates of X.509 version 3")
     if certificate.signature_algorithm_oid not in ALGORITHMS:
         raise certificate_invalid("chain", ALGORITHMS_RULE)
     if not values.validity.not_before <= at <= values.validity.not_after:
-        raise certificate_invalid("chain", f"expected certificates that are valid now, unlike that of {values.subject}")
+        raise certificate_invalid("chain", f"expected certificates that are valid now, unlike {which}")
     if unknown := [each.oid.dotted_string for each in certificate.extensions if each.critical and each.oid not in _OBEYED]:
         raise certificate_invalid("chain", f"expected no critical extension {', '.join(unknown)}")
     check_strong(public_key_of(certificate.public_key()))
@@ -74,13 +74,13 @@ def _check_issued(certificate: x509.Certificate, issuer: x509.Certificate) -> No
 
 
 def _check_paths(chain: Sequence[bytes], certificates: Sequence[x509.Certificate], parsed: Sequence[ParsedCertificate]) -> None:
+    if parsed[0].is_ca:
+        issuer_of(chain)  # an authority that could issue nothing is of no use
     for number in range(1, len(chain)):
         issuer = issuer_of(chain[number:])
         if KeyUsage.KEY_CERT_SIGN not in parsed[number].key_usage:
             raise certificate_invalid("chain", "expected the key usage keyCertSign of authorities")
         below = parsed[number - 1]
-        if below.is_ca and issuer.path_length == 0 and not is_self_issued(certificates[number - 1]):
-            raise certificate_invalid("chain", "expected no authority below one whose path length is 0")
         if number == 1 or not is_self_issued(certificates[number - 1]):
             issuer.check_names([*map(_comparable, below.names), *_mailboxes(certificates[number - 1])])
 
