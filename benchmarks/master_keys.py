@@ -166,6 +166,10 @@ def rate(samples: list[Sample]) -> float:
     return (moving[0].left - moving[-1].left) / (moving[-1].at - moving[0].at) if len(moving) > 1 else 0.0
 
 
+def _list(numbers: list[float], digits: int) -> str:
+    return ", ".join(f"{number:.{digits}f}" for number in numbers)
+
+
 def _held(row: tuple[Any, ...]) -> HeldKey:
     spec = KeySpec(KeyType(row[2]), Purpose(row[3]), row[4])
     identity = KeyIdentity(KeyId(row[0]), UserId(row[1]), spec)
@@ -203,16 +207,19 @@ def measure(stack: Stack, count: int) -> None:
         sample = asyncio.run(fill(settings, admin, owner, count))
         admin.execute("ANALYZE cryptography.keys")
         print(json.loads(stack.kms("kek", "rotate", "--json")))
-        raw = [asyncio.run(raw_rate(settings, sample))]
+        # The token alone is measured before and after each round: the machine may be slower in one than in another.
+        raw, rounds = [asyncio.run(raw_rate(settings, sample))], []
         with signing(stack) as counts:
-            rounds = [watched(stack, admin, left) for left in (count * 2 // 3, count // 3, 0)]
-        raw.append(asyncio.run(raw_rate(settings, sample)))
+            for left in (count * 2 // 3, count // 3, 0):
+                rounds.append(watched(stack, admin, left))
+                raw.append(asyncio.run(raw_rate(settings, sample)))
         held = [_held(row) for row in admin.execute(ALL.encode())]
         drill = open_envelopes(settings, held)
     rates, memory = [rate(samples) for samples in rounds], [sample.mebibytes for sample in rounds[-1]]
+    ratios = [one / ((before + after) / 2) for one, (before, after) in zip(rates, pairwise(raw), strict=True)]
     print(f"{count} envelopes; opened {drill.opened}, missing {len(drill.kek_missing)}, invalid {len(drill.invalid)}")
-    print(f"the token alone: {raw[0]:.0f} and {raw[1]:.0f} a second; the service: {', '.join(f'{one:.0f}' for one in rates)}")
-    print(f"service : token = {sum(rates) / len(rates) / (sum(raw) / len(raw)):.2f}")
+    print(f"the token alone: {_list(raw, 0)} a second; the service: {_list(rates, 0)}")
+    print(f"service : token = {sum(ratios) / len(ratios):.2f} ({_list(ratios, 2)})")
     print(f"memory of the service in its last round: {memory[0]:.0f} to {memory[-1]:.0f} MiB, at most {max(memory):.0f}")
     print(f"signatures of the client {counts[0]}, calls that failed while the service was down {counts[1]}")
 

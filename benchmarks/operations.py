@@ -46,7 +46,7 @@ from kms.dev.embedded_stack import dev_stack
 from kms.dev.softhsm import SoftToken, soft_token
 from kms.dev.stack import Stack
 from kms.dev.stack_files import free_port
-from kms.rpc.server import TlsFiles
+from kms.pki.trust import TrustFiles
 from kms.v1 import crypto_pb2, keys_pb2
 
 _LOAD_PROCESSES: Final = 2
@@ -156,7 +156,7 @@ def bench(directory: Path, pace: Pace, workers: int) -> Iterator[tuple[Bench, Cl
         client = stack.enter_context(connect(embedded.client))
         known = prepared(client)
         files = embedded.files
-        tls = TlsFiles(files.secret("server.crt"), files.secret("server.key"), files.authority_cert)
+        tls = TrustFiles(files.secret("server.crt"), files.secret("server.key"), files.authority_cert)
         echo = f"127.0.0.1:{free_port()}"
         echoes = stack.enter_context(echo_server(workers, tls, echo))
         token = stack.enter_context(token_processes(workers, LANES, _copy(embedded, directory / "token")))

@@ -30,7 +30,7 @@ from kms.hsm.module import load_module
 from kms.hsm.operations import sign
 from kms.hsm.session import TokenSession, decrypt_gcm, encrypt_gcm
 from kms.hsm.settings import HsmSettings
-from kms.rpc.server import TlsFiles
+from kms.pki.trust import TrustFiles
 
 COMMITTERS: Final = 32
 _AAD: Final = bytes(17)
@@ -53,7 +53,7 @@ class Driven:
 
 
 @contextmanager
-def echo_server(processes: int, tls: TlsFiles, address: str) -> Iterator[list[int]]:
+def echo_server(processes: int, tls: TrustFiles, address: str) -> Iterator[list[int]]:
     """Serve the echo on *address* in *processes*, with the service's certificates; yield their process ids."""
     children = [Child(_echo, tls, address, processes > 1) for _ in range(processes)]
     try:
@@ -65,11 +65,11 @@ def echo_server(processes: int, tls: TlsFiles, address: str) -> Iterator[list[in
             child.stop()
 
 
-def _echo(pipe: Pipe, tls: TlsFiles, address: str, is_shared: bool) -> None:  # a process takes positions only
+def _echo(pipe: Pipe, tls: TrustFiles, address: str, is_shared: bool) -> None:  # a process takes positions only
     uvloop.run(_serve_echo(pipe, tls, address, is_shared=is_shared))
 
 
-async def _serve_echo(pipe: Pipe, tls: TlsFiles, address: str, *, is_shared: bool) -> None:
+async def _serve_echo(pipe: Pipe, tls: TrustFiles, address: str, *, is_shared: bool) -> None:
     async def echo(body: bytes, _: object) -> bytes:
         return body
 

@@ -8,18 +8,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Final, TypeVar
 
 import structlog
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from kms.app.access import credentials_invalid
 from kms.domain.errors import KmsError, malformed
 from kms.domain.ids import UserId, parse_identity_uri
-from kms.pki.revocations import Revocations
+from kms.pki.trust import Trust
 
 Clock = Callable[[], datetime]
 E = TypeVar("E", bound=x509.ExtensionType)
@@ -45,8 +44,9 @@ def host_clock() -> datetime:
 
 @dataclass(frozen=True, slots=True)
 class _Standing:
-    """What of a certificate is looked at on every call."""
+    """What of a certificate is looked at on every call. `authority`: which has issued it, see `ClientAuthorities`."""
 
+    authority: bytes
     serial_number: int
     not_before: datetime
     not_after: datetime
@@ -56,12 +56,10 @@ class _Standing:
 class ClientIdentity:
     """Finds the user of a call from what TLS knows of the peer (`Identify` of the gRPC edge)."""
 
-    def __init__(self, ca_file: Path, *, deployment: str, clock: Clock, crl_file: Path | None = None) -> None:
-        """Read the authority's certificate, and its CRL if there is one. Raises OSError, and MALFORMED for what is neither."""
-        self._authority = load_authority_certificate(ca_file)
+    def __init__(self, trust: Trust, *, deployment: str, clock: Clock) -> None:
+        self._trust = trust
         self._deployment = deployment
         self._clock = clock
-        self._revocations = None if crl_file is None else Revocations(self._authority, crl_file, now=clock())
         self._seen: OrderedDict[bytes, _Standing] = OrderedDict()
 
     def __call__(self, auth_context: Mapping[str, Iterable[bytes]]) -> UserId:
@@ -87,15 +85,16 @@ class ClientIdentity:
         standing = self._standing(_only(auth_context, _CERTIFICATE))
         if not standing.not_before <= now <= standing.not_after:
             raise malformed("client certificate", "expected one that is valid today")
-        if self._revocations is not None:
-            self._revocations.check(standing.serial_number, now=now)
+        self._trust.check_not_revoked(standing.authority, standing.serial_number)
         uri = _only(auth_context, _URI).decode("ascii")
         if standing.uris != (uri,):
             raise malformed("client certificate", "expected one URI name, without a NUL in it")
         return parse_identity_uri(uri, deployment=self._deployment)
 
     def _standing(self, pem: bytes) -> _Standing:
-        standing = self._seen.pop(pem, None) or self._read(pem)
+        standing = self._seen.pop(pem, None)
+        if standing is None or standing.authority not in self._trust.authorities.certificates:
+            standing = self._read(pem)
         self._seen[pem] = standing  # the last in the order is the last used
         if len(self._seen) > _CERTIFICATES_MAX:
             self._seen.popitem(last=False)
@@ -103,32 +102,18 @@ class ClientIdentity:
 
     def _read(self, pem: bytes) -> _Standing:
         certificate = x509.load_pem_x509_certificate(pem)
-        # A CRL speaks of its issuer's serial numbers only, so nobody may stand between.
-        try:
-            certificate.verify_directly_issued_by(self._authority)
-        except (InvalidSignature, TypeError):
-            raise malformed("client certificate", "expected one issued by the identity authority itself") from None
+        authority = self._trust.authorities.issuer_of(certificate)
+        if authority is None:
+            raise malformed("client certificate", "expected one issued by an identity authority itself")
         _check_made_for_clients(certificate)
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         return _Standing(
+            authority,
             certificate.serial_number,
             certificate.not_valid_before_utc,
             certificate.not_valid_after_utc,
             tuple(names.get_values_for_type(x509.UniformResourceIdentifier)),
         )
-
-
-def load_authority_certificate(ca_file: Path) -> x509.Certificate:
-    """Return the one certificate in *ca_file*. Raises OSError, and MALFORMED for none, several or no authority's."""
-    expected = f"expected the PEM certificate of one identity authority in {ca_file}"
-    try:
-        certificates = x509.load_pem_x509_certificates(ca_file.read_bytes())
-        is_authority = certificates[0].extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    except (ValueError, x509.ExtensionNotFound):
-        raise malformed("server.client_ca_file", expected) from None
-    if len(certificates) != 1 or not is_authority:
-        raise malformed("server.client_ca_file", expected)
-    return certificates[0]
 
 
 def _check_made_for_clients(certificate: x509.Certificate) -> None:

@@ -52,6 +52,17 @@ class MasterKeys:
             await self.hsm.make_under(generation)
             _LOG.info("new envelopes", generation=generation, before=token.current)
 
+    @property
+    def warnings(self) -> list[str]:
+        """What an operator should do, in sentences: without a confirmed copy a new generation is not used."""
+        token = self.hsm.wrapping_keys()
+        waiting = [generation for generation in token.makers if self.needs_copy and generation > token.current]
+        return [
+            f"generation {generation} of the master keys waits for a copy of the token: make one, and run "
+            "`kms hsm backup-confirmed` with the copy in the configuration"
+            for generation in waiting
+        ]
+
     def job(self) -> Job:
         """Return the job of each worker."""
         return Job(MASTER_KEYS, _INTERVAL_SECONDS, self.follow, warns_after_seconds=_WARNS_AFTER_SECONDS)

@@ -1,9 +1,7 @@
 """The gRPC server: TLS with client certificates, our services behind the edge, health and reflection."""
 
-import ssl
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
 import grpc
@@ -11,7 +9,6 @@ import structlog
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from kms.domain.errors import malformed
 from kms.rpc.admin import AdminServicer
 from kms.rpc.audit import AuditServicer
 from kms.rpc.crypto import CryptoServicer
@@ -54,12 +51,12 @@ _LOG = structlog.get_logger("kms.rpc.server")
 
 
 @dataclass(frozen=True, slots=True)
-class TlsFiles:
-    """PEM files: our certificate with its chain, our key, and the authority whose client certificates are taken."""
+class TlsMaterial:
+    """In PEM: our certificate with its chain, our key, and the authorities whose client certificates are taken."""
 
-    certificate: Path
-    key: Path
-    client_ca: Path
+    certificate: bytes
+    key: bytes = field(repr=False)
+    client_authorities: bytes
 
 
 class Server:
@@ -105,10 +102,13 @@ class Server:
         self._faults = faults
         self._is_stopping = False
 
-    async def start(self, address: str, tls: TlsFiles) -> int:
-        """Listen on *address* (`host:port`, port 0 for a free one) and return the port. Raises OSError."""
+    async def start(self, address: str, material: Callable[[], TlsMaterial]) -> int:
+        """Listen on *address* (`host:port`, port 0 for a free one) and return the port. Raises OSError.
+
+        Every handshake asks for the *material*, from threads of grpc's.
+        """
         try:
-            port = self._server.add_secure_port(address, _credentials(tls))
+            port = self._server.add_secure_port(address, _credentials(material))
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: {error}") from None
         self.report()
@@ -137,44 +137,25 @@ class Server:
         self._health.report({**well, LIVENESS: True})
 
 
-def check_pair(tls: TlsFiles) -> None:
-    """Raise MALFORMED unless the key is that of the certificate: grpc would only say that it cannot listen."""
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key)
-    except (ssl.SSLError, OSError):
-        raise malformed(
-            "server.tls_key_file", f"expected in {tls.key} the PEM key of the certificate in {tls.certificate}"
-        ) from None
-
-
-def _credentials(tls: TlsFiles) -> grpc.ServerCredentials:
-    """Return credentials that follow the files: a renewed certificate is used from the next handshake on."""
-    seen: list[object] = [_stamp(tls)]
+def _credentials(material: Callable[[], TlsMaterial]) -> grpc.ServerCredentials:
+    """Return credentials that follow *material*: what is renewed is used from the next handshake on."""
+    used = [material()]
 
     def renewed() -> grpc.ServerCertificateConfiguration | None:
-        stamp = _stamp(tls)
-        if stamp is None or stamp == seen[0]:
+        now = material()
+        if now == used[0]:
             return None
-        seen[0] = stamp
-        return _certificates(tls)
+        used[0] = now
+        return _certificates(now)
 
     return grpc.dynamic_ssl_server_credentials(
-        _certificates(tls),
+        _certificates(used[0]),
         renewed,  # type: ignore[arg-type]  # None is how grpc is told "unchanged"
         require_client_authentication=True,
     )
 
 
-def _certificates(tls: TlsFiles) -> grpc.ServerCertificateConfiguration:
-    pair = (tls.key.read_bytes(), tls.certificate.read_bytes())
-    return grpc.ssl_server_certificate_configuration([pair], root_certificates=tls.client_ca.read_bytes())
-
-
-def _stamp(tls: TlsFiles) -> object:
-    try:
-        return tuple(
-            (found.st_mtime_ns, found.st_size, found.st_ino)
-            for found in map(Path.stat, (tls.certificate, tls.key, tls.client_ca))
-        )
-    except OSError:
-        return None  # in the middle of being replaced
+def _certificates(material: TlsMaterial) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration(
+        [(material.key, material.certificate)], root_certificates=material.client_authorities
+    )

@@ -31,7 +31,7 @@ from kms.certificates.revoking import Revoking
 from kms.config import AcmeConfig
 from kms.jobs.job import Job
 from kms.pki.client_identity import host_clock
-from kms.rpc.server import TlsFiles
+from kms.pki.trust import Trust
 from kms.store.journal import Journal
 from kms.store.journal_knowledge import JournalKnowledge
 from kms.store.pool import Pool
@@ -55,7 +55,7 @@ class AcmeParts:
     records: Records
 
     def jobs(self) -> list[Job]:
-        """Return the jobs: one worker at a time does each."""
+        """Return the jobs of each worker."""
         return [forgetting_job(StoredNonces(self.pool))]
 
     def servicer(self) -> AcmeServicer:
@@ -64,7 +64,7 @@ class AcmeParts:
         return AcmeServicer(accounts, self.config.url if self.config else "")
 
     @asynccontextmanager
-    async def serving(self, tls: TlsFiles, *, shares_port: bool) -> AsyncIterator[None]:
+    async def serving(self, trust: Trust, *, shares_port: bool) -> AsyncIterator[None]:
         """Serve ACME on the address of the configuration within the block; without one: nowhere."""
         if self.config is None:
             yield
@@ -73,7 +73,7 @@ class AcmeParts:
         async with AsyncExitStack() as stack:
             background = await stack.enter_async_context(_background())
             acme = await self._acme(self.config, background)
-            context = await asyncio.to_thread(FollowedContext, tls)
+            context = await asyncio.to_thread(FollowedContext, trust)
             port = await stack.enter_async_context(
                 serving_acme(self.config.listen, acme, limits, context.context, shares_port=shares_port)
             )
@@ -120,36 +120,30 @@ def acme_parts(
 
 
 class FollowedContext:
-    """A TLS context that follows the files: a renewed certificate is used from the next handshake on."""
+    """A TLS context that follows our certificate: a renewed one is shown from the next handshake on."""
 
-    def __init__(self, tls: TlsFiles) -> None:
-        self._tls = tls
-        self._stamp = self._stamped()
-        self._newest = self._loaded()
-        self.context = self._loaded()
+    def __init__(self, trust: Trust) -> None:
+        self._trust = trust
+        self._pair = trust.pair
+        self._newest = _loaded(trust)
+        self.context = _loaded(trust)
         self.context.sni_callback = self._renew
 
     def _renew(self, connection: ssl.SSLSocket | ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
-        stamp = self._stamped()
-        if stamp is not None and stamp != self._stamp:
+        if (pair := self._trust.pair) is not self._pair:
             try:
-                self._newest = self._loaded()
+                self._newest = _loaded(self._trust)
             except (OSError, ssl.SSLError):
-                return  # half of a pair was renewed: the next handshake looks again
-            self._stamp = stamp
+                return  # the files have changed once more: the next handshake looks again
+            self._pair = pair
         connection.context = self._newest
 
-    def _stamped(self) -> tuple[int, int] | None:
-        try:
-            return self._tls.certificate.stat().st_mtime_ns, self._tls.key.stat().st_mtime_ns
-        except OSError:
-            return None
 
-    def _loaded(self) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.load_cert_chain(self._tls.certificate, self._tls.key)
-        return context
+def _loaded(trust: Trust) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(trust.files.certificate, trust.files.key)
+    return context
 
 
 class _Background:

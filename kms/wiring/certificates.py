@@ -17,7 +17,7 @@ from kms.certificates.profiles import Profile
 from kms.certificates.service_keys import ServiceKeys
 from kms.config import Config, PublishingConfig
 from kms.jobs.job import Job
-from kms.rpc.server import TlsFiles
+from kms.pki.trust import Trust
 from kms.store.journal import Journal
 from kms.store.journal_knowledge import JournalKnowledge
 from kms.store.pool import Pool
@@ -47,11 +47,11 @@ class CertificateParts:
         return [abandoning_job(self.certificates), *self.revocation.jobs(), *self.acme.jobs()]
 
     @asynccontextmanager
-    async def over_http(self, tls: TlsFiles, *, shares_port: bool) -> AsyncIterator[None]:
+    async def over_http(self, trust: Trust, *, shares_port: bool) -> AsyncIterator[None]:
         """Publish CRLs, OCSP answers and certificates, and serve ACME, within the block; each where it is configured."""
         async with (
             publishing(self.publishing, self.revocation.publications, shares_port=shares_port),
-            self.acme.serving(tls, shares_port=shares_port),
+            self.acme.serving(trust, shares_port=shares_port),
         ):
             yield
 
@@ -75,7 +75,7 @@ def certificate_parts(
     keys = ServiceKeys(StoredUsers(pool), uses.access, uses.keyring, uses.charged)
     issuer = Issuer(certificates, keys, uses.hsm.random)
     revocation = revocation_parts(config.publishing, pool, authorities, certificates, keys, issuer, knowledge)
-    profiles, revoking = profiles_of(config), revocation.revoking
+    profiles, revoking = profiles_of(config.certificates), revocation.revoking
     issuing = Issuing(authorities, certificates, issuer, uses.keys, uses.repeats, profiles, config.deployment_id)
     acme = acme_parts(config.acme, pool, records, uses, authorities, certificates, issuing, revoking, journal, knowledge)
     return CertificateParts(authorities, certificates, keys, issuer, issuing, revocation, acme, config.publishing, profiles)

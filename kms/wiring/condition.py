@@ -13,7 +13,9 @@ from kms.certificates.postgres.revocations import CrlStatus, read_crl_status
 from kms.domain.errors import KmsError
 from kms.hsm.token_hsm import TokenHsm
 from kms.jobs.job import JobStatus
+from kms.pki.trust import Trust
 from kms.rotation.backlog import NO_BACKLOG, Backlog, read_backlog
+from kms.rotation.master_keys import MasterKeys
 from kms.store import epoch as epochs
 from kms.store import migrate, partitions
 from kms.store.cache import CacheStatus
@@ -54,8 +56,8 @@ class SealWatch:
 class Condition:
     """The parts that are asked, and what the database said when it was last asked: it is looked at anew, so it changes.
 
-    `faults` are sentences by what is at fault: token, database, epoch, service. No fault: ready. A schema that was changed
-    under the service is a warning: it goes on, and would not start again. So is the *advice* about its configuration.
+    `faults` are sentences by what is at fault: token, database, epoch, certificates, service. No fault: ready. A schema that was
+    changed under the service is a warning: it goes on, and would not start again. So is the *advice* about its configuration.
     """
 
     hsm: TokenHsm
@@ -67,6 +69,8 @@ class Condition:
     caches: Mapping[str, Callable[[], CacheStatus]]
     seal_watch: SealWatch
     history: HistoryWatch
+    trust: Trust
+    master_keys: MasterKeys
     advice: Sequence[str] = ()
     jobs: Callable[[], Sequence[JobStatus]] = lambda: ()
     epoch_fault: str = ""
@@ -85,6 +89,7 @@ class Condition:
             "token": "" if self.hsm.is_available() else "the HSM does not answer",
             "database": "" if self.store_answers() else "the database does not answer",
             "epoch": self.epoch_fault,
+            "certificates": "; ".join(self.trust.faults),
         }
         return {part: sentence for part, sentence in told.items() if sentence}
 
@@ -104,6 +109,8 @@ class Condition:
             told.append("rows of the trail are not sealed: the log of the worker that seals says why")
         if self.keys_unconfirmed:
             told.append(f"{self.keys_unconfirmed} restored keys wait for a confirmation: see `kms epoch show`")
+        told += self.trust.warnings
+        told += self.master_keys.warnings
         told += self.rotations.warnings
         told += [status.warning for status in self.crls if status.warning]
         told += [status.warning for status in self.jobs() if status.warning]
@@ -159,6 +166,7 @@ class ConditionCollector(Collector):
         yield gauge("warnings", "What does not keep the service from serving, and should be seen to.", len(condition.warnings))
         yield gauge("trail_default_rows", "Rows of the trail in a DEFAULT partition.", condition.default_rows)
         yield gauge("keys_unconfirmed", "Restored keys that wait for a confirmation.", condition.keys_unconfirmed)
+        yield from _trust(condition.trust)
         yield from _rotations(condition.rotations)
         yield from _crls(condition.crls)
         yield from _sealing(condition.seal_watch.status)
@@ -175,6 +183,17 @@ class ConditionCollector(Collector):
 def gauge(name: str, text: str, value: float) -> Metric:
     """Return a gauge without labels."""
     return GaugeMetricFamily(f"kms_{name}", text, value=float(value))
+
+
+def _trust(trust: Trust) -> Iterator[Metric]:
+    ends = GaugeMetricFamily(
+        "kms_trust_ends_timestamp_seconds",
+        "When a certificate ends, and when a CRL has its next update.",
+        labels=("setting", "of"),
+    )
+    for setting, part, ends_at in trust.ends():
+        ends.add_metric((setting, part), ends_at.timestamp())
+    yield ends
 
 
 def _rotations(backlog: Backlog) -> Iterator[Metric]:

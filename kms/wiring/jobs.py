@@ -24,6 +24,7 @@ from kms.domain.residents import ADVICE, Finding
 from kms.hsm.token_hsm import TokenHsm
 from kms.jobs.job import Job
 from kms.pki.client_identity import host_clock
+from kms.pki.trust import Trust
 from kms.rpc.connections import Connections
 from kms.rpc.server import Server
 from kms.store import partitions
@@ -42,6 +43,7 @@ from kms.wiring.condition import Condition
 from kms.wiring.limits import closing_connections
 from kms.wiring.rotation import RotationParts
 from kms.wiring.seen import Pulse
+from kms.wiring.trust import trust_job
 
 CHECKPOINTS: Final = "checkpoints"
 _MINUTE: Final = 60.0
@@ -65,6 +67,7 @@ class JobParts:
     sealer: Sealer | None
     rotation: RotationParts
     certificates: CertificateParts
+    trust: Trust
     is_first: bool
 
 
@@ -80,6 +83,7 @@ def upkeep_jobs(parts: JobParts) -> list[Job]:
         Job("disk", 5.0, parts.disk.watch),
         *parts.rotation.jobs(),
         *parts.certificates.jobs(),
+        trust_job(parts.trust),
         Job("database", 1.0, parts.probe.ask),
     ]
     if parts.is_first:

@@ -34,7 +34,7 @@ from kms.rpc.connections import Connections
 from kms.rpc.crypto import CryptoServicer
 from kms.rpc.edge import Edge
 from kms.rpc.keys import KeyServicer
-from kms.rpc.server import Server, TlsFiles, check_pair
+from kms.rpc.server import Server
 from kms.store import epoch as epochs
 from kms.store.cached import CachedKeys, CachedUsers, ForgettingLedger, ForgettingLifecycle
 from kms.store.changes import heard
@@ -70,6 +70,7 @@ from kms.wiring.rotation import RotationParts, rotation_parts
 from kms.wiring.seen import Pulse, seen
 from kms.wiring.supervised import Stopping, Supervised
 from kms.wiring.token import check_token
+from kms.wiring.trust import open_trust, tls_material
 
 HSM_OPERATIONS: Final = ("generate", "confirm", "abandon", "sign", "encrypt", "decrypt", "decrypt_rsa", "random", "mac")
 _ROTATION_LOOK_SECONDS: Final = 0.05
@@ -141,11 +142,8 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
     """Serve within the block, alone or as one of several workers. Leaving it gives up what is still in flight."""
     server_config = needed(config.server)
     seen_on = _seen_on(config, supervised)
-    tls = TlsFiles(server_config.tls_cert_file, server_config.tls_key_file, server_config.client_ca_file)
-    check_pair(tls)
-    identity = ClientIdentity(
-        server_config.client_ca_file, deployment=config.deployment_id, clock=host_clock, crl_file=server_config.client_crl_file
-    )
+    trust = open_trust(server_config)
+    identity = ClientIdentity(trust, deployment=config.deployment_id, clock=host_clock)
     async with AsyncExitStack() as stack:
         dsn = database_dsn(config)
         pool = await stack.enter_async_context(ready_pool(config, dsn))
@@ -180,12 +178,37 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         advice = _told_advice(config)
         watch = SealWatch(seal_seconds(config))
         condition = Condition(
-            hsm, ledger, pool, records, disk, probe.answers, caches, watch, history, advice, jobs=runner.statuses
+            hsm,
+            ledger,
+            pool,
+            records,
+            disk,
+            probe.answers,
+            caches,
+            watch,
+            history,
+            trust,
+            master_keys,
+            advice,
+            jobs=runner.statuses,
         )
         is_first = supervised is None or supervised.number == 1
         told = await stack.enter_async_context(_told_uses(journal, keys.counts))
         parts = JobParts(
-            pool, stored_keys, hsm, lifecycle, journal, told, disk, probe, condition, sealer, rotation, certificates, is_first
+            pool,
+            stored_keys,
+            hsm,
+            lifecycle,
+            journal,
+            told,
+            disk,
+            probe,
+            condition,
+            sealer,
+            rotation,
+            certificates,
+            trust,
+            is_first,
         )
         await stack.enter_async_context(runner.running(*upkeep_jobs(parts)))
         await stack.enter_async_context(seen(seen_on, telemetry, condition, pulse))
@@ -204,8 +227,8 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
             ProcessReports(condition, config.deployment_id, config.mode, supervised.number if supervised else 0),
             shares_port=supervised is not None,
         )
-        await stack.enter_async_context(certificates.over_http(tls, shares_port=supervised is not None))
-        port = await server.start(server_config.listen, tls)
+        await stack.enter_async_context(certificates.over_http(trust, shares_port=supervised is not None))
+        port = await server.start(server_config.listen, partial(tls_material, trust))
         stack.push_async_callback(server.stop, 0)
         await stack.enter_async_context(runner.running(*serving_jobs(server, connections, port, pulse)))
         yield Service(port, hsm, server, condition)

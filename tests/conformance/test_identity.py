@@ -1,7 +1,10 @@
 """Who is let in: the user that the client certificate names, and nobody else."""
 
+import threading
 import time
 import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,39 @@ from kms.rpc.bystanders import WATCHES_PER_USER_MAX
 from kms.v1 import keys_pb2 as kpb
 from tests.conformance.refusals import refusal, refusal_of
 from tests.conformance.requests import made
-from tests.fixtures.server import DEPLOYMENT, Deployment, RunningServer
+from tests.fixtures.server import DEPLOYMENT, Caller, Deployment, RunningServer
 
 NOBODY = UserId(uuid.UUID(int=7))
 LIST = kpb.ListKeysRequest()
+
+
+def is_refused(caller: Caller) -> bool:
+    """Whether a call of *caller* fails."""
+    try:
+        caller.keys.ListKeys(LIST)
+    except grpc.RpcError:
+        return True
+    return False
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 90.0) -> None:
+    """Wait until *condition* holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition does not come true"
+        time.sleep(0.05)
+
+
+def admitted(connect: Callable[[], Caller]) -> Caller:
+    """Connect until a handshake succeeds, and return the caller."""
+    found: list[Caller] = []
+
+    def is_admitted() -> bool:
+        found.append(connect())
+        return not is_refused(found[-1])
+
+    eventually(is_admitted)
+    return found[-1]
 
 
 def test_without_a_client_certificate_there_is_no_connection(server: RunningServer) -> None:
@@ -101,19 +133,55 @@ def test_a_revoked_certificate_is_refused_on_the_connection_it_already_has(deplo
         caller.keys.ListKeys(LIST)
 
 
+def test_an_authority_is_replaced_while_clients_call_and_none_is_refused(deployment: Deployment, tmp_path: Path) -> None:
+    bundle = deployment.directory / "authority.crt"
+    before = bundle.read_bytes()
+    other = make_authority(tmp_path / "other", now=datetime.now(UTC))
+
+    def trust(content: bytes) -> None:
+        bundle.with_suffix(".new").write_bytes(content)
+        bundle.with_suffix(".new").rename(bundle)
+
+    with deployment.serving() as server:
+        old = server.caller()
+        new_user = deployment.new_user()
+        issued = issue_client(other, identity_uri(DEPLOYMENT, new_user), now=datetime.now(UTC))
+        old.keys.ListKeys(LIST)
+        stopped = threading.Event()
+
+        def call() -> int:
+            calls = 0
+            while not stopped.is_set() or not calls:
+                old.keys.ListKeys(LIST, timeout=60)
+                calls += 1
+            return calls
+
+        with ThreadPoolExecutor(1) as pool:
+            calling = pool.submit(call)
+            trust(b"nonsense")
+            eventually(lambda: "server.client_ca_file" in server.seen("/readyz")[1])
+            trust(before + (tmp_path / "other/authority.crt").read_bytes())
+            new = admitted(lambda: server.caller_with(issued, new_user, ca=before))
+            new.keys.ListKeys(LIST)
+            stopped.set()
+            assert calling.result() > 0
+        trust((tmp_path / "other/authority.crt").read_bytes())
+        eventually(lambda: is_refused(old))
+        assert refusal(old.keys.ListKeys, LIST).reason == "CREDENTIALS_INVALID"
+        new.keys.ListKeys(LIST)
+        assert server.seen("/readyz") == (200, "ready\n")
+
+
 def test_a_certificate_that_ends_is_refused_on_the_connection_it_already_has(server: RunningServer) -> None:
     user = server.deployment.new_user()
-    # A certificate of one day that began a day ago, less three seconds.
-    began = datetime.now(UTC) - timedelta(days=1) + timedelta(seconds=3)
-    issued = issue_client(server.deployment.authority, identity_uri(DEPLOYMENT, user), now=began, days=1)
-    caller = server.caller_with(issued, user)
-    caller.keys.ListKeys(LIST)
-    deadline = datetime.now(UTC) + timedelta(seconds=10)
-    while datetime.now(UTC) < deadline:
-        try:
-            caller.keys.ListKeys(LIST)
-        except grpc.RpcError:
+    for seconds in (3, 20, 60):  # on a slow machine it may end before the first call
+        # A certificate of one day that began a day ago, less a few seconds.
+        began = datetime.now(UTC) - timedelta(days=1) + timedelta(seconds=seconds)
+        issued = issue_client(server.deployment.authority, identity_uri(DEPLOYMENT, user), now=began, days=1)
+        caller = server.caller_with(issued, user)
+        if not is_refused(caller):
             break
+    eventually(lambda: is_refused(caller))
     assert refusal(caller.keys.ListKeys, LIST).reason == "CREDENTIALS_INVALID"
 
 

@@ -174,8 +174,8 @@ def _on_terminal(config: Path, *arguments: str) -> tuple[str, str]:
     """Run `kms` with a terminal as standard output and standard error; return what both show."""
     ours, terminal = pty.openpty()
     command = [sys.executable, "-m", "kms", "--config", str(config), *arguments]
-    # To a dumb terminal rich sends no control sequences of its own.
-    environment = {**os.environ, "COLUMNS": "5000", "TERM": "dumb", "NO_COLOR": "1"}
+    # To a dumb terminal rich sends no control sequences of its own. It takes a width only together with a height.
+    environment = {**os.environ, "COLUMNS": "5000", "LINES": "100", "TERM": "dumb", "NO_COLOR": "1"}
     ended = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=terminal, stderr=subprocess.PIPE, env=environment)
     os.close(terminal)
     shown = bytearray()

@@ -195,10 +195,13 @@ async def test_in_production_a_generation_makes_envelopes_once_its_copy_is_confi
     await production.follow()
     old = await bench.add("3")
     assert (bench.hsm.wrapping_keys().current, bench.generation(old)) == (1, 1)
+    assert ["generation 2" in warning and "kms hsm backup-confirmed" in warning for warning in production.warnings] == [True]
+    assert development.warnings == []
     await bench.move()
     assert bench.generation(old) == 1
     await known.confirm_backup()
     await production.follow()
+    assert production.warnings == []
     await bench.move()
     assert (bench.generation(await bench.add("3")), bench.generation(old)) == (2, 2)
     bench.run("UPDATE cryptography.wrapping_keys SET backup_confirmed_at = NULL")

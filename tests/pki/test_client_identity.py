@@ -21,6 +21,7 @@ from kms.domain.ids import UserId
 from kms.pki import client_identity
 from kms.pki.authority import Authority, Issued, issue_client, issue_crl, issue_server, make_authority
 from kms.pki.client_identity import ClientIdentity, host_clock
+from kms.pki.trust import Trust, TrustFiles
 from tests.hostile.certificates import ACCEPTED, REFUSED, issued
 
 UUID = "0a1b2c3d-0000-4000-8000-00000000000f"
@@ -37,11 +38,16 @@ class Stage:
         self.directory = directory
         self.authority = make_authority(directory, now=NOW)
         self.crl_file = directory / "crl.pem"
+        issue_server(self.authority, ["localhost"], now=NOW).write(directory / "server.crt", directory / "server.key")
         self.now = NOW
 
     def identity(self, *, with_crl: bool = False) -> ClientIdentity:
-        crl_file = self.crl_file if with_crl else None
-        return ClientIdentity(self.directory / "authority.crt", deployment="test", clock=lambda: self.now, crl_file=crl_file)
+        return ClientIdentity(self.trust(with_crl=with_crl), deployment="test", clock=lambda: self.now)
+
+    def trust(self, *, with_crl: bool = False, ca_file: str = "authority.crt") -> Trust:
+        certificate, key, client_ca = (self.directory / name for name in ("server.crt", "server.key", ca_file))
+        files = TrustFiles(certificate, key, client_ca, self.crl_file if with_crl else None)
+        return Trust(files, clock=lambda: self.now)
 
     def revoke(self, *issued: Issued, by: Authority | None = None, days: int = 30) -> None:
         numbers = [x509.load_pem_x509_certificate(each.certificate).serial_number for each in issued]
@@ -191,14 +197,14 @@ def test_start_refuses_a_list_of_another_authority(stage: Stage) -> None:
         stage.identity(with_crl=True)
 
 
-def test_start_refuses_a_file_that_is_not_one_authority(stage: Stage) -> None:
+def test_start_refuses_a_file_that_does_not_hold_authorities_each_once(stage: Stage) -> None:
     one = (stage.directory / "authority.crt").read_bytes()
     leaf = issue_client(stage.authority, URI, now=NOW).certificate
     for content in (b"", one + one, leaf, b"nonsense"):
         file = stage.directory / "ca.pem"
         file.write_bytes(content)
         with pytest.raises(KmsError, match="client_ca_file"):
-            ClientIdentity(file, deployment="test", clock=lambda: NOW)
+            stage.trust(ca_file="ca.pem")
 
 
 def test_a_certificate_of_another_authority_of_the_same_name_is_refused(stage: Stage) -> None:

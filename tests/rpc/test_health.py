@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, cast
 import grpc
 import pytest
 import structlog
+from cryptography.hazmat.primitives.serialization import Encoding
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from structlog.testing import LogCapture
 
 from kms.pki.authority import issue_client, issue_server, make_authority
 from kms.rpc import server as serving
-from kms.rpc.server import LIVENESS, READINESS, Server, TlsFiles
+from kms.rpc.server import LIVENESS, READINESS, Server, TlsMaterial
 from kms.rpc.transport import TransportLimits
 from kms.v1.admin_pb2_grpc import AdminServiceServicer
 from kms.v1.audit_pb2_grpc import AuditServiceServicer
@@ -47,8 +48,7 @@ async def test_a_bug_in_a_look_at_the_faults_is_a_fault_until_the_next_look_and_
     now, log = datetime.now(UTC), LogCapture()
     monkeypatch.setattr(serving, "_LOG", structlog.wrap_logger(None, processors=[log]))
     authority = make_authority(tmp_path, now=now)
-    ours = TlsFiles(tmp_path / "server.crt", tmp_path / "server.key", tmp_path / "authority.crt")
-    issue_server(authority, ["localhost"], now=now).write(ours.certificate, ours.key)
+    own, root = issue_server(authority, ["localhost"], now=now), authority.certificate.public_bytes(Encoding.PEM)
     theirs = issue_client(authority, "urn:test", now=now)
     error: Exception | None = None
 
@@ -62,8 +62,8 @@ async def test_a_bug_in_a_look_at_the_faults_is_a_fault_until_the_next_look_and_
     server = Server(
         *cast(Any, (Open(), *(part() for part in parts))), transport=TransportLimits(10, 60, 60, 10, 5), faults=faults
     )
-    port = await server.start("localhost:0", ours)
-    credentials = grpc.ssl_channel_credentials(ours.client_ca.read_bytes(), theirs.key, theirs.certificate)
+    port = await server.start("localhost:0", lambda: TlsMaterial(own.certificate, own.key, root))
+    credentials = grpc.ssl_channel_credentials(root, theirs.key, theirs.certificate)
     async with grpc.aio.secure_channel(f"localhost:{port}", credentials) as channel:
         health = cast(Any, health_pb2_grpc.HealthStub(channel))
 
