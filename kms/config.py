@@ -5,6 +5,7 @@ Unknown names are faults in both. A secret (`pin`, `dsn`) comes from a file (`â€
 from a variable, which is removed from the environment once read; the file itself cannot hold one.
 """
 
+import ipaddress
 import os
 import re
 import stat
@@ -31,6 +32,14 @@ def _check_port(address: str) -> str:
     if int(address.rpartition(":")[2]) > _PORT_MAX:
         raise ValueError(f"expected a port of at most {_PORT_MAX}")
     return address
+
+
+def _check_network(network: str) -> str:
+    try:
+        ipaddress.ip_network(network)
+    except ValueError:
+        raise ValueError("expected a network such as 10.0.0.0/8") from None
+    return network
 
 
 Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$"), AfterValidator(_check_port)]
@@ -191,6 +200,23 @@ class PublishingConfig(_Section):
     ocsp_signatures_per_second: Annotated[float, Field(ge=0, le=100_000)] = 50.0
 
 
+class AcmeConfig(_Section):
+    """`[acme]`: where ACME clients get certificates, over HTTPS with the certificate of `[server]`, and how names are proven.
+
+    The bounds on connections are those of each worker. `resolvers` are DNS servers; none: those of the host. Addresses of this
+    host and its link are asked for challenges only in `networks`.
+    """
+
+    listen: Address = "127.0.0.1:7444"
+    url: Annotated[str, Field(pattern=r"^https://(\[[0-9a-f:]+\]|[a-z0-9.-]+)(:[1-9][0-9]{0,4})?$")]
+    resolvers: list[Address] = []
+    networks: list[Annotated[str, AfterValidator(_check_network)]] = []
+    http_port: Annotated[int, Field(ge=1, le=_PORT_MAX)] = 80
+    orders_per_hour_max: Annotated[int, Field(ge=1, le=1_000_000)] = 300
+    connections_max: Annotated[int, Field(ge=1, le=100_000)] = 256
+    connection_seconds: Annotated[float, Field(ge=1, le=600)] = 30.0
+
+
 class TracingConfig(_Section):
     """`[tracing]`: the collector that spans are sent to (OTLP over HTTP), and which share of calls without a trace begins one."""
 
@@ -303,6 +329,7 @@ class Config(_Section):
     authority: AuthorityConfig | None = None
     metrics: MetricsConfig | None = None
     publishing: PublishingConfig | None = None
+    acme: AcmeConfig | None = None
     tracing: TracingConfig | None = None
     audit: AuditConfig | None = None
     certificates: CertificatesConfig | None = None

@@ -17,6 +17,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from kms.v1 import (
+    acme_pb2_grpc,
     admin_pb2_grpc,
     audit_pb2,
     audit_pb2_grpc,
@@ -47,6 +48,7 @@ class Client:
         self.audit = audit_pb2_grpc.AuditServiceStub(channel)
         self.admin = admin_pb2_grpc.AdminServiceStub(channel)
         self.rotation = rotation_pb2_grpc.RotationServiceStub(channel)
+        self.acme = acme_pb2_grpc.AcmeServiceStub(channel)
         self.certificates = certificates_pb2_grpc.CertificateServiceStub(channel)
         self._config = config
 

@@ -9,6 +9,7 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from kms.cli import (
+    acme,
     audit,
     authorities,
     certificates,
@@ -62,7 +63,7 @@ def _global(
     ctx.obj = Invocation(config_file, as_json)
 
 
-for _part in (service, database, partitions, hsm, kek, records, users, crypto, reencryption, status, authorities):
+for _part in (service, database, partitions, hsm, kek, records, users, crypto, reencryption, status, authorities, acme):
     _part.register(app)
 _keys = keys.register(app)
 moves.register(_keys)

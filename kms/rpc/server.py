@@ -17,6 +17,8 @@ from kms.rpc.health import Health
 from kms.rpc.keys import KeyServicer
 from kms.rpc.transport import TransportLimits, channel_arguments
 from kms.v1 import (
+    acme_pb2,
+    acme_pb2_grpc,
     admin_pb2,
     admin_pb2_grpc,
     audit_pb2,
@@ -39,6 +41,7 @@ DOES_WITHOUT: Final = {
     crypto_pb2.DESCRIPTOR.services_by_name["CryptoService"].full_name: _NO_PART,
     rotation_pb2.DESCRIPTOR.services_by_name["RotationService"].full_name: _NO_PART,
     certificates_pb2.DESCRIPTOR.services_by_name["CertificateService"].full_name: _NO_PART,
+    acme_pb2.DESCRIPTOR.services_by_name["AcmeService"].full_name: _NO_PART,
     audit_pb2.DESCRIPTOR.services_by_name["AuditService"].full_name: frozenset({"token"}),
     admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name: frozenset({"token"}),
 }
@@ -75,6 +78,7 @@ class Server:
         admin: AdminServicer,
         rotation: object,
         certificates: object,
+        acme: object,
         *,
         transport: TransportLimits,
         faults: Callable[[], Collection[str]],
@@ -90,6 +94,7 @@ class Server:
         admin_pb2_grpc.add_AdminServiceServicer_to_server(cast(Any, admin), self._server)
         rotation_pb2_grpc.add_RotationServiceServicer_to_server(cast(Any, rotation), self._server)
         certificates_pb2_grpc.add_CertificateServiceServicer_to_server(cast(Any, certificates), self._server)
+        acme_pb2_grpc.add_AcmeServiceServicer_to_server(cast(Any, acme), self._server)
         self._health = Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*DOES_WITHOUT, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)

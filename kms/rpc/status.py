@@ -45,7 +45,13 @@ def code_of(reason: Reason) -> code_pb2.Code.ValueType:  # noqa: C901 - one flat
             return code_pb2.FAILED_PRECONDITION
         case Reason.ENVELOPE_INVALID | Reason.RECORD_INVALID:
             return code_pb2.DATA_LOSS
-        case Reason.KEY_NOT_FOUND | Reason.ROTATION_NOT_FOUND | Reason.CERTIFICATE_NOT_FOUND | Reason.AUTHORITY_NOT_FOUND:
+        case (
+            Reason.KEY_NOT_FOUND
+            | Reason.ROTATION_NOT_FOUND
+            | Reason.CERTIFICATE_NOT_FOUND
+            | Reason.AUTHORITY_NOT_FOUND
+            | Reason.ACME_ACCOUNT_NOT_FOUND
+        ):
             return code_pb2.NOT_FOUND
         case Reason.PERMISSION_DENIED:
             return code_pb2.PERMISSION_DENIED

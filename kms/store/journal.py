@@ -34,7 +34,8 @@ class Event(StrEnum):
 
     KEY_USED: a worker charged so many uses of the key since its last such line.
     KEY_CHANGED: the key may do less than before, or is to be destroyed; the reason begins with the version that it has then.
-    AUTHORITY_CHANGED: the subject is a certificate authority; the reason begins with the version that it has since.
+    AUTHORITY_CHANGED: the subject is a certificate authority, or an account of an ACME client; the reason begins with the
+    version that it has since.
     FOLLOWED: the journal has every move of the epoch that is its subject, up to the place in its reason.
     EPOCH_SEEN: a service began to serve the epoch that is its subject; versions in lines before it are those of another.
     """
@@ -76,7 +77,7 @@ def changed_line(key_id: UUID, version: int, *, occurred_at: datetime, what: str
 
 
 def authority_line(authority_id: UUID, version: int, *, occurred_at: datetime, what: str) -> Line:
-    """Return the line of a certificate authority that is at *version* since *what* happened to it."""
+    """Return the line of a certificate authority, or of an ACME account, that is at *version* since *what* happened to it."""
     return Line(Event.AUTHORITY_CHANGED, authority_id, occurred_at, f"version {version}, {what}")
 
 

@@ -15,7 +15,8 @@ from kms.certificates.postgres.certificates import StoredCertificates
 from kms.certificates.postgres.journaled import KnownRevocations
 from kms.certificates.postgres.revocations import StoredAnswers, StoredCrls
 from kms.certificates.profiles import BUILT_IN
-from kms.certificates.publishing.http import HttpLimits, published
+from kms.certificates.publishing.bounded import HttpLimits
+from kms.certificates.publishing.http import published
 from kms.certificates.publishing.locks import ShardLocks
 from kms.certificates.publishing.publications import RememberedPublications
 from kms.certificates.publishing.rate import Bucket

@@ -66,7 +66,6 @@ from kms.wiring.log import configure_log
 from kms.wiring.memory import open_journal, was_served
 from kms.wiring.parts import database_dsn, hsm_settings, ready_pool
 from kms.wiring.reports import ProcessReports
-from kms.wiring.revocation import publishing
 from kms.wiring.rotation import RotationParts, rotation_parts
 from kms.wiring.seen import Pulse, seen
 from kms.wiring.supervised import Stopping, Supervised
@@ -228,9 +227,7 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
             ProcessReports(condition, config.deployment_id, config.mode, supervised.number if supervised else 0),
             shares_port=supervised is not None,
         )
-        await stack.enter_async_context(
-            publishing(config.publishing, certificates.revocation.publications, shares_port=supervised is not None)
-        )
+        await stack.enter_async_context(certificates.over_http(trust, shares_port=supervised is not None))
         port = await server.start(server_config.listen, partial(tls_material, trust))
         stack.push_async_callback(server.stop, 0)
         await stack.enter_async_context(runner.running(*serving_jobs(server, connections, port, pulse)))
@@ -299,6 +296,7 @@ def _server(
             LineageUsage(keys, rotation.uses),
         ),
         certificates.servicer(uses),
+        certificates.acme.servicer(),
         transport=transport_limits(config),
         faults=lambda: reports.condition.faults,
         shares_port=shares_port,

@@ -51,6 +51,8 @@ def supervise(config: Config) -> int:
         ports: dict[str, object] = {"server": server.model_copy(update={"listen": stack.enter_context(reserved(server.listen))})}
         if (publishing := config.publishing) is not None:
             ports["publishing"] = publishing.model_copy(update={"listen": stack.enter_context(reserved(publishing.listen))})
+        if (acme := config.acme) is not None:
+            ports["acme"] = acme.model_copy(update={"listen": stack.enter_context(reserved(acme.listen))})
         metrics = stack.enter_context(gathered(config.metrics))
         return asyncio.run(_Supervisor(config.model_copy(update={**secrets, **ports}), metrics).run())
 

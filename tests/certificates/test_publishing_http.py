@@ -11,8 +11,9 @@ import pytest
 from aiohttp import ClientResponse, ClientSession
 from yarl import URL
 
+from kms.certificates.publishing.bounded import HttpLimits
 from kms.certificates.publishing.documents import Document, IssuerPath
-from kms.certificates.publishing.http import HttpLimits, published
+from kms.certificates.publishing.http import published
 from kms.domain.errors import KmsError, Reason
 from tests.certificates.memory_authority import NOW
 

@@ -1,5 +1,6 @@
 """`kms ca` and `kms cert`, against a real server."""
 
+import base64
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,3 +91,22 @@ def test_an_authority_of_an_external_root_and_a_key_certified_elsewhere(as_user:
     mine, _ = signed_elsewhere(sent, ec.generate_private_key(ec.SECP256R1()))
     kept = manager("cert", "import", "code", "--json", stdin=mine).json
     assert (kept["subject"], kept["owner_id"], "authority_id" in kept) == ("CN=Ann", manager.user_id, False)
+
+
+def test_accounts_of_acme_clients_are_made_listed_and_ended(as_user: Callable[[str], As]) -> None:
+    manager, issuer = as_user("key-manager"), as_user("certificate-issuer")
+    manager("ca", "create", "cli-acme", "--subject", "CN=ACME", "--custody-min", "wrapped")
+    assert issuer("acme", "create", "cli-acme", "--json").failure["reason"] == "PERMISSION_DENIED"
+    manager("ca", "allow", "cli-acme", issuer.user_id, "server")
+    made = issuer("acme", "create", "cli-acme", "--json").json
+    assert len(base64.urlsafe_b64decode(made["secret"] + "=")) == 32
+    assert "directory" not in made, "this server does not serve ACME"
+    [account] = issuer("acme", "list", "--json").json["accounts"]
+    assert (account["id"], account["status"], account["authority"]) == (made["key_id"], "pending", "cli-acme")
+    listed = issuer("acme", "list").out.decode()
+    assert made["secret"] not in listed
+    assert listed.count("\t") == 4
+    ended = issuer("acme", "deactivate", account["id"])
+    assert (ended.code, b"deactivated" in ended.out) == (0, True)
+    missing = issuer("acme", "deactivate", "00000000-0000-4000-8000-000000000000", "--json")
+    assert (missing.code, missing.failure["reason"]) == (3, "ACME_ACCOUNT_NOT_FOUND")

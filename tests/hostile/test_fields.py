@@ -75,6 +75,8 @@ GOOD: Final[dict[str, dict[str, Any]]] = {
     "ImportCertificateRequest": {"key": "ec", "certificate": b"x"},
     "GetCertificateRequest": {"certificate_id": "00000000-0000-4000-8000-000000000000"},
     "RevokeCertificateRequest": {"certificate_id": "00000000-0000-4000-8000-000000000000"},
+    "CreateAcmeAccountRequest": {"authority": "fields"},
+    "DeactivateAcmeAccountRequest": {"account_id": "00000000-0000-4000-8000-000000000000"},
     "GetCrlRequest": {"authority": "fields-own"},
     "PublishCrlRequest": {"authority": "fields-own"},
 }
@@ -325,6 +327,10 @@ KINDS: Final[dict[str, Kind]] = {
     "GetCrlRequest.authority": AUTHORITY,
     "GetCrlRequest.shard": Kind((1, 2**31, 2**32 - 1)),
     "PublishCrlRequest.authority": AUTHORITY,
+    "CreateAcmeAccountRequest.authority": AUTHORITY_NAME,
+    "ListAcmeAccountsRequest.page_size": Kind((201, 2**31, 2**32 - 1)),
+    "ListAcmeAccountsRequest.page_token": TOKEN,
+    "DeactivateAcmeAccountRequest.account_id": Kind((*ID.refused, "")),
 }
 
 
@@ -384,6 +390,7 @@ def _called(method: MethodDescriptor, caller: Caller, auditor: Caller) -> Callab
         "AuditService": auditor.audit,
         "RotationService": caller.rotation,
         "CertificateService": caller.certificates,
+        "AcmeService": caller.acme,
     }
     services["AdminService"] = caller.admin
     stub: Callable[..., Any] = getattr(services[method.containing_service.name], method.name)

@@ -17,6 +17,7 @@ from kms.pki.authority import issue_client, issue_server, make_authority
 from kms.rpc import server as serving
 from kms.rpc.server import LIVENESS, READINESS, Server, TlsMaterial
 from kms.rpc.transport import TransportLimits
+from kms.v1.acme_pb2_grpc import AcmeServiceServicer
 from kms.v1.admin_pb2_grpc import AdminServiceServicer
 from kms.v1.audit_pb2_grpc import AuditServiceServicer
 from kms.v1.certificates_pb2_grpc import CertificateServiceServicer
@@ -58,7 +59,7 @@ async def test_a_bug_in_a_look_at_the_faults_is_a_fault_until_the_next_look_and_
         return ()
 
     servicers = (KeyServiceServicer, CryptoServiceServicer, AuditServiceServicer, AdminServiceServicer)
-    parts = cast(Any, (*servicers, RotationServiceServicer, CertificateServiceServicer))
+    parts = cast(Any, (*servicers, RotationServiceServicer, CertificateServiceServicer, AcmeServiceServicer))
     server = Server(
         *cast(Any, (Open(), *(part() for part in parts))), transport=TransportLimits(10, 60, 60, 10, 5), faults=faults
     )

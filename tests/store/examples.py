@@ -69,6 +69,27 @@ OCSP_ANSWER: Final[Row] = {
     "this_update": "2025-01-01",
     "next_update": "2025-01-03",
 }
+ACME_ACCOUNT: Final[Row] = {
+    "id": OWNER,
+    "authority": "root",
+    "user_id": OWNER,
+    "status": "pending",
+    "created_at": "2025-01-01",
+    "bind_before": "2025-01-08",
+    "version": 1,
+    "record_mac": bytes(32),
+}
+BOUND: Final[Row] = {"status": "valid", "jwk": "{}", "thumbprint": "x"}
+ACME_ORDER: Final[Row] = {
+    "id": OWNER,
+    "account_id": OWNER,
+    "content": "{}",
+    "created_at": "2025-01-01",
+    "expires_at": "2025-01-02",
+    "version": 1,
+    "record_mac": bytes(32),
+}
+ACME_NONCE: Final[Row] = {"nonce": bytes(24), "expires_at": "2025-01-01"}
 SESSION: Final[Row] = {
     "user_id": OWNER,
     "session_token": "0" * 64,
@@ -102,6 +123,10 @@ GOOD: Final[list[tuple[str, Row]]] = [
     ("cryptography.certificate_authorities", AUTHORITY),
     ("cryptography.certificate_authorities", {**AUTHORITY, **ACTIVE}),
     ("cryptography.certificate_authorities", {**AUTHORITY, **ACTIVE, "status": "superseded", "superseded_at": PAST}),
+    ("cryptography.acme_accounts", ACME_ACCOUNT),
+    ("cryptography.acme_accounts", {**ACME_ACCOUNT, **BOUND}),
+    ("cryptography.acme_accounts", {**ACME_ACCOUNT, **BOUND, "status": "deactivated"}),
+    ("cryptography.acme_nonces", ACME_NONCE),
     ("cryptography.wrapping_keys", WRAPPING),
     ("cryptography.wrapping_keys", {**WRAPPING, "retired_at": PAST, "destroyed_at": PAST}),
 ]
@@ -213,6 +238,12 @@ BAD: Final[list[tuple[str, Row, Row]]] = [
     ("cryptography.ocsp_answers", OCSP_ANSWER, {"hash_name": "md5"}),
     ("cryptography.ocsp_answers", OCSP_ANSWER, {"answer": b""}),
     ("cryptography.ocsp_answers", OCSP_ANSWER, {"next_update": "2025-01-01"}),
+    ("cryptography.acme_accounts", ACME_ACCOUNT, {"status": "gone"}),
+    ("cryptography.acme_accounts", ACME_ACCOUNT, {"status": "valid"}),
+    ("cryptography.acme_accounts", ACME_ACCOUNT, {"jwk": "{}"}),
+    ("cryptography.acme_accounts", ACME_ACCOUNT, {"version": 0}),
+    ("cryptography.acme_accounts", ACME_ACCOUNT, {"record_mac": b"short"}),
+    ("cryptography.acme_nonces", ACME_NONCE, {"nonce": b"short"}),
     ("cryptography.wrapping_keys", WRAPPING, {"kind": "other"}),
     ("cryptography.wrapping_keys", WRAPPING, {"generation": 0}),
     ("cryptography.wrapping_keys", WRAPPING, {"destroyed_at": PAST}),
@@ -227,6 +258,8 @@ FOREIGN: Final[list[tuple[str, Row]]] = [
     ("cryptography.certificate_authorities", {**AUTHORITY, "key_owner_id": OTHER}),
     ("cryptography.certificate_authorities", {**AUTHORITY, "manager_id": "00000000-0000-4000-8000-00000000dead"}),
     ("cryptography.certificate_authorities", {**AUTHORITY, "parent_id": OTHER}),
+    ("cryptography.acme_accounts", {**ACME_ACCOUNT, "user_id": "00000000-0000-4000-8000-00000000dead"}),
+    ("cryptography.acme_orders", {**ACME_ORDER, "account_id": OTHER}),
     ("authentication.user_sessions", {**SESSION, "user_id": "00000000-0000-4000-8000-00000000dead"}),
 ]
 
@@ -310,6 +343,9 @@ ONE_OF_EACH: Final[dict[str, Row]] = {
     "cryptography.certificates": {**INTENT, "id": ONE, "key_id": KEY, "issuer_id": ONE, "serial_number": "1"},
     "cryptography.crls": {**CRL, "issuer_id": ONE},
     "cryptography.ocsp_answers": {**OCSP_ANSWER, "issuer_id": ONE},
+    "cryptography.acme_accounts": {**ACME_ACCOUNT, "id": ONE},
+    "cryptography.acme_orders": {**ACME_ORDER, "id": ONE, "account_id": ONE},
+    "cryptography.acme_nonces": ACME_NONCE,
     "cryptography.wrapping_keys": WRAPPING,
     "cryptography.rewrapping": {"id": ONE, "sealing_key_id": OWNER, "slice": 0},
     "cryptography.epochs": EPOCH,
@@ -369,6 +405,9 @@ SECOND: Final[dict[str, Row]] = {
     "cryptography.certificates": {"key_id": THIRD_KEY},
     "cryptography.crls": {"shard": 1, "issuer_id": ONE},
     "cryptography.ocsp_answers": {"hash_name": "sha256", "issuer_id": ONE},
+    "cryptography.acme_accounts": {"id": OTHER},
+    "cryptography.acme_orders": {"id": OTHER},
+    "cryptography.acme_nonces": {"nonce": bytes(25)},
     "cryptography.wrapping_keys": {"kind": "sealing"},
     "cryptography.rewrapping": {"slice": 1},
     "cryptography.request_records": {"user_id": OTHER},

@@ -39,6 +39,8 @@ NOBODYS: Final = {
     "configuration.service_configs": {"admin_users", "job_runner"},
     "authentication.roles": {"authenticated_users", "admin_users", "auditor_users"},
     "cryptography.certificate_authorities": {"authenticated_users", "admin_users", "auditor_users", "job_runner"},
+    "cryptography.acme_nonces": set(),
+    "cryptography.acme_orders": {"job_runner"},
     "cryptography.crls": {"job_runner"},
     "cryptography.ledger_writers": set(),
     "cryptography.ocsp_answers": {"job_runner"},
@@ -61,11 +63,14 @@ ENTRANCES: Final = {
     "authentication.assign_role": {"admin_users"},
     "authentication.create_service_user": {"admin_users"},
     "cryptography.abandon_certificate": {"job_runner"},
+    "cryptography.add_acme_order": {"job_runner"},
     "cryptography.add_certificate": {"authenticated_users", "job_runner"},
     "cryptography.adopt_child": {"job_runner"},
     "cryptography.begin_first_epoch": {"job_runner"},
     "cryptography.certificates_without_ocsp_answer": {"job_runner"},
     "cryptography.certificates_without_outcome": {"job_runner"},
+    "cryptography.change_acme_account": {"authenticated_users", "job_runner"},
+    "cryptography.change_acme_order": {"job_runner"},
     "cryptography.change_authority": {"authenticated_users"},
     "cryptography.claim_rewrapping": {"job_runner"},
     "cryptography.claim_rotations": {"job_runner"},
@@ -75,6 +80,7 @@ ENTRANCES: Final = {
     "cryptography.complete_rotation": {"job_runner"},
     "cryptography.confirm_restored_key": {"admin_users"},
     "cryptography.copy_grants": {"job_runner"},
+    "cryptography.create_acme_account": {"authenticated_users"},
     "cryptography.create_authority": {"authenticated_users"},
     "cryptography.crls_to_look_at": {"job_runner"},
     "cryptography.destroy_keys": {"job_runner"},
@@ -84,6 +90,7 @@ ENTRANCES: Final = {
     "cryptography.fail_rotation": {"job_runner"},
     "cryptography.finish_rewrapping_step": {"job_runner"},
     "cryptography.finish_rotation_step": {"job_runner"},
+    "cryptography.forget_acme": {"job_runner"},
     "cryptography.forget_answers": {"job_runner"},
     "cryptography.forget_ocsp_answers": {"job_runner"},
     "cryptography.grant_key": {"authenticated_users"},
@@ -107,6 +114,7 @@ ENTRANCES: Final = {
     "cryptography.set_rotation_policy": {"authenticated_users"},
     "cryptography.settle": {"kms_service"},
     "cryptography.settled": {"kms_service"},
+    "cryptography.spend_acme_nonce": {"job_runner"},
     "cryptography.store_crl": {"job_runner"},
     "cryptography.store_ocsp_answer": {"job_runner"},
     "cryptography.store_rewrapped": {"job_runner"},
@@ -277,6 +285,11 @@ ROWS_OF_A_USER: Final = """
     INSERT INTO cryptography.ocsp_answers (issuer_id, serial_number, hash_name, answer, is_revoked, this_update, next_update)
     SELECT id, '1', 'sha1', 'der', FALSE, now(), now() + interval '1 day' FROM cryptography.certificate_authorities
     ON CONFLICT DO NOTHING;
+    INSERT INTO cryptography.acme_accounts (id, authority, user_id, status, created_at, bind_before, version, record_mac)
+        VALUES (%(key)s, %(name)s, %(user)s, 'pending', now(), now(), 1, sha256(''));
+    INSERT INTO cryptography.acme_orders (id, account_id, content, created_at, expires_at, version, record_mac)
+        VALUES (%(key)s, %(key)s, '{}', now(), now(), 1, sha256(''));
+    INSERT INTO cryptography.acme_nonces (nonce, expires_at) VALUES (uuid_send(%(key)s), now());
     INSERT INTO cryptography.certificates (
         user_id, key_id, certificate_type, certificate_data, fingerprint, profile, issuance_status, tbs_sha256, record_mac
     ) VALUES (

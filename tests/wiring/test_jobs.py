@@ -10,6 +10,7 @@ from kms.rotation.master_keys import MasterKeys
 from kms.store.ledger import open_ledger
 from kms.store.pool import Pool
 from kms.store.repeats import StoredRepeats
+from kms.wiring.acme import AcmeParts
 from kms.wiring.certificates import CertificateParts
 from kms.wiring.jobs import JobParts, forget_answers, upkeep_jobs
 from kms.wiring.rotation import RotationParts
@@ -24,7 +25,8 @@ def jobs(parts: Mapping[str, object]) -> list[Job]:
     master_keys, rewrapping = MasterKeys(absent, absent, needs_copy=False), rewrapping_job(absent, absent)
     rotation = RotationParts(absent, absent, working, working, absent, master_keys, rewrapping)
     revoking = cast(Any, SimpleNamespace(jobs=list))
-    certificates = CertificateParts(absent, absent, absent, absent, revoking, {}, "test")
+    acme = AcmeParts(None, absent, absent, absent, absent, absent, absent, absent, absent)
+    certificates = CertificateParts(absent, absent, absent, absent, absent, revoking, acme, None, {})
     fields = {**dict.fromkeys(JobParts.__dataclass_fields__, absent), "rotation": rotation, "certificates": certificates}
     return upkeep_jobs(JobParts(**{**fields, **parts}))
 
@@ -35,7 +37,7 @@ def named(parts: Mapping[str, object]) -> list[str]:
 
 def test_a_worker_has_the_jobs_that_its_parts_are_for() -> None:
     rotation = ["rotations", "rotation policies", "master_keys", "rewrapping"]
-    every = ["partitions", "destruction", "repeats", "condition", "disk", *rotation, "certificates", "trust", "database"]
+    every = ["partitions", "destruction", "repeats", "condition", "disk", *rotation, "certificates", "acme", "trust", "database"]
     none = {"is_first": False, "journal": None, "uses": None, "sealer": None}
     assert named(none) == every
     assert named({**none, "is_first": True}) == [*every, "residents"]

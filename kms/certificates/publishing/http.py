@@ -23,11 +23,8 @@ from urllib.parse import unquote_to_bytes
 
 import structlog
 from aiohttp import web
-from aiohttp.abc import AbstractStreamWriter
-from aiohttp.http_parser import RawRequestMessage
-from aiohttp.streams import StreamReader
-from aiohttp.web_protocol import RequestHandler
 
+from kms.certificates.publishing.bounded import BoundedServer, HttpLimits, listening
 from kms.certificates.publishing.documents import Document, Publications, parse_issuer
 from kms.domain.errors import KmsError, Reason, malformed
 
@@ -44,15 +41,6 @@ _RETRY_SECONDS: Final = 5
 _LOG = structlog.get_logger("kms.publishing")
 
 
-@dataclass(frozen=True, slots=True)
-class HttpLimits:
-    """How many connections may be open at a time, and how long each of them and each answer may take."""
-
-    connections_max: int = 256
-    connection_seconds: float = 30.0
-    answer_seconds: float = 10.0
-
-
 @asynccontextmanager
 async def published(
     address: str, publications: Publications, limits: HttpLimits, clock: Callable[[], datetime], *, shares_port: bool = False
@@ -61,61 +49,9 @@ async def published(
 
     *shares_port*: other workers listen there too. Raises MALFORMED where the process cannot listen there.
     """
-    host, _, port = address.rpartition(":")
-    runner = web.ServerRunner(_BoundedServer(_Answering(publications, limits, clock), limits), shutdown_timeout=1.0)
-    await runner.setup()
-    try:
-        try:
-            await web.TCPSite(runner, host.strip("[]"), int(port), reuse_port=shares_port).start()
-        except OSError as error:
-            raise malformed("publishing.listen", f"cannot listen on {address}: {error.strerror or error}") from None
-        yield int(runner.addresses[0][1])
-    finally:
-        await runner.cleanup()
-
-
-class _BoundedServer(web.Server):
-    """Answers so many connections at a time, each for so long, whatever its client does."""
-
-    def __init__(self, answering: "_Answering", limits: HttpLimits) -> None:
-        super().__init__(
-            answering.answer,
-            request_factory=self._bounded_request,
-            keepalive_timeout=5.0,
-            max_headers=64,
-            max_field_size=4096,
-            lingering_time=0.0,
-            auto_decompress=False,
-            access_log=None,
-        )
-        self._limits = limits
-        self._ends: dict[RequestHandler, asyncio.TimerHandle] = {}
-
-    def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
-        """Count a connection. One too many is cut at once."""
-        super().connection_made(handler, transport)
-        if len(self._ends) >= self._limits.connections_max:
-            transport.abort()
-            return
-        loop = asyncio.get_running_loop()
-        self._ends[handler] = loop.call_later(self._limits.connection_seconds, transport.abort)
-
-    def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
-        """Forget a connection."""
-        if (end := self._ends.pop(handler, None)) is not None:
-            end.cancel()
-        super().connection_lost(handler, exc)
-
-    def _bounded_request(
-        self,
-        message: RawRequestMessage,
-        payload: StreamReader,
-        protocol: RequestHandler,
-        writer: AbstractStreamWriter,
-        task: "asyncio.Task[None]",
-    ) -> web.BaseRequest:
-        loop = asyncio.get_running_loop()
-        return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=REQUEST_BYTES_MAX)
+    server = BoundedServer(_Answering(publications, limits, clock).answer, limits, REQUEST_BYTES_MAX)
+    async with listening(address, server, setting="publishing.listen", shares_port=shares_port) as port:
+        yield port
 
 
 @dataclass(frozen=True, slots=True)
