@@ -87,7 +87,7 @@ class Issuer:
 
         Raises what `issue` raises.
         """
-        return await self._signed(None, authority, draft, await self.certificates.now(), None, is_self=False)
+        return await self._signed(None, authority, draft, await self.certificates.now(), None, _issuer(authority))
 
     async def _signed(
         self,

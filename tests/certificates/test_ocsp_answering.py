@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import ocsp
 
+from kms.certificates.authority import AuthorityStatus
 from kms.certificates.certificate import Certificate, RevocationReason
 from kms.certificates.publishing.documents import Document, IssuerPath
 from kms.certificates.x509.ocsp import issuer_hashes
@@ -175,6 +176,19 @@ async def test_a_signer_is_renewed_in_the_last_third_of_its_life(root: StoredAut
     after = await _document(root, certificate.serial_number)
     assert after.next_update is not None
     assert after.next_update > before.next_update, "and is signed again by the next one"
+
+
+@pytest.mark.parametrize("status", [AuthorityStatus.SUPERSEDED, AuthorityStatus.DISABLED])
+async def test_an_authority_that_issues_no_more_goes_on_answering(root: StoredAuthority, status: AuthorityStatus) -> None:
+    certificate = await _issued(root)
+    before = await root.read()
+    after = before.changed(status=status, superseded_at=await root.authorities.now())
+    await root.authorities.change(root.manager, after, "authority.changed", {})
+    await root.rounds.run()
+    assert await _status(root, certificate) is _GOOD
+    await _revoke(root, certificate)
+    assert await _status(root, certificate) is _REVOKED
+    assert len((await root.publishing.publish(after, 0)).crl.entries) == 1
 
 
 # A hostile database --------------------------------------------------------------------------------------------------------
