@@ -114,7 +114,7 @@ def test_an_intermediate_of_an_external_root_takes_its_certificate_and_no_other(
 
 
 def test_each_generation_of_a_root_is_trusted_by_who_trusts_the_other(server: RunningServer, tmp_path: Path) -> None:
-    shop = platform(server)
+    shop = platform(server, path_length=0)
     before = shop.issue().certificate.certificate
     rotated = shop.manager.certificates.RotateCertificateAuthority(pb.RotateCertificateAuthorityRequest(authority=shop.name))
     new = rotated.authority
