@@ -11,7 +11,6 @@ from psycopg import errors as pg
 from psycopg.rows import DictRow
 from psycopg.types.json import Jsonb
 
-from kms.app.access import credentials_invalid
 from kms.app.keyring import key_not_found
 from kms.app.ports import Call, Repeat, User
 from kms.app.records import Records
@@ -38,6 +37,7 @@ from kms.rotation.rotation import (
     successor,
     superseded,
 )
+from kms.store.errors import Refusals
 from kms.store.journal import Journal, superseded_line
 from kms.store.journal_knowledge import JournalKnowledge
 from kms.store.journaled import write_line
@@ -128,8 +128,6 @@ class StoredRotations:
         async with self.pool.transaction(as_user(call.user.user_id)) as connection:
             try:
                 row = await (await connection.execute(REQUEST, parameters)).fetchone()
-            except pg.InvalidAuthorizationSpecification:
-                raise credentials_invalid() from None
             except pg.NoDataFound:
                 raise key_not_found() from None
             if row is None or not isinstance(row["id"], UUID):
@@ -152,12 +150,8 @@ class StoredRotations:
             "request_id": call.request_id,
             "peer": call.peer,
         }
-        try:
-            rows = await self.pool.fetch(as_user(call.user.user_id), RETRY, parameters)
-        except pg.InvalidAuthorizationSpecification:
-            raise credentials_invalid() from None
-        except pg.NoDataFound:
-            raise rotation_not_found() from None
+        refusals: Refusals = {pg.NoDataFound: rotation_not_found}
+        rows = await self.pool.fetch(as_user(call.user.user_id), RETRY, parameters, refusals=refusals)
         return rows[0]["is_due"] is True
 
     async def find(self, caller: User, rotation_id: UUID) -> Rotation | None:

@@ -10,7 +10,6 @@ from uuid import UUID
 from psycopg import errors as pg
 from psycopg.rows import DictRow
 
-from kms.app.access import credentials_invalid
 from kms.app.keyring import key_not_found
 from kms.app.ports import Call
 from kms.app.records import Records
@@ -20,6 +19,7 @@ from kms.domain.keys import KeyRecord
 from kms.rotation.policy import RotationPolicy, Triggers
 from kms.rotation.ports import StoredPolicy
 from kms.rotation.rotation import RotationRequest
+from kms.store.errors import Refusals
 from kms.store.journal_knowledge import JournalKnowledge
 from kms.store.pool import AS_JOB, Pool, as_user
 from kms.store.proven_keys import ProvenKeys
@@ -97,19 +97,13 @@ class StoredPolicies:
             "mac": await self.records.mac(policy.authenticated_bytes()),
             "look_at": look_at,
         }
-        try:
-            return (await self.pool.fetch(as_user(call.user.user_id), SET, {**parameters, **_of(call)}))[0]["is_set"] is True
-        except pg.InvalidAuthorizationSpecification:
-            raise credentials_invalid() from None
-        except pg.NoDataFound:
-            raise key_not_found() from None
+        refusals: Refusals = {pg.NoDataFound: key_not_found}
+        rows = await self.pool.fetch(as_user(call.user.user_id), SET, {**parameters, **_of(call)}, refusals=refusals)
+        return rows[0]["is_set"] is True
 
     async def clear(self, call: Call, name: KeyName) -> None:
         """See `Policies.clear`."""
-        try:
-            await self.pool.fetch(as_user(call.user.user_id), CLEAR, {"name": str(name), **_of(call)})
-        except pg.InvalidAuthorizationSpecification:
-            raise credentials_invalid() from None
+        await self.pool.fetch(as_user(call.user.user_id), CLEAR, {"name": str(name), **_of(call)})
 
     async def to_look_at(self) -> AsyncIterator[StoredPolicy]:
         """See `Policies.to_look_at`."""

@@ -1,6 +1,6 @@
 """Translation of psycopg's exceptions. None of them leaves the store."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
@@ -9,6 +9,7 @@ import psycopg_pool
 import structlog
 from psycopg import errors as pg
 
+from kms.app.access import credentials_invalid
 from kms.domain.errors import KmsError, Reason, malformed
 from kms.domain.key_row import record_invalid
 
@@ -29,16 +30,23 @@ def unavailable(detail: str) -> KmsError:
     return KmsError(Reason.STORE_UNAVAILABLE, detail)
 
 
-@contextmanager
-def translated() -> Iterator[None]:
-    """Raise the driver's exceptions of the block as `KmsError`.
+Refusals = Mapping[type[psycopg.Error], Callable[[], KmsError]]
+"""What the exceptions of a statement mean to its caller."""
+NO_REFUSALS: Final[Refusals] = {}
 
-    STORE_UNAVAILABLE, NAME_TAKEN, MALFORMED, KEY_INACTIVE, RECORD_INVALID.
+
+@contextmanager
+def translated(refusals: Refusals = NO_REFUSALS) -> Iterator[None]:
+    """Raise the driver's exceptions of the block as `KmsError`. *refusals* says what some of them mean there.
+
+    STORE_UNAVAILABLE, NAME_TAKEN, MALFORMED, KEY_INACTIVE, RECORD_INVALID, CREDENTIALS_INVALID.
 
     STORE_UNAVAILABLE of a write leaves open whether it was stored. Who expects another error catches it in the block.
     """
     try:
         yield
+    except tuple(refusals) as error:
+        raise refusals[type(error)]() from None
     except _UNAVAILABLE as error:
         # To the driver it is an operational error, as if the server were in trouble.
         if isinstance(error, pg.ObjectNotInPrerequisiteState) and error.diag.constraint_name == _UNCONFIRMED:
@@ -48,6 +56,9 @@ def translated() -> Iterator[None]:
             raise unavailable(
                 "the key's envelope names a retired generation of master keys: try again, it is made anew"
             ) from None
+        if isinstance(error, pg.InvalidAuthorizationSpecification) and error.diag.context:
+            # A function of ours looked at the caller's standing. A login that the server refuses has no context.
+            raise credentials_invalid() from None
         raise unavailable("the database does not answer") from error
     except psycopg.Error as error:
         raise _refusal(error) from error

@@ -25,7 +25,7 @@ from psycopg_pool import AsyncConnectionPool
 
 from kms.domain.errors import KmsError
 from kms.domain.ids import UserId
-from kms.store.errors import translated, unavailable
+from kms.store.errors import NO_REFUSALS, Refusals, translated, unavailable
 from kms.store.login_settings import take_own_settings
 
 ACT_AS: Final = "SELECT set_config('role', %s, true), set_config('app.user_id', %s, true)"
@@ -118,16 +118,25 @@ class Pool:
         self._room = asyncio.Semaphore(connections.max_size)
         self._unheard: set[asyncio.Task[Any]] = set()
 
-    async def fetch(self, acting: Acting, query: LiteralString, parameters: Parameters | None = None) -> list[DictRow]:
-        """Return the rows of one query: one round trip, one transaction."""
-        return (await self.fetch_each(acting, (query, parameters)))[0]
+    async def fetch(
+        self,
+        acting: Acting,
+        query: LiteralString,
+        parameters: Parameters | None = None,
+        *,
+        refusals: Refusals = NO_REFUSALS,
+    ) -> list[DictRow]:
+        """Return the rows of one query: one round trip, one transaction. *refusals* says what its exceptions mean."""
+        return (await self.fetch_each(acting, (query, parameters), refusals=refusals))[0]
 
-    async def fetch_each(self, acting: Acting, *queries: tuple[LiteralString, Parameters | None]) -> list[list[DictRow]]:
-        """Return the rows of each query: one round trip, one transaction.
+    async def fetch_each(
+        self, acting: Acting, *queries: tuple[LiteralString, Parameters | None], refusals: Refusals = NO_REFUSALS
+    ) -> list[list[DictRow]]:
+        """Return the rows of each query: one round trip, one transaction. *refusals* says what their exceptions mean.
 
         No lock is held until this process has answered. A call that is cancelled leaves open whether what they write was stored.
         """
-        with translated():
+        with translated(refusals):
             await self._enter()
             # To cancel a query costs the server a connection, to let it end a millisecond.
             return await self._to_its_end(self._fetch_each(acting, queries))

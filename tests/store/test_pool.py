@@ -12,15 +12,19 @@ from uuid import uuid4
 
 import psycopg
 import pytest
+from psycopg.errors import NoDataFound
 
 from kms.dev.postgres import FAST_UNSAFE, EmbeddedPostgres, embedded_postgres
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import UserId
 from kms.domain.secret import Secret
+from kms.rotation.rotation import rotation_not_found
+from kms.store.errors import NO_REFUSALS, Refusals
 from kms.store.migrate import set_service_password
 from kms.store.pool import ACT_AS, AS_ADMINISTRATOR, AS_JOB, BEFORE_LOGIN, Acting, Pool, as_user, check_server, open_pool
 from tests.fixtures.clusters import Clusters, passable_directory
 from tests.fixtures.postgres import Database, template_of
+from tests.store.uses import make_user
 
 WHO = "SELECT current_user::text AS role, current_setting('app.user_id') AS user_id"
 CUT = b"""
@@ -96,6 +100,23 @@ async def test_a_statement_that_was_sent_and_never_fetched_still_raises(store: P
     with refused_with(psycopg.errors.DivisionByZero):
         async with store.transaction(AS_JOB) as connection:
             await connection.execute("SELECT 1/0")
+
+
+async def test_a_caller_whose_standing_ended_is_refused_for_that_and_not_told_to_try_again(store: Pool) -> None:
+    query = "SELECT cryptography.clear_rotation_policy('k', 1, 'r', '')"
+    with pytest.raises(KmsError) as caught:
+        await store.fetch(as_user(UserId(uuid4())), query)
+    assert caught.value.reason is Reason.CREDENTIALS_INVALID
+
+
+async def test_what_a_statement_raises_means_what_its_caller_says(store: Pool) -> None:
+    user = await make_user(store, "caller")
+    query = "SELECT cryptography.retry_rotation(gen_random_uuid(), %(version)s, 'r', '192.0.2.1')"
+    refusals: Refusals = {NoDataFound: rotation_not_found}
+    for said, reason in ((refusals, Reason.ROTATION_NOT_FOUND), (NO_REFUSALS, Reason.STORE_UNAVAILABLE)):
+        with pytest.raises(KmsError) as caught:
+            await store.fetch(as_user(user.user_id), query, {"version": user.version}, refusals=said)
+        assert caught.value.reason is reason
 
 
 async def test_a_confirmed_write_waits_for_the_disk(store: Pool) -> None:
