@@ -92,7 +92,10 @@ class Certificates(Protocol):
         ...
 
     async def complete(self, call: Call | None, certificate: Certificate, repeat: Repeat | None = None) -> None:
-        """Store a certificate that was signed, and *repeat* with it. Raises STALE if it was abandoned meanwhile."""
+        """Store a certificate that was signed, and *repeat* with it.
+
+        Raises STALE if it was abandoned meanwhile: it is revoked then, and the journal has that.
+        """
         ...
 
     async def without_outcome(self, seconds: float, limit: int) -> Sequence[UUID]:
@@ -100,7 +103,10 @@ class Certificates(Protocol):
         ...
 
     async def abandon(self, certificate: Certificate) -> bool:
-        """Store that a certificate was never handed out and is revoked. Return False if it has an outcome meanwhile."""
+        """Store that a certificate was never handed out and is revoked. Return False if it has an outcome meanwhile.
+
+        The journal has it before anybody reads it so. Raises OUTCOME_UNKNOWN if the journal cannot be written.
+        """
         ...
 
     async def revoke(self, call: Call | None, certificate: Certificate) -> bool:
@@ -108,6 +114,13 @@ class Certificates(Protocol):
 
         The journal has it before this returns. Return False if the certificate changed meanwhile. Raises CREDENTIALS_INVALID,
         OUTCOME_UNKNOWN if the journal cannot be written.
+        """
+        ...
+
+    async def note_revoked(self, certificate: Certificate) -> None:
+        """Have the journal know that a certificate of an authority is revoked, unless it does.
+
+        A process may have been killed before it wrote the line. Raises OUTCOME_UNKNOWN if the journal cannot be written.
         """
         ...
 

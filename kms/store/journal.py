@@ -34,7 +34,8 @@ class Event(StrEnum):
 
     KEY_USED: a worker charged so many uses of the key since its last such line.
     KEY_CHANGED: the key may do less than before, or is to be destroyed; the reason begins with the version that it has then.
-    AUTHORITY_CHANGED: the subject is a certificate authority; the reason begins with the version that it has since.
+    AUTHORITY_CHANGED: the subject is a certificate authority; the reason has the version that it has since, and a digest of its
+    record then: no other record of that version is ours.
     FOLLOWED: the journal has every move of the epoch that is its subject, up to the place in its reason.
     EPOCH_SEEN: a service began to serve the epoch that is its subject; versions in lines before it are those of another.
     """
@@ -75,9 +76,23 @@ def changed_line(key_id: UUID, version: int, *, occurred_at: datetime, what: str
     return Line(Event.KEY_CHANGED, key_id, occurred_at, f"version {version}, {what}")
 
 
-def authority_line(authority_id: UUID, version: int, *, occurred_at: datetime, what: str) -> Line:
-    """Return the line of a certificate authority that is at *version* since *what* happened to it."""
-    return Line(Event.AUTHORITY_CHANGED, authority_id, occurred_at, f"version {version}, {what}")
+@dataclass(frozen=True, slots=True)
+class JournaledAuthority:
+    """A version of a certificate authority, and the SHA-256 of its record, in hex."""
+
+    version: int
+    digest: str
+
+
+def authority_line(authority_id: UUID, authority: JournaledAuthority, *, occurred_at: datetime, what: str) -> Line:
+    """Return the line of a certificate authority since *what* happened to it."""
+    reason = f"version {authority.version}, {what} digest={authority.digest}"
+    return Line(Event.AUTHORITY_CHANGED, authority_id, occurred_at, reason)
+
+
+def authority_in(line: Line) -> JournaledAuthority:
+    """Return the version and the digest in a line that `authority_line` made."""
+    return JournaledAuthority(version_in(line), word_in(line, "digest") or "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@
 import base64
 import binascii
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Final, LiteralString
 from uuid import UUID
@@ -169,7 +169,10 @@ class StoredCertificates:
         }
         async with self.pool.transaction(_acting(call)) as connection:
             row = await (await connection.execute(COMPLETE, parameters)).fetchone()
-            if row is None or row["verdict"] != "OK":
+            if row is None or row["verdict"] != "OK" or self._knows_revoked(certificate):
+                # The database has the certificate, and a MAC of its record. Nobody is to believe them.
+                revocation = Revocation(self.records.clock(), RevocationReason.CESSATION_OF_OPERATION)
+                await self.note_revoked(replace(certificate, revocation=revocation))
                 raise KmsError(Reason.STALE, "signing took so long that the certificate was given up: try again")
             if repeat is not None:
                 await keep_answer(connection, repeat)
@@ -181,7 +184,14 @@ class StoredCertificates:
 
     async def abandon(self, certificate: Certificate) -> bool:
         """See `Certificates.abandon`."""
-        return await self._is_done(None, ABANDON, {**_revocation(certificate), "mac": await self._mac(certificate)})
+        parameters = {**_revocation(certificate), "mac": await self._mac(certificate)}
+        # The journal knows before another process reads the row: no record of an outcome counts from then on.
+        async with self.pool.transaction(AS_JOB) as connection:
+            row = await (await connection.execute(ABANDON, parameters)).fetchone()
+            is_done = row is not None and row["verdict"] == "OK"
+            if is_done:
+                await self.note_revoked(certificate)
+        return is_done
 
     async def revoke(self, call: Call | None, certificate: Certificate) -> bool:
         """See `Certificates.revoke`."""
@@ -197,13 +207,8 @@ class StoredCertificates:
         return is_done
 
     async def note_revoked(self, certificate: Certificate) -> None:
-        """Have the journal know that a certificate of an authority is revoked, unless it does.
-
-        A process that was killed before it wrote the line leaves that to who makes the next CRL. Raises OUTCOME_UNKNOWN if the
-        journal cannot be written.
-        """
-        is_known = self.knowledge is not None and self.knowledge.knows_revoked(certificate.certificate_id)
-        if self.journal is not None and not is_known:
+        """See `Certificates.note_revoked`."""
+        if self.journal is not None and not self._knows_revoked(certificate):
             await write_line(self.journal, revoked_line(certificate.certificate_id, _journaled(certificate)))
 
     async def supersede(self, call: Call | None, certificate: Certificate) -> bool:
@@ -241,8 +246,12 @@ class StoredCertificates:
         raise record_invalid()
 
     def _is_outdated(self, certificate: Certificate) -> bool:
-        is_valid = certificate.revocation is None
-        return is_valid and self.knowledge is not None and self.knowledge.knows_revoked(certificate.certificate_id)
+        # An intent has no outcome yet. Who was killed while he gave it up may have written the line alone.
+        is_valid = certificate.revocation is None and certificate.issuance is not Issuance.INTENDED
+        return is_valid and self._knows_revoked(certificate)
+
+    def _knows_revoked(self, certificate: Certificate) -> bool:
+        return self.knowledge is not None and self.knowledge.knows_revoked(certificate.certificate_id)
 
     async def _proven(self, row: DictRow) -> Certificate:
         certificate = certificate_of(row)
