@@ -20,7 +20,7 @@ from kms.app.ports import Call, Repeat
 from kms.certificates.authority import Authority, check_active
 from kms.certificates.certificate import Certificate, new_serial_number, serial_text
 from kms.certificates.constraints import NameConstraints
-from kms.certificates.names import GeneralName, Subject
+from kms.certificates.names import GeneralName, Subject, certificate_invalid
 from kms.certificates.ports import Certificates
 from kms.certificates.profiles import Profile
 from kms.certificates.service_keys import ServiceKeys
@@ -87,6 +87,9 @@ class Issuer:
     async def _signed(
         self, call: Call | None, authority: Authority, draft: Draft, now: datetime, keep: Keep | None, *, is_self: bool
     ) -> Certificate:
+        spki_sha256 = sha256(draft.public_key).digest()
+        if await self.certificates.is_compromised(spki_sha256):
+            raise certificate_invalid("public_key", "expected a key of which no certificate is revoked as compromised")
         to_certify = await self._to_certify(authority, draft, now, is_self=is_self)
         signer = draft.public_key if is_self else parse_certificate(_certificate(authority)).public_key
         unsigned = build_certificate(to_certify, signer)
@@ -105,6 +108,7 @@ class Issuer:
             not_after=to_certify.validity.not_after,
             is_ca=draft.profile.is_ca,
             tbs_sha256=sha256(unsigned.to_sign).digest(),
+            spki_sha256=spki_sha256,
             requested_by=None if call is None else call.user.user_id,
             created_at=now,
             replaces=draft.replaces,

@@ -74,6 +74,14 @@ class Certificates(Protocol):
         """Return a certificate of an authority for the service itself, or None."""
         ...
 
+    async def is_revoked(self, issuer_id: UUID, serial_number: int) -> bool:
+        """Whether a certificate of an authority is revoked: its record says so, or the journal."""
+        ...
+
+    async def is_compromised(self, spki_sha256: bytes) -> bool:
+        """Whether a certificate of a key was revoked since the key is compromised: a record says so, or the journal."""
+        ...
+
     async def of_key(self, owner_id: UserId, key_id: KeyId) -> Sequence[Certificate]:
         """Return the certificates of a key for the service itself, the newest first, at most 100."""
         ...

@@ -97,7 +97,10 @@ def authority_in(line: Line) -> JournaledAuthority:
 
 @dataclass(frozen=True, slots=True)
 class JournaledCertificate:
-    """A certificate that is revoked, as a CRL needs to know. `reason` is its CRLReason, `shard` that of its CRL."""
+    """A certificate that is revoked, as a CRL needs to know. `reason` is its CRLReason, `shard` that of its CRL.
+
+    `compromised` is the SHA-256 of its key in hex, where the key is compromised; else it is empty.
+    """
 
     issuer_id: UUID
     serial_number: int
@@ -105,6 +108,7 @@ class JournaledCertificate:
     reason: int
     expires_at: datetime
     revoked_at: datetime
+    compromised: str = ""
 
 
 def revoked_line(certificate_id: UUID, certificate: JournaledCertificate) -> Line:
@@ -115,6 +119,7 @@ def revoked_line(certificate_id: UUID, certificate: JournaledCertificate) -> Lin
         "shard": certificate.shard,
         "reason": certificate.reason,
         "expires_at": certificate.expires_at.isoformat(),
+        **({"compromised": certificate.compromised} if certificate.compromised else {}),
     }
     what = " ".join(f"{name}={value}" for name, value in words.items())
     return Line(Event.CERTIFICATE_REVOKED, certificate_id, certificate.revoked_at, f"revoked, {what}")
@@ -131,6 +136,7 @@ def certificate_in(line: Line) -> JournaledCertificate | None:
             int(words["reason"]),
             datetime.fromisoformat(words["expires_at"]),
             line.occurred_at,
+            words.get("compromised", ""),
         )
     except (KeyError, ValueError):
         return None

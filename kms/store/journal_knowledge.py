@@ -65,6 +65,7 @@ class JournalKnowledge:
     _used: Counter[UUID] = field(default_factory=Counter, repr=False)
     _authorities: dict[UUID, dict[int, JournaledAuthority]] = field(default_factory=dict, repr=False)
     _revoked_certificates: set[UUID] = field(default_factory=set, repr=False)
+    _compromised: set[str] = field(default_factory=set, repr=False)
     _revoked_by_issuer: dict[UUID, dict[int, JournaledCertificate]] = field(default_factory=dict, repr=False)
 
     def check(self, key: KeyRecord, *, uses: int = 0) -> None:
@@ -118,6 +119,11 @@ class JournalKnowledge:
         self.follow()
         return certificate_id in self._revoked_certificates
 
+    def knows_compromised(self, spki_sha256: str) -> bool:
+        """Whether the journal knows that the key with a hash, in hex, is compromised. Raises STORE_UNAVAILABLE."""
+        self.follow()
+        return spki_sha256 in self._compromised
+
     def revoked_certificates(self, issuer_id: UUID) -> Mapping[int, JournaledCertificate]:
         """Return the certificates of an authority that the journal knows to be revoked, by serial number.
 
@@ -163,6 +169,7 @@ class JournalKnowledge:
             self._revoked_certificates.add(line.subject)
             if (certificate := certificate_in(line)) is not None:
                 self._revoked_by_issuer.setdefault(certificate.issuer_id, {}).setdefault(certificate.serial_number, certificate)
+                self._compromised |= {certificate.compromised} - {""}
         elif line.event is Event.KEY_CHANGED:
             known = self._narrowed.get(line.subject)
             told = Narrowed(version_in(line), _number_in(line, "max_usage_count"), _moment_in(line, "expires_at"))

@@ -46,7 +46,7 @@ class CertificateParts:
         authorities, certificates, issuer = self.authorities, self.certificates, self.issuer
         return CertificateServicer(
             ManagingAuthorities(authorities, certificates, self.keys, issuer, self.profiles),
-            Issuing(authorities, certificates, issuer, uses.keys, uses.repeats, self.profiles, self.deployment),
+            Issuing(authorities, certificates, issuer, uses.keys, uses.repeats, self.profiles, self.deployment, self.keys.users),
             OwnKeys(uses.keys, uses.charged, certificates, uses.hsm.random),
             self.revocation.revoking,
         )

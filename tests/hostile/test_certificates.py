@@ -78,6 +78,7 @@ CERTIFICATE_EDITS: Final[Mapping[str, str]] = {
     "issuance_status": "'intended', certificate_data = '', fingerprint = NULL",
     "names": "ARRAY['dns:evil.example.com']",
     "tbs_sha256": "sha256('')",
+    "spki_sha256": "sha256('')",
     "superseded_at": "now()",
     "replaces": "id",
     "requested_by": "%(user)s",
@@ -114,7 +115,7 @@ def issuing(root: StoredAuthority) -> Issuing:
 
     issuer = Issuer(root.certificates, cast(Any, root.token), random)
     absent = cast(Any, None)
-    return Issuing(root.authorities, root.certificates, issuer, absent, absent, BUILT_IN, "test")
+    return Issuing(root.authorities, root.certificates, issuer, absent, absent, BUILT_IN, "test", absent)
 
 
 async def ask(root: StoredAuthority, call: Call) -> Reason | None:

@@ -18,6 +18,7 @@ from kms.app.ports import Call, Repeat, User
 from kms.app.records import Records
 from kms.certificates.authority import Authority
 from kms.certificates.certificate import (
+    COMPROMISES,
     Certificate,
     CertificateFilter,
     CertificatePlace,
@@ -37,8 +38,8 @@ from kms.store.keys import keep_answer
 from kms.store.pool import AS_JOB, Acting, Pool, as_user
 
 COLUMNS: Final = """id, user_id, key_id, issuer_id, profile, serial_number, issuer, subject, names, not_before, not_after,
-    is_ca_certificate, tbs_sha256, requested_by, created_at, replaces, crl_shard, issuance_status, certificate_data, fingerprint,
-    revocation_status, revoked_at, revocation_reason, superseded_at, version, record_mac"""
+    is_ca_certificate, tbs_sha256, spki_sha256, requested_by, created_at, replaces, crl_shard, issuance_status, certificate_data,
+    fingerprint, revocation_status, revoked_at, revocation_reason, superseded_at, version, record_mac"""
 NOW: Final = "SELECT clock_timestamp() AS now"
 # Row security shows a caller their own, and those of authorities that they manage or issue from.
 FIND: Final = f"SELECT {COLUMNS} FROM cryptography.certificates WHERE id = %(id)s"
@@ -48,6 +49,13 @@ FIND_BY_SERIAL: Final = f"""
 """
 OF_KEY: Final = f"""
     SELECT {COLUMNS} FROM cryptography.certificates WHERE key_id = %(key)s ORDER BY created_at DESC, id DESC LIMIT 100
+"""
+
+# The reasons are `COMPROMISES`, in a form that the planner finds in the index.
+COMPROMISED: Final = f"""
+    SELECT {COLUMNS} FROM cryptography.certificates
+    WHERE spki_sha256 = %(spki_sha256)s AND revocation_reason IN (1, 2, 10)
+    LIMIT 1
 """
 
 
@@ -123,6 +131,20 @@ class StoredCertificates:
         if any((each.issuer_id, each.serial_number) != (issuer_id, serial_number) for each in found):
             raise record_invalid()
         return found[0] if found else None
+
+    async def is_revoked(self, issuer_id: UUID, serial_number: int) -> bool:
+        """See `Certificates.is_revoked`."""
+        if self.knowledge is not None and serial_number in self.knowledge.revoked_certificates(issuer_id):
+            return True
+        found = await self.find_by_serial(issuer_id, serial_number)
+        return found is not None and found.revocation is not None
+
+    async def is_compromised(self, spki_sha256: bytes) -> bool:
+        """See `Certificates.is_compromised`."""
+        if self.knowledge is not None and self.knowledge.knows_compromised(spki_sha256.hex()):
+            return True
+        found = await self._read(AS_JOB, COMPROMISED, {"spki_sha256": spki_sha256})
+        return any(each.spki_sha256 == spki_sha256 for each in found)
 
     async def of_key(self, owner_id: UserId, key_id: KeyId) -> Sequence[Certificate]:
         """See `Certificates.of_key`."""
@@ -283,6 +305,7 @@ class StoredCertificates:
             "issuance_status": certificate.issuance.value,
             "names": list(certificate.names),
             "tbs_sha256": json_bytes(certificate.tbs_sha256),
+            "spki_sha256": json_bytes(certificate.spki_sha256),
             "replaces": None if certificate.replaces is None else str(certificate.replaces),
             "requested_by": None if certificate.requested_by is None else str(certificate.requested_by),
             "crl_shard": certificate.crl_shard,
@@ -320,6 +343,7 @@ def _journaled(certificate: Certificate) -> JournaledCertificate:
         reason=int(certificate.revocation.reason),
         expires_at=certificate.not_after,
         revoked_at=certificate.revocation.at,
+        compromised=certificate.spki_sha256.hex() if certificate.revocation.reason in COMPROMISES else "",
     )
 
 
@@ -342,6 +366,7 @@ def certificate_of(row: DictRow) -> Certificate:
             not_after=moment(row["not_after"]),
             is_ca=row["is_ca_certificate"] is True,
             tbs_sha256=bytes(row["tbs_sha256"]),
+            spki_sha256=bytes(row["spki_sha256"]),
             requested_by=None if row["requested_by"] is None else UserId(row["requested_by"]),
             created_at=moment(row["created_at"]),
             replaces=row["replaces"],
