@@ -57,10 +57,14 @@ class CertificateWish:
 
 @dataclass(frozen=True, slots=True)
 class Issued:
-    """A certificate, and those of its issuers (DER), the nearest first. No `chain`: it was issued elsewhere."""
+    """A certificate as it is at a moment, and those of its issuers (DER), the nearest first.
+
+    No `chain`: it was issued elsewhere.
+    """
 
     certificate: Certificate
     chain: tuple[bytes, ...]
+    at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,7 @@ class Issuing:
         if stored is not None:
             return await self.find(call.user, UUID(bytes=stored.content))
         authority = await self.require(wish.authority)
-        await check_may_issue(self.authorities, self.certificates, authority)
+        now = await check_may_issue(self.authorities, self.certificates, authority)
         profile = self._profile(wish.profile)
         may_choose = self._check_may_issue(call.user, authority, profile)
         await self._check_user(call.user, wish)
@@ -104,7 +108,7 @@ class Issuing:
         draft = self._draft(call.user, wish, profile, key, may_choose=may_choose)
         keep = None if answers is None else lambda certificate_id: answers.storable(certificate_id.bytes)
         certificate = await self.issuer.issue(call, authority, draft, keep)
-        return Issued(certificate, _chain(authority))
+        return Issued(certificate, _chain(authority), now)
 
     async def renew(
         self,
@@ -130,7 +134,7 @@ class Issuing:
             raise KmsError(Reason.CERTIFICATE_REVOKED, "the certificate is revoked: ask for another")
         issued_by = await self.require(AuthorityRef(authority_id=old.issuer_id))
         authority = await self.require(AuthorityRef(name=issued_by.name))
-        await check_may_issue(self.authorities, self.certificates, authority)
+        now = await check_may_issue(self.authorities, self.certificates, authority)
         profile = self._profile(old.profile)
         may_choose = self._check_may_issue(call.user, authority, profile)
         subject, names = named_in(old.der)
@@ -144,15 +148,15 @@ class Issuing:
         draft = Draft(old.owner_id, key.key_id, profile, subject, names, key.public_key, validity, certificate_id)
         keep = None if answers is None else lambda new_id: answers.storable(new_id.bytes)
         certificate = await self.issuer.issue(call, authority, draft, keep)
-        await self._supersede(call, old, await self.certificates.now())
-        return Issued(certificate, _chain(authority))
+        await self._supersede(call, old, now)
+        return Issued(certificate, _chain(authority), now)
 
     async def find(self, caller: User, certificate_id: UUID) -> Issued:
         """Return a certificate that *caller* sees. Raises CERTIFICATE_NOT_FOUND."""
-        certificate = await self.require_certificate(caller, certificate_id)
+        certificate, now = await self.require_certificate(caller, certificate_id), await self.certificates.now()
         if certificate.issuer_id is None:
-            return Issued(certificate, ())
-        return Issued(certificate, _chain(await self.require(AuthorityRef(authority_id=certificate.issuer_id))))
+            return Issued(certificate, (), now)
+        return Issued(certificate, _chain(await self.require(AuthorityRef(authority_id=certificate.issuer_id))), now)
 
     async def page(
         self,

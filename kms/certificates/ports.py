@@ -75,7 +75,7 @@ class Certificates(Protocol):
         ...
 
     async def is_revoked(self, issuer_id: UUID, serial_number: int) -> bool:
-        """Whether a certificate of an authority is revoked: its record says so, or the journal."""
+        """Whether a certificate of an authority is revoked: its record says so, or the journal, or there is no record."""
         ...
 
     async def is_compromised(self, spki_sha256: bytes) -> bool:

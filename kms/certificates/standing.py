@@ -1,18 +1,20 @@
 """Whether an authority may issue: it is active, and neither its certificate nor that of an authority above it is revoked."""
 
+from datetime import datetime
+
 from kms.certificates.authority import Authority, AuthorityRef, authority_inactive, check_active
 from kms.certificates.ports import Authorities, Certificates
 from kms.certificates.x509.certificates import parse_certificate
 from kms.domain.key_row import record_invalid
 
 
-async def check_may_issue(authorities: Authorities, certificates: Certificates, authority: Authority) -> None:
-    """Raise AUTHORITY_INACTIVE unless *authority* may issue certificates now."""
-    check_active(authority, await certificates.now())
+async def check_may_issue(authorities: Authorities, certificates: Certificates, authority: Authority) -> datetime:
+    """Raise AUTHORITY_INACTIVE unless *authority* may issue certificates now. Return the moment."""
+    check_active(authority, now := await certificates.now())
     above = authority
     while not await is_revoked(certificates, above):
         if above.parent_id is None:
-            return
+            return now
         found = await authorities.find(AuthorityRef(authority_id=above.parent_id))
         if found is None:
             raise record_invalid()

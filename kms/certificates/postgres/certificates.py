@@ -137,7 +137,7 @@ class StoredCertificates:
         if self.knowledge is not None and serial_number in self.knowledge.revoked_certificates(issuer_id):
             return True
         found = await self.find_by_serial(issuer_id, serial_number)
-        return found is not None and found.revocation is not None
+        return found is None or found.revocation is not None
 
     async def is_compromised(self, spki_sha256: bytes) -> bool:
         """See `Certificates.is_compromised`."""
