@@ -1,5 +1,5 @@
 -- squawk-ignore-file adding-required-field, adding-not-nullable-field, adding-foreign-key-constraint, constraint-missing-not-valid
--- squawk-ignore-file ban-drop-not-null
+-- squawk-ignore-file ban-drop-not-null, changing-column-type
 -- Certificate authorities, and the certificates that they issue.
 --
 --   create_authority ──► pending ──► active ──► superseded       (change_authority; disabled is reached from each)
@@ -83,6 +83,8 @@ GRANT UPDATE (
 ALTER TABLE cryptography.certificates NO FORCE ROW LEVEL SECURITY;
 ALTER TABLE cryptography.certificates
     ALTER COLUMN key_id DROP NOT NULL, -- NULL: the key is held elsewhere
+    ALTER COLUMN issuer TYPE TEXT,
+    ALTER COLUMN subject TYPE TEXT,
     ALTER COLUMN revocation_status SET NOT NULL,
     ALTER COLUMN is_ca_certificate SET NOT NULL,
     ALTER COLUMN created_at SET NOT NULL,
@@ -92,6 +94,7 @@ ALTER TABLE cryptography.certificates
         CONSTRAINT certificate_issuance_status CHECK (issuance_status IN ('intended', 'issued', 'abandoned', 'imported')),
     ADD COLUMN names TEXT [] NOT NULL DEFAULT '{}', -- subject alternative names, as kind:value
     ADD COLUMN tbs_sha256 BYTEA NOT NULL CONSTRAINT certificate_tbs_size CHECK (octet_length(tbs_sha256) = 32), -- of what is signed
+    ADD COLUMN spki_sha256 BYTEA NOT NULL CONSTRAINT certificate_spki_size CHECK (octet_length(spki_sha256) = 32), -- of the key
     ADD COLUMN revocation_reason INTEGER -- CRLReason of RFC 5280
         CONSTRAINT certificate_revocation_reason CHECK (revocation_reason BETWEEN 0 AND 10 AND revocation_reason <> 7),
     ADD COLUMN superseded_at TIMESTAMPTZ, -- since when another certificate should be used
@@ -124,6 +127,8 @@ CREATE INDEX idx_certificates_key ON cryptography.certificates (key_id, created_
 CREATE INDEX idx_certificates_revoked ON cryptography.certificates (issuer_id, crl_shard, not_after)
     WHERE revocation_status = 'revoked';
 -- squawk-ignore require-concurrent-index-creation
+CREATE INDEX idx_certificates_compromised ON cryptography.certificates (spki_sha256) WHERE revocation_reason IN (1, 2, 10);
+-- squawk-ignore require-concurrent-index-creation
 CREATE INDEX idx_certificates_intended ON cryptography.certificates (created_at) WHERE issuance_status = 'intended';
 -- squawk-ignore require-concurrent-index-creation
 CREATE INDEX idx_certificates_replaces ON cryptography.certificates (replaces) WHERE replaces IS NOT NULL;
@@ -146,13 +151,13 @@ CREATE POLICY certificates_lifecycle ON cryptography.certificates
     USING (TRUE)
     WITH CHECK (TRUE);
 GRANT SELECT (
-    issuer_id, profile, issuance_status, names, tbs_sha256, revocation_reason, superseded_at, replaces, requested_by, crl_shard,
-    version, record_mac
+    issuer_id, profile, issuance_status, names, tbs_sha256, spki_sha256, revocation_reason, superseded_at, replaces, requested_by,
+    crl_shard, version, record_mac
 ) ON cryptography.certificates TO authenticated_users, admin_users;
 GRANT SELECT (
     id, user_id, key_id, certificate_type, certificate_data, issuer, subject, serial_number, not_before, not_after, fingerprint,
     is_ca_certificate, revocation_status, created_at, revoked_at, issuer_id, profile, issuance_status, names, tbs_sha256,
-    revocation_reason, superseded_at, replaces, requested_by, crl_shard, version, record_mac
+    spki_sha256, revocation_reason, superseded_at, replaces, requested_by, crl_shard, version, record_mac
 ) ON cryptography.certificates TO auditor_users, job_runner;
 GRANT SELECT, INSERT ON cryptography.certificates TO kms_lifecycle;
 GRANT UPDATE (
@@ -261,12 +266,12 @@ BEGIN
     INSERT INTO cryptography.certificates (
         id, user_id, key_id, certificate_type, certificate_data, issuer, subject, serial_number, not_before, not_after, fingerprint,
         is_ca_certificate, revocation_status, created_at, revoked_at, issuer_id, profile, issuance_status, names, tbs_sha256,
-        revocation_reason, superseded_at, replaces, requested_by, crl_shard, version, record_mac
+        spki_sha256, revocation_reason, superseded_at, replaces, requested_by, crl_shard, version, record_mac
     ) VALUES (
         made.id, made.user_id, made.key_id, made.certificate_type, made.certificate_data, made.issuer, made.subject,
         made.serial_number, made.not_before, made.not_after, made.fingerprint, made.is_ca_certificate, made.revocation_status,
         made.created_at, made.revoked_at, made.issuer_id, made.profile, made.issuance_status, made.names, made.tbs_sha256,
-        made.revocation_reason, made.superseded_at, made.replaces, made.requested_by, made.crl_shard, made.version,
+        made.spki_sha256, made.revocation_reason, made.superseded_at, made.replaces, made.requested_by, made.crl_shard, made.version,
         made.record_mac
     );
     PERFORM cryptography.record_certificate_event(

@@ -1,12 +1,12 @@
 """A certificate authority: one key in the token, one certificate of it, and who manages and who issues.
 
-    pending ──► active ──► superseded         each but superseded ──► disabled
-       │                      │
-       waits for a            issues no more; signs its CRLs and OCSP answers until its certificate ends
-       certificate from
-       elsewhere
+    pending ──► active ──► superseded         each ──► disabled
+       │                      │                            │
+       waits for its          issue no more; sign CRLs and OCSP answers until their certificate ends
+       certificate
 
-An authority is a name and a generation: rolling it over makes the next generation under its name.
+An authority is a name and a generation: rolling it over makes the next generation under its name. Of roots the next one has its
+certificate while it is pending, until each of the two has certified the other.
 """
 
 import re
@@ -16,9 +16,11 @@ from enum import StrEnum
 from typing import Final
 from uuid import UUID
 
+from kms.app.ports import User
 from kms.certificates.record import record_bytes
 from kms.domain.errors import KmsError, Reason, malformed
 from kms.domain.ids import KeyId, UserId, parse_uuid
+from kms.domain.permissions import Permission, permission_denied
 
 NAME_CHARACTERS_MAX: Final = 63
 _NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -182,21 +184,30 @@ def parse_authority_ref(text: str, *, field: str = "authority") -> AuthorityRef:
 def check_active(authority: Authority, now: datetime) -> None:
     """Raise AUTHORITY_INACTIVE unless *authority* may issue certificates at *now*."""
     if authority.status is not AuthorityStatus.ACTIVE:
-        raise _inactive(authority, str(authority.status))
+        raise authority_inactive(authority, str(authority.status))
     check_not_ended(authority, now)
 
 
 def check_signs(authority: Authority, now: datetime) -> None:
     """Raise AUTHORITY_INACTIVE unless *authority* signs its CRLs and OCSP answers at *now*: also when superseded or disabled."""
     if authority.certificate is None:
-        raise _inactive(authority, "pending")
+        raise authority_inactive(authority, "pending")
     check_not_ended(authority, now)
 
 
 def check_not_ended(authority: Authority, now: datetime) -> None:
     """Raise AUTHORITY_INACTIVE where the certificate of *authority* has ended at *now*."""
     if authority.not_after is None or authority.not_after <= now:
-        raise _inactive(authority, "expired")
+        raise authority_inactive(authority, "expired")
+
+
+def check_lets_issue(authority: Authority, caller: User, profile: str) -> None:
+    """Raise PERMISSION_DENIED unless *caller* has the permission to issue, and the record lets them issue that profile."""
+    if Permission.CERTS_ISSUE not in caller.permissions:
+        raise permission_denied(Permission.CERTS_ISSUE)
+    if not authority.issues(caller.user_id, profile):
+        message = f"the manager of the authority {authority.name} has not let you issue certificates of profile {profile}"
+        raise KmsError(Reason.PERMISSION_DENIED, message, permission=Permission.CERTS_ISSUE)
 
 
 def authority_not_found() -> KmsError:
@@ -204,6 +215,7 @@ def authority_not_found() -> KmsError:
     return KmsError(Reason.AUTHORITY_NOT_FOUND, "there is no such authority")
 
 
-def _inactive(authority: Authority, state: str) -> KmsError:
+def authority_inactive(authority: Authority, state: str) -> KmsError:
+    """Return the refusal of an authority that issues nothing in its *state*."""
     message = f"the authority {authority.name}/{authority.generation} is {state}: it issues no certificates"
     return KmsError(Reason.AUTHORITY_INACTIVE, message, state=state)

@@ -43,6 +43,10 @@ class RevocationReason(IntEnum):
     AA_COMPROMISE = 10
 
 
+COMPROMISES: Final = frozenset({RevocationReason.KEY_COMPROMISE, RevocationReason.CA_COMPROMISE, RevocationReason.AA_COMPROMISE})
+"""After a revocation for one of these, the key is certified no more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Revocation:
     """Since when a certificate is revoked, and why."""
@@ -56,8 +60,8 @@ class Certificate:
     """A row of `certificates`. `version` advances with each change.
 
     `key_id` None: the key is held elsewhere. `issuer_id` None: an authority elsewhere issued it. `names` are `kind:value`.
-    `tbs_sha256` is of the bytes that the issuer signs; `der` is empty until the certificate is issued.
-    `requested_by` None: the service itself.
+    `tbs_sha256` is of the bytes that the issuer signs, `spki_sha256` of the public key (SPKI in DER). `der` is empty until the
+    certificate is issued. `requested_by` None: the service itself.
     """
 
     certificate_id: UUID
@@ -73,6 +77,7 @@ class Certificate:
     not_after: datetime
     is_ca: bool
     tbs_sha256: bytes
+    spki_sha256: bytes
     requested_by: UserId | None
     created_at: datetime
     replaces: UUID | None = None
@@ -106,6 +111,7 @@ class Certificate:
             self.not_after,
             int(self.is_ca),
             self.tbs_sha256,
+            self.spki_sha256,
             self.requested_by,
             self.created_at,
             self.replaces,

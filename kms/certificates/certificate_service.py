@@ -101,7 +101,7 @@ class CertificateServicer:
         found = await self.managing.authorities.page(after=_parse_name_token(request.page_token), limit=limit + 1)
         names = list(dict.fromkeys(authority.name for authority in found))[:limit]
         token = token_of(names[-1]) if len({authority.name for authority in found}) > limit else ""
-        listed = [wire_authority(each, call.user.user_id) for each in found if each.name in names]
+        listed = [wire_authority(each, call.user.user_id, with_certificates=False) for each in found if each.name in names]
         return pb.ListCertificateAuthoritiesResponse(authorities=listed, next_page_token=token)
 
     async def IssueCertificate(self, request: pb.IssueCertificateRequest, call: Call) -> pb.IssueCertificateResponse:
@@ -186,8 +186,8 @@ class CertificateServicer:
         return wire
 
 
-def wire_authority(authority: Authority, caller: UserId) -> pb.CertificateAuthority:
-    """Return an authority as *caller* sees it: only its manager sees who issues."""
+def wire_authority(authority: Authority, caller: UserId, *, with_certificates: bool = True) -> pb.CertificateAuthority:
+    """Return an authority as *caller* sees it: only its manager sees who issues. A list is without certificates."""
     issuers = authority.issuers if caller == authority.manager_id else ()
     return pb.CertificateAuthority(
         id=str(authority.authority_id),
@@ -197,8 +197,8 @@ def wire_authority(authority: Authority, caller: UserId) -> pb.CertificateAuthor
         subject=authority.subject,
         manager_id=str(authority.manager_id),
         parent_id="" if authority.parent_id is None else str(authority.parent_id),
-        certificate=authority.certificate or b"",
-        chain=authority.chain,
+        certificate=(authority.certificate or b"") if with_certificates else b"",
+        chain=authority.chain if with_certificates else (),
         issuers=[pb.IssuerGrant(user_id=str(grant.user_id), profile=grant.profile) for grant in issuers],
         self_service=authority.self_service,
         base_url=authority.base_url,

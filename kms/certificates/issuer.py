@@ -20,7 +20,7 @@ from kms.app.ports import Call, Repeat
 from kms.certificates.authority import Authority, check_active
 from kms.certificates.certificate import Certificate, new_serial_number, serial_text
 from kms.certificates.constraints import NameConstraints
-from kms.certificates.names import GeneralName, Subject
+from kms.certificates.names import GeneralName, Subject, certificate_invalid
 from kms.certificates.ports import Certificates
 from kms.certificates.profiles import Profile
 from kms.certificates.service_keys import ServiceKeys
@@ -67,7 +67,6 @@ class Issuer:
         """
         now = await self.certificates.now()
         check_active(authority, now)
-        await self._check_not_revoked(authority)
         return await self._signed(call, authority, draft, now, keep, _issuer(authority))
 
     async def issue_to_itself(self, call: Call, authority: Authority, draft: Draft) -> Certificate:
@@ -99,6 +98,9 @@ class Issuer:
         issuer: IssuerCertificate | None,
     ) -> Certificate:
         """Sign a certificate. *issuer* None: the key signs its own."""
+        spki_sha256 = sha256(draft.public_key).digest()
+        if await self.certificates.is_compromised(spki_sha256):
+            raise certificate_invalid("public_key", "expected a key of which no certificate is revoked as compromised")
         to_certify = await self._to_certify(authority, draft, now, issuer)
         signer = draft.public_key if issuer is None else parse_certificate(issuer.chain[0]).public_key
         unsigned = build_certificate(to_certify, signer)
@@ -117,6 +119,7 @@ class Issuer:
             not_after=to_certify.validity.not_after,
             is_ca=draft.profile.is_ca,
             tbs_sha256=sha256(unsigned.to_sign).digest(),
+            spki_sha256=spki_sha256,
             requested_by=None if call is None else call.user.user_id,
             created_at=now,
             replaces=draft.replaces,
@@ -127,15 +130,6 @@ class Issuer:
         issued = intended.issued(await self.keys.sign_for(call, authority, unsigned, details))
         await self.certificates.complete(call, issued, None if keep is None else keep(issued.certificate_id))
         return issued
-
-    async def _check_not_revoked(self, authority: Authority) -> None:
-        """Raise AUTHORITY_INACTIVE where the certificate of *authority* is revoked. One from elsewhere is not looked at."""
-        if authority.parent_id is None and authority.chain:
-            return
-        issuer_id, parsed = authority.parent_id or authority.authority_id, parse_certificate(_certificate(authority))
-        found = await self.certificates.find_by_serial(issuer_id, parsed.serial_number)
-        if found is None or found.revocation is not None:
-            raise KmsError(Reason.AUTHORITY_INACTIVE, "the certificate of the authority is revoked", state="revoked")
 
     async def _to_certify(self, authority: Authority, draft: Draft, now: datetime, issuer: IssuerCertificate | None) -> ToCertify:
         serial_number = new_serial_number(await self.random(SERIAL_BYTES))

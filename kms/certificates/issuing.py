@@ -10,8 +10,8 @@ from datetime import datetime, timedelta
 from uuid import UUID
 
 from kms.app.keyring import require_key, require_usable_key
-from kms.app.ports import Call, Keys, User
-from kms.certificates.authority import Authority, AuthorityRef, authority_not_found, check_active
+from kms.app.ports import Call, Keys, User, Users
+from kms.certificates.authority import Authority, AuthorityRef, authority_not_found, check_lets_issue
 from kms.certificates.certificate import (
     Certificate,
     CertificateFilter,
@@ -23,6 +23,7 @@ from kms.certificates.issuer import Draft, Issuer
 from kms.certificates.names import EMPTY, GeneralName, NameKind, Subject
 from kms.certificates.ports import Authorities, Certificates
 from kms.certificates.profiles import OF_THE_SERVICE, Profile
+from kms.certificates.standing import check_may_issue
 from kms.certificates.x509.certificates import parse_certificate
 from kms.certificates.x509.requests import CertificateRequest, parse_request
 from kms.certificates.x509.signing import spki_of_pem
@@ -33,7 +34,7 @@ from kms.domain.ids import KeyId, KeyRef, UserId, base_name, identity_uri
 from kms.domain.key_row import record_invalid
 from kms.domain.keys import KeyRecord
 from kms.domain.lifecycle import Use
-from kms.domain.permissions import Permission, permission_denied
+from kms.domain.permissions import Permission
 from kms.keys.ledger.repeats import RepeatableRequest, Repeats
 
 
@@ -86,6 +87,7 @@ class Issuing:
     repeats: Repeats
     profiles: Mapping[str, Profile]
     deployment: str
+    users: Users
 
     async def issue(self, call: Call, wish: CertificateWish, repeatable: RepeatableRequest | None) -> Issued:
         """Issue a certificate. For a repeated request return the one that was issued then, as it is now.
@@ -98,9 +100,10 @@ class Issuing:
         if stored is not None:
             return await self.find(call.user, UUID(bytes=stored.content))
         authority = await self.require(wish.authority)
-        check_active(authority, now := await self.certificates.now())
+        now = await check_may_issue(self.authorities, self.certificates, authority)
         profile = self._profile(wish.profile)
         may_choose = self._check_may_issue(call.user, authority, profile)
+        await self._check_user(call.user, wish)
         key = await self._key(call.user, wish.csr, wish.key)
         draft = self._draft(call.user, wish, profile, key, may_choose=may_choose)
         keep = None if answers is None else lambda certificate_id: answers.storable(certificate_id.bytes)
@@ -131,12 +134,14 @@ class Issuing:
             raise KmsError(Reason.CERTIFICATE_REVOKED, "the certificate is revoked: ask for another")
         issued_by = await self.require(AuthorityRef(authority_id=old.issuer_id))
         authority = await self.require(AuthorityRef(name=issued_by.name))
-        check_active(authority, now := await self.certificates.now())
+        now = await check_may_issue(self.authorities, self.certificates, authority)
         profile = self._profile(old.profile)
         may_choose = self._check_may_issue(call.user, authority, profile)
         subject, names = named_in(old.der)
-        if not may_choose and names != (self._uri(call.user.user_id),):
-            raise permission_denied(Permission.CERTS_ISSUE)
+        own = (EMPTY, (self._uri(call.user.user_id),))
+        if not may_choose and (old.owner_id != call.user.user_id or (subject, names) != own):
+            message = "you renew for yourself only: a certificate without a subject, and with no name but your own URI"
+            raise KmsError(Reason.PERMISSION_DENIED, message, permission=Permission.CERTS_ISSUE)
         key = await self._key_of_renewal(call.user, old, csr)
         if key.request is not None:
             key.request.check_extensions(profile)
@@ -206,14 +211,22 @@ class Issuing:
 
     def _check_may_issue(self, caller: User, authority: Authority, profile: Profile) -> bool:
         """Return whether *caller* chooses what the certificate says; else it is their own. Raises PERMISSION_DENIED."""
-        if authority.issues(caller.user_id, profile.name) and Permission.CERTS_ISSUE in caller.permissions:
-            return True
-        if profile.name in authority.self_service:
+        try:
+            check_lets_issue(authority, caller, profile.name)
+        except KmsError:
+            if profile.name not in authority.self_service:
+                raise
             return False
-        if Permission.CERTS_ISSUE not in caller.permissions:
-            raise permission_denied(Permission.CERTS_ISSUE)
-        message = f"the manager of the authority {authority.name} has not let you issue certificates of profile {profile.name}"
-        raise KmsError(Reason.PERMISSION_DENIED, message, permission=Permission.CERTS_ISSUE)
+        return True
+
+    async def _check_user(self, caller: User, wish: CertificateWish) -> None:
+        """Raise MALFORMED unless the user for whom a certificate is wished may have it, with the key that is wished."""
+        if wish.user_id in (None, caller.user_id):
+            return
+        if wish.key is not None:
+            raise malformed("user_id", "expected none with a key of yours: another user has other keys, and brings a csr")
+        if await self.users.find(wish.user_id) is None:
+            raise malformed("user_id", "expected a user in good standing")
 
     def _draft(self, caller: User, wish: CertificateWish, profile: Profile, key: _CertifiedKey, *, may_choose: bool) -> Draft:
         subject, names = wish.subject or EMPTY, wish.names
@@ -245,8 +258,11 @@ class Issuing:
     async def _key_of_renewal(self, caller: User, old: Certificate, csr: bytes | None) -> _CertifiedKey:
         if csr is not None:
             return await self._key(caller, csr, None)
-        if old.key_id is None or old.owner_id != caller.user_id:
-            return _CertifiedKey(parse_certificate(old.der).public_key, old.key_id)
+        if old.key_id is None:
+            return _CertifiedKey(parse_certificate(old.der).public_key, None)
+        if old.owner_id != caller.user_id:
+            # An issuer renews it for its owner.
+            return _own_key((await require_usable_key(self.keys, old.owner_id, old.key_id, Use.PROTECT, fresh=True)).record)
         name = base_name((await require_key(self.keys, caller.user_id, old.key_id)).name)
         return await self._key(caller, None, name)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Final
 from uuid import UUID
 
@@ -76,6 +77,7 @@ class OwnKeys:
             not_after=parsed.validity.not_after,
             is_ca=parsed.is_ca,
             tbs_sha256=tbs_sha256_of(found[0]),
+            spki_sha256=sha256(parsed.public_key).digest(),
             requested_by=call.user.user_id,
             created_at=await self.certificates.now(),
             issuance=Issuance.IMPORTED,

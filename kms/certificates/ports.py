@@ -74,6 +74,14 @@ class Certificates(Protocol):
         """Return a certificate of an authority for the service itself, or None."""
         ...
 
+    async def is_revoked(self, issuer_id: UUID, serial_number: int) -> bool:
+        """Whether a certificate of an authority is revoked: its record says so, or the journal, or there is no record."""
+        ...
+
+    async def is_compromised(self, spki_sha256: bytes) -> bool:
+        """Whether a certificate of a key was revoked since the key is compromised: a record says so, or the journal."""
+        ...
+
     async def of_key(self, owner_id: UserId, key_id: KeyId) -> Sequence[Certificate]:
         """Return the certificates of a key for the service itself, the newest first, at most 100."""
         ...
@@ -92,7 +100,10 @@ class Certificates(Protocol):
         ...
 
     async def complete(self, call: Call | None, certificate: Certificate, repeat: Repeat | None = None) -> None:
-        """Store a certificate that was signed, and *repeat* with it. Raises STALE if it was abandoned meanwhile."""
+        """Store a certificate that was signed, and *repeat* with it.
+
+        Raises STALE if it was abandoned meanwhile: it is revoked then, and the journal has that.
+        """
         ...
 
     async def without_outcome(self, seconds: float, limit: int) -> Sequence[UUID]:
@@ -100,7 +111,10 @@ class Certificates(Protocol):
         ...
 
     async def abandon(self, certificate: Certificate) -> bool:
-        """Store that a certificate was never handed out and is revoked. Return False if it has an outcome meanwhile."""
+        """Store that a certificate was never handed out and is revoked. Return False if it has an outcome meanwhile.
+
+        The journal has it before anybody reads it so. Raises OUTCOME_UNKNOWN if the journal cannot be written.
+        """
         ...
 
     async def revoke(self, call: Call | None, certificate: Certificate) -> bool:
@@ -108,6 +122,13 @@ class Certificates(Protocol):
 
         The journal has it before this returns. Return False if the certificate changed meanwhile. Raises CREDENTIALS_INVALID,
         OUTCOME_UNKNOWN if the journal cannot be written.
+        """
+        ...
+
+    async def note_revoked(self, certificate: Certificate) -> None:
+        """Have the journal know that a certificate of an authority is revoked, unless it does.
+
+        A process may have been killed before it wrote the line. Raises OUTCOME_UNKNOWN if the journal cannot be written.
         """
         ...
 

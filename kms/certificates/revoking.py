@@ -45,6 +45,7 @@ class Revoking:
             authority = await self._issuer_of(certificate)
             _check_may_revoke(call.user, certificate, authority)
             if certificate.revocation is not None:
+                await self.certificates.note_revoked(certificate)
                 return certificate
             revoked = certificate.revoked(Revocation(await self.certificates.now(), reason))
             if await self.certificates.revoke(call, revoked):

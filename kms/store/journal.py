@@ -34,8 +34,8 @@ class Event(StrEnum):
 
     KEY_USED: a worker charged so many uses of the key since its last such line.
     KEY_CHANGED: the key may do less than before, or is to be destroyed; the reason begins with the version that it has then.
-    AUTHORITY_CHANGED: the subject is a certificate authority, or an account of an ACME client; the reason begins with the
-    version that it has since.
+    AUTHORITY_CHANGED: the subject is a certificate authority, or an account of an ACME client; the reason has the version that it has
+    since, and a digest of its record then: no other record of that version is ours.
     FOLLOWED: the journal has every move of the epoch that is its subject, up to the place in its reason.
     EPOCH_SEEN: a service began to serve the epoch that is its subject; versions in lines before it are those of another.
     """
@@ -76,14 +76,31 @@ def changed_line(key_id: UUID, version: int, *, occurred_at: datetime, what: str
     return Line(Event.KEY_CHANGED, key_id, occurred_at, f"version {version}, {what}")
 
 
-def authority_line(authority_id: UUID, version: int, *, occurred_at: datetime, what: str) -> Line:
-    """Return the line of a certificate authority, or of an ACME account, that is at *version* since *what* happened to it."""
-    return Line(Event.AUTHORITY_CHANGED, authority_id, occurred_at, f"version {version}, {what}")
+@dataclass(frozen=True, slots=True)
+class JournaledAuthority:
+    """A version of a certificate authority, or of an ACME account, and the SHA-256 of its record, in hex."""
+
+    version: int
+    digest: str
+
+
+def authority_line(authority_id: UUID, authority: JournaledAuthority, *, occurred_at: datetime, what: str) -> Line:
+    """Return the line of a certificate authority, or of an ACME account, since *what* happened to it."""
+    reason = f"version {authority.version}, {what} digest={authority.digest}"
+    return Line(Event.AUTHORITY_CHANGED, authority_id, occurred_at, reason)
+
+
+def authority_in(line: Line) -> JournaledAuthority:
+    """Return the version and the digest in a line that `authority_line` made."""
+    return JournaledAuthority(version_in(line), word_in(line, "digest") or "")
 
 
 @dataclass(frozen=True, slots=True)
 class JournaledCertificate:
-    """A certificate that is revoked, as a CRL needs to know. `reason` is its CRLReason, `shard` that of its CRL."""
+    """A certificate that is revoked, as a CRL needs to know. `reason` is its CRLReason, `shard` that of its CRL.
+
+    `compromised` is the SHA-256 of its key in hex, where the key is compromised; else it is empty.
+    """
 
     issuer_id: UUID
     serial_number: int
@@ -91,6 +108,7 @@ class JournaledCertificate:
     reason: int
     expires_at: datetime
     revoked_at: datetime
+    compromised: str = ""
 
 
 def revoked_line(certificate_id: UUID, certificate: JournaledCertificate) -> Line:
@@ -101,6 +119,7 @@ def revoked_line(certificate_id: UUID, certificate: JournaledCertificate) -> Lin
         "shard": certificate.shard,
         "reason": certificate.reason,
         "expires_at": certificate.expires_at.isoformat(),
+        **({"compromised": certificate.compromised} if certificate.compromised else {}),
     }
     what = " ".join(f"{name}={value}" for name, value in words.items())
     return Line(Event.CERTIFICATE_REVOKED, certificate_id, certificate.revoked_at, f"revoked, {what}")
@@ -117,6 +136,7 @@ def certificate_in(line: Line) -> JournaledCertificate | None:
             int(words["reason"]),
             datetime.fromisoformat(words["expires_at"]),
             line.occurred_at,
+            words.get("compromised", ""),
         )
     except (KeyError, ValueError):
         return None

@@ -22,7 +22,9 @@ from kms.store.errors import unavailable
 from kms.store.journal import (
     Entry,
     Event,
+    JournaledAuthority,
     JournaledCertificate,
+    authority_in,
     certificate_in,
     epoch_number,
     parse_line,
@@ -56,12 +58,14 @@ class JournalKnowledge:
     path: Path
     _file_id: int = 0
     _offset: int = 0
+    _sequence: int = 0
     _epoch: int = 0
     _ended: dict[UUID, set[Event]] = field(default_factory=dict, repr=False)
     _narrowed: dict[UUID, Narrowed] = field(default_factory=dict, repr=False)
     _used: Counter[UUID] = field(default_factory=Counter, repr=False)
-    _authorities: dict[UUID, int] = field(default_factory=dict, repr=False)
+    _authorities: dict[UUID, dict[int, JournaledAuthority]] = field(default_factory=dict, repr=False)
     _revoked_certificates: set[UUID] = field(default_factory=set, repr=False)
+    _compromised: set[str] = field(default_factory=set, repr=False)
     _revoked_by_issuer: dict[UUID, dict[int, JournaledCertificate]] = field(default_factory=dict, repr=False)
 
     def check(self, key: KeyRecord, *, uses: int = 0) -> None:
@@ -91,15 +95,34 @@ class JournalKnowledge:
         narrowed = self._narrowed.get(key_id)
         return narrowed is not None and narrowed.version >= version
 
-    def knows_authority(self, authority_id: UUID, version: int) -> bool:
-        """Whether the journal has *version* of a certificate authority, or a later one. Raises STORE_UNAVAILABLE."""
+    def authority(self, authority_id: UUID) -> JournaledAuthority | None:
+        """Return the latest version of a certificate authority that the journal has, None without one.
+
+        Raises STORE_UNAVAILABLE.
+        """
         self.follow()
-        return self._authorities.get(authority_id, 0) >= version
+        versions = self._authorities.get(authority_id)
+        return None if versions is None else versions[max(versions)]
+
+    def knows_authority(self, authority_id: UUID, authority: JournaledAuthority) -> bool:
+        """Whether the journal has this record of a certificate authority, be it the latest or not. Raises STORE_UNAVAILABLE."""
+        self.follow()
+        return self._authorities.get(authority_id, {}).get(authority.version) == authority
+
+    def sequence(self) -> int:
+        """Return the number of the last line of the journal. Raises STORE_UNAVAILABLE."""
+        self.follow()
+        return self._sequence
 
     def knows_revoked(self, certificate_id: UUID) -> bool:
         """Whether the journal knows that a certificate is revoked. Raises STORE_UNAVAILABLE."""
         self.follow()
         return certificate_id in self._revoked_certificates
+
+    def knows_compromised(self, spki_sha256: str) -> bool:
+        """Whether the journal knows that the key with a hash, in hex, is compromised. Raises STORE_UNAVAILABLE."""
+        self.follow()
+        return spki_sha256 in self._compromised
 
     def revoked_certificates(self, issuer_id: UUID) -> Mapping[int, JournaledCertificate]:
         """Return the certificates of an authority that the journal knows to be revoked, by serial number.
@@ -128,6 +151,7 @@ class JournalKnowledge:
             self._offset += len(line)
 
     def _learn(self, line: Entry) -> None:
+        self._sequence = line.head.sequence
         if line.event is Event.EPOCH_SEEN and epoch_number(line) >= self._epoch:
             # Versions of another epoch are those of other changes, and its uses may be lost; what was ended stays so.
             self._epoch = epoch_number(line)
@@ -139,11 +163,13 @@ class JournalKnowledge:
         elif line.event in _ENDS:
             self._ended.setdefault(line.subject, set()).add(line.event)
         elif line.event is Event.AUTHORITY_CHANGED:
-            self._authorities[line.subject] = max(self._authorities.get(line.subject, 0), version_in(line))
+            authority = authority_in(line)
+            self._authorities.setdefault(line.subject, {}).setdefault(authority.version, authority)
         elif line.event is Event.CERTIFICATE_REVOKED:
             self._revoked_certificates.add(line.subject)
             if (certificate := certificate_in(line)) is not None:
                 self._revoked_by_issuer.setdefault(certificate.issuer_id, {}).setdefault(certificate.serial_number, certificate)
+                self._compromised |= {certificate.compromised} - {""}
         elif line.event is Event.KEY_CHANGED:
             known = self._narrowed.get(line.subject)
             told = Narrowed(version_in(line), _number_in(line, "max_usage_count"), _moment_in(line, "expires_at"))

@@ -1,9 +1,10 @@
 """`Lifecycle` with a journal: what a restore must not undo is on disk outside the database before it is answered."""
 
 import asyncio
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import takewhile
 from typing import Final
 from uuid import UUID
 
@@ -12,7 +13,7 @@ from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId
 from kms.domain.keys import KeyRecord
 from kms.domain.lifecycle import Change, Move
-from kms.store.journal import Entry, Event, Journal, Line, changed_line, read_journal
+from kms.store.journal import Entry, Event, Journal, Line, changed_line, read_journal, version_in
 
 _DELAY_MIN: Final = timedelta(days=7)
 # A cancelled destruction is among them: an old row that has it still must be known as old.
@@ -97,8 +98,25 @@ def _told(key: KeyRecord) -> str:
 
 async def write_line(journal: Journal, line: Line) -> None:
     """Write a line before the change that it tells of is answered. Raises OUTCOME_UNKNOWN if it cannot be written."""
+    await _written(asyncio.to_thread(journal.write, line))
+
+
+async def write_first_line(journal: Journal, line: Line, *, since: int) -> None:
+    """Write a line as `write_line` does, unless the journal has one of its event, subject and version, or of a later version.
+
+    Only lines after the number *since* are looked at. Of several that write at once, one does.
+    """
+
+    def decide(entries: Iterator[Entry]) -> Sequence[Line]:
+        later = takewhile(lambda entry: entry.head.sequence > since, entries)
+        same = (entry for entry in later if (entry.event, entry.subject) == (line.event, line.subject))
+        return () if any(version_in(entry) >= version_in(line) for entry in same) else [line]
+
+    await _written(asyncio.to_thread(journal.extend, decide, at=line.occurred_at))
+
+
+async def _written(writing: Coroutine[None, None, object]) -> None:
     # Shielded: a caller who gives up must not keep the line from the disk.
-    writing = asyncio.to_thread(journal.write, line)
     try:
         await asyncio.shield(asyncio.ensure_future(writing))
     except (OSError, KmsError) as error:

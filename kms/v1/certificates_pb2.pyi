@@ -158,13 +158,13 @@ class CertificateAuthority(_message.Message):
     parent_id: _builtins.str
     """Empty: a root, or signed elsewhere."""
     certificate: _builtins.bytes
-    """DER; empty while PENDING."""
+    """DER; empty while it waits for one, and in a list."""
     base_url: _builtins.str
     crl_shards: _builtins.int
     version: _builtins.int
     @_builtins.property
     def chain(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """DER of the certificates above, the nearest first."""
+        """DER of the certificates above, the nearest first; empty in a list."""
 
     @_builtins.property
     def cross_certificates(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:

@@ -174,7 +174,7 @@ class CertificateServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListCertificateAuthorities(self, request, context):
-        """Lists authorities in the order of their names, of each the newest generation first.
+        """Lists authorities in the order of their names, of each the newest generation first. Certificates: see GetCertificateAuthority.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -61,7 +61,7 @@ class CertificateServiceStub:
     GetCertificateAuthority: _grpc.UnaryUnaryMultiCallable[_certificates_pb2.GetCertificateAuthorityRequest, _certificates_pb2.GetCertificateAuthorityResponse]
     """Returns an authority. Everybody may ask; only its manager sees who issues."""
     ListCertificateAuthorities: _grpc.UnaryUnaryMultiCallable[_certificates_pb2.ListCertificateAuthoritiesRequest, _certificates_pb2.ListCertificateAuthoritiesResponse]
-    """Lists authorities in the order of their names, of each the newest generation first."""
+    """Lists authorities in the order of their names, of each the newest generation first. Certificates: see GetCertificateAuthority."""
     IssueCertificate: _grpc.UnaryUnaryMultiCallable[_certificates_pb2.IssueCertificateRequest, _certificates_pb2.IssueCertificateResponse]
     """Issues a certificate for the key of a request (PKCS#10), or for a key of the caller. Its serial number and all that it will say are
     recorded before the token signs. FAILED_PRECONDITION (AUTHORITY_INACTIVE) for an authority that is not active.
@@ -123,7 +123,7 @@ class CertificateServiceAsyncStub(CertificateServiceStub):
     GetCertificateAuthority: _aio.UnaryUnaryMultiCallable[_certificates_pb2.GetCertificateAuthorityRequest, _certificates_pb2.GetCertificateAuthorityResponse]  # type: ignore[assignment]
     """Returns an authority. Everybody may ask; only its manager sees who issues."""
     ListCertificateAuthorities: _aio.UnaryUnaryMultiCallable[_certificates_pb2.ListCertificateAuthoritiesRequest, _certificates_pb2.ListCertificateAuthoritiesResponse]  # type: ignore[assignment]
-    """Lists authorities in the order of their names, of each the newest generation first."""
+    """Lists authorities in the order of their names, of each the newest generation first. Certificates: see GetCertificateAuthority."""
     IssueCertificate: _aio.UnaryUnaryMultiCallable[_certificates_pb2.IssueCertificateRequest, _certificates_pb2.IssueCertificateResponse]  # type: ignore[assignment]
     """Issues a certificate for the key of a request (PKCS#10), or for a key of the caller. Its serial number and all that it will say are
     recorded before the token signs. FAILED_PRECONDITION (AUTHORITY_INACTIVE) for an authority that is not active.
@@ -218,7 +218,7 @@ class CertificateServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _certificates_pb2.ListCertificateAuthoritiesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_certificates_pb2.ListCertificateAuthoritiesResponse, _abc.Awaitable[_certificates_pb2.ListCertificateAuthoritiesResponse]]:
-        """Lists authorities in the order of their names, of each the newest generation first."""
+        """Lists authorities in the order of their names, of each the newest generation first. Certificates: see GetCertificateAuthority."""
 
     @_abc_1.abstractmethod
     def IssueCertificate(

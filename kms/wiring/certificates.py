@@ -76,6 +76,6 @@ def certificate_parts(
     issuer = Issuer(certificates, keys, uses.hsm.random)
     revocation = revocation_parts(config.publishing, pool, authorities, certificates, keys, issuer, knowledge)
     profiles, revoking = profiles_of(config.certificates), revocation.revoking
-    issuing = Issuing(authorities, certificates, issuer, uses.keys, uses.repeats, profiles, config.deployment_id)
+    issuing = Issuing(authorities, certificates, issuer, uses.keys, uses.repeats, profiles, config.deployment_id, keys.users)
     acme = acme_parts(config.acme, pool, records, uses, authorities, certificates, issuing, revoking, journal, knowledge)
     return CertificateParts(authorities, certificates, keys, issuer, issuing, revocation, acme, config.publishing, profiles)

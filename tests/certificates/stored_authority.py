@@ -7,6 +7,7 @@ import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -32,6 +33,7 @@ from kms.certificates.publishing.publications import RememberedPublications
 from kms.certificates.responders import Responders
 from kms.certificates.revocation_jobs import OcspRounds
 from kms.certificates.revoking import Revoking
+from kms.certificates.x509.certificates import parse_certificate
 from kms.certificates.x509.signing import Unsigned
 from kms.domain.algorithms import KeyType, Purpose, key_spec
 from kms.domain.errors import KmsError, Reason
@@ -168,6 +170,7 @@ class StoredAuthority:
             not_after=(now + ends_in).replace(microsecond=0),
             is_ca=False,
             tbs_sha256=bytes(32),
+            spki_sha256=sha256(parse_certificate(leaf.der).public_key).digest(),
             requested_by=None,
             created_at=now,
             crl_shard=issuer.shard_of(self._serial_number),

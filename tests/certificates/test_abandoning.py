@@ -1,5 +1,6 @@
 """What was begun and has no outcome: it is given up and revoked, and no other certificate is."""
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
@@ -9,6 +10,7 @@ from structlog.testing import capture_logs
 
 from kms.certificates.certificate import Certificate, Issuance
 from kms.certificates.jobs import Abandoning
+from kms.certificates.postgres.certificates import StoredCertificates
 from kms.domain.errors import KmsError
 from kms.store.pool import Pool
 from tests.certificates.stored_authority import StoredAuthority, stored_authority
@@ -40,6 +42,31 @@ async def test_an_intent_without_an_outcome_is_given_up_and_its_serial_number_is
     with pytest.raises(KmsError, match="given up"):
         await root.certificates.complete(None, intent.issued(issued.der))
     assert await root.certificates.find_any(intent.certificate_id) == found, "no outcome comes after it"
+
+
+async def test_who_is_killed_while_he_gives_up_leaves_it_to_the_next_and_no_outcome_is_stored_meanwhile(
+    root: StoredAuthority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [(issued, _)] = await root.issue()
+    intent = await intended(root, issued, 7)
+    note = StoredCertificates.note_revoked
+
+    async def killed(self: StoredCertificates, certificate: Certificate) -> None:
+        """The line is written, and the change is not committed."""
+        await note(self, certificate)
+        raise asyncio.CancelledError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StoredCertificates, "note_revoked", killed)
+        with pytest.raises(asyncio.CancelledError):
+            await Abandoning(root.certificates, seconds=0).abandon()
+    root.restart()
+    with pytest.raises(KmsError, match="given up"):
+        await root.certificates.complete(None, intent.issued(issued.der))
+    await Abandoning(root.certificates, seconds=0).abandon()
+    found = await root.certificates.find_any(intent.certificate_id)
+    assert found is not None
+    assert found.issuance is Issuance.ABANDONED
 
 
 async def test_a_record_that_is_not_ours_is_left_and_keeps_no_other_from_it(root: StoredAuthority) -> None:

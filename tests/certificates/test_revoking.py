@@ -10,6 +10,7 @@ import pytest
 from cryptography import x509
 
 from kms.certificates.certificate import Certificate, Revocation, RevocationReason
+from kms.certificates.postgres.certificates import StoredCertificates
 from kms.certificates.postgres.revocations import read_crl_status
 from kms.certificates.publishing.documents import IssuerPath
 from kms.certificates.x509.crls import parse_crl
@@ -67,6 +68,29 @@ async def test_a_certificate_is_on_the_list_once_it_is_revoked(root: StoredAutho
     assert again == revoked, "the first reason stays"
     await root.revoking.revoke(root.manager, other.certificate_id, RevocationReason.SUPERSEDED)
     assert await _listed(root) == {one.serial_number, other.serial_number}
+
+
+async def test_a_revocation_whose_line_was_never_written_is_in_the_journal_before_it_is_answered(
+    root: StoredAuthority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process is killed after the commit. The caller asks again, and then the owner puts the row back."""
+    [certificate] = await _issued(root)
+    [(mac,)] = root.run(_SNAPSHOT, certificate.certificate_id)
+
+    async def killed(*_: object) -> None:
+        raise asyncio.CancelledError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StoredCertificates, "note_revoked", killed)
+        with pytest.raises(asyncio.CancelledError):
+            await root.revoking.revoke(root.manager, certificate.certificate_id, _KEY_COMPROMISE)
+    root.restart()
+    await root.revoking.revoke(root.manager, certificate.certificate_id, _KEY_COMPROMISE)
+    root.run(_UNREVOKE, mac, certificate.certificate_id)
+    root.restart()
+    with pytest.raises(KmsError) as caught:
+        await root.certificates.find_any(certificate.certificate_id)
+    assert caught.value.reason is Reason.RECORD_INVALID
 
 
 async def test_the_owner_an_issuer_of_the_profile_and_the_manager_may_revoke(root: StoredAuthority) -> None:

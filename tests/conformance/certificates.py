@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import grpc
+import psycopg
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -58,6 +59,14 @@ def new_name(prefix: str = "ca") -> str:
 def manager_of(server: RunningServer) -> Caller:
     """Return a new user who may make authorities."""
     return server.caller(server.deployment.new_user(role="key-manager"))
+
+
+def manager_and_issuer_of(server: RunningServer) -> Caller:
+    """Return a new user who may make authorities, and issue where an authority lets them: intermediates, for one."""
+    manager = manager_of(server)
+    with psycopg.connect(server.deployment.database.admin_dsn) as connection:
+        connection.execute("SELECT authentication.assign_role(%s, 'certificate-issuer')", (manager.user_id,))
+    return manager
 
 
 def issuer_of(server: RunningServer) -> Caller:

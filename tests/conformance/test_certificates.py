@@ -22,6 +22,7 @@ from tests.conformance.certificates import (
     csr,
     issue_from,
     issuer_of,
+    manager_and_issuer_of,
     manager_of,
     new_name,
     pem,
@@ -66,9 +67,11 @@ def test_authorities_of_each_key_type_issue_certificates_that_openssl_accepts(
 
 
 def test_an_intermediate_and_its_limits_hold_below_a_root(server: RunningServer, shop: Platform, tmp_path: Path) -> None:
-    manager, issuer, name = manager_of(server), issuer_of(server), new_name("web")
+    manager, issuer, name = manager_and_issuer_of(server), issuer_of(server), new_name("web")
     assert refused(create, manager, name, parent=shop.name) == "PERMISSION_DENIED", "nobody has let them"
-    allow(shop.manager, shop.name, (manager, "intermediate"))
+    without_role = manager_of(server)
+    allow(shop.manager, shop.name, (manager, "intermediate"), (without_role, "intermediate"))
+    assert refused(create, without_role, name, parent=shop.name) == "PERMISSION_DENIED"
     made_ = create(manager, name, parent=shop.name, permitted=["dns:example.com"]).authority
     assert (made_.parent_id, list(made_.chain)) == (shop.authority.id, [shop.authority.certificate])
     allow(manager, name, (issuer, "server"))

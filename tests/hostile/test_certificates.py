@@ -3,8 +3,10 @@
 Whatever he writes, nobody gets a certificate whom the manager did not let have it, and no record is believed that is not ours.
 """
 
+import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,11 +16,15 @@ from uuid import UUID, uuid4
 import pytest
 
 from kms.app.ports import Call
-from kms.certificates.authority import AuthorityRef
+from kms.certificates.authorities import AuthorityChange, ManagingAuthorities
+from kms.certificates.authority import AuthorityRef, IssuerGrant
 from kms.certificates.certificate import Certificate, Issuance, Revocation, RevocationReason
 from kms.certificates.issuer import Issuer
 from kms.certificates.issuing import CertificateWish, Issuing
+from kms.certificates.jobs import Abandoning
 from kms.certificates.names import parse_names
+from kms.certificates.postgres.authorities import StoredAuthorities
+from kms.certificates.postgres.certificates import StoredCertificates
 from kms.certificates.profiles import BUILT_IN
 from kms.domain.errors import KmsError, Reason
 from kms.domain.permissions import Permission
@@ -72,6 +78,7 @@ CERTIFICATE_EDITS: Final[Mapping[str, str]] = {
     "issuance_status": "'intended', certificate_data = '', fingerprint = NULL",
     "names": "ARRAY['dns:evil.example.com']",
     "tbs_sha256": "sha256('')",
+    "spki_sha256": "sha256('')",
     "superseded_at": "now()",
     "replaces": "id",
     "requested_by": "%(user)s",
@@ -113,7 +120,7 @@ def issuing(root: StoredAuthority) -> Issuing:
 
     issuer = Issuer(root.certificates, cast(Any, root.token), random)
     absent = cast(Any, None)
-    return Issuing(root.authorities, root.certificates, issuer, absent, absent, BUILT_IN, "test")
+    return Issuing(root.authorities, root.certificates, issuer, absent, absent, BUILT_IN, "test", absent)
 
 
 async def ask(root: StoredAuthority, call: Call) -> Reason | None:
@@ -193,6 +200,114 @@ async def test_an_issuer_who_was_let_go_does_not_come_back_with_an_old_record(ro
         assert await ask(root, issuer) is Reason.RECORD_INVALID, "the journal knows a later version"
         root.restart()
     assert root.token.signatures == 0
+
+
+async def test_a_change_that_was_refused_does_not_take_the_place_of_another_of_its_version(root: StoredAuthority) -> None:
+    """The database keeps the record of a harmless change, and answers that the authority changed meanwhile."""
+    issuer = root.user("issuer", Permission.CERTS_ISSUE)
+    await root.let(issuer, "server")
+    with lying(root, "change_authority", "PERFORM cryptography.check_standing(user_version);", keeps="authority"):
+        with pytest.raises(KmsError) as caught:
+            await root.authorities.change(root.manager, (await root.read()).changed(base_url=""), "authority.changed", {})
+        assert caught.value.reason is Reason.STALE
+    await root.authorities.change(root.manager, (await root.read()).changed(issuers=()), "authority.changed", {})
+    assert await ask(root, issuer) is Reason.PERMISSION_DENIED
+    put_back(root, "certificate_authorities", [kept(root)])
+    for _ in range(2):
+        assert await ask(root, issuer) is Reason.RECORD_INVALID, "the journal knows another record of the version"
+        root.restart()
+    assert root.token.signatures == 0
+
+
+async def test_two_changes_that_the_database_says_it_made_are_not_both_answered(root: StoredAuthority) -> None:
+    before = await root.read()
+    with lying(root, "change_authority", "PERFORM cryptography.check_standing(user_version);", keeps="authority", answer="OK"):
+        await root.authorities.change(root.manager, before.changed(base_url=""), "authority.changed", {})
+        with pytest.raises(KmsError) as caught:
+            await root.authorities.change(root.manager, before.changed(issuers=()), "authority.changed", {})
+    assert caught.value.reason is Reason.RECORD_INVALID
+
+
+async def test_a_change_whose_line_was_never_written_is_known_once_it_is_seen(
+    root: StoredAuthority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process is killed after the commit. Its manager asks again, and nothing is left to change."""
+    issuer = root.user("issuer", Permission.CERTS_ISSUE)
+    await root.let(issuer, "server")
+    rows_before = snapshot(root, "certificate_authorities")
+    before = await root.read()
+    with monkeypatch.context() as patched:
+        patched.setattr(StoredAuthorities, "_tell", killed)
+        with pytest.raises(KilledError):
+            await root.authorities.change(root.manager, before.changed(issuers=()), "authority.changed", {})
+    root.restart()
+    absent = cast(Any, None)
+    managing = ManagingAuthorities(root.authorities, root.certificates, absent, absent, BUILT_IN)
+    change = AuthorityChange(disallow=(IssuerGrant(issuer.user.user_id, "server"),))
+    assert (await managing.update(root.manager, AuthorityRef(name="root"), change, None)).issuers == ()
+    put_back(root, "certificate_authorities", rows_before)
+    root.restart()
+    assert await ask(root, issuer) is Reason.RECORD_INVALID
+    assert root.token.signatures == 0
+
+
+class KilledError(Exception):
+    """The process is killed here."""
+
+
+async def killed(*_: object) -> None:
+    raise KilledError
+
+
+@contextmanager
+def lying(root: StoredAuthority, function: str, at: str, *, keeps: str, answer: str = "STALE") -> Iterator[None]:
+    """Have a function of SQL keep what it is given, and answer at a place in its body, within the block."""
+    [(definition,)] = root.run(f"SELECT pg_get_functiondef('cryptography.{function}'::regproc)")
+    assert at in definition
+    root.run("CREATE TABLE IF NOT EXISTS public.kept (value jsonb); GRANT ALL ON public.kept TO PUBLIC; TRUNCATE public.kept")
+    root.run(definition.replace(at, f"{at} INSERT INTO public.kept VALUES ({keeps}); RETURN '{answer}';", 1))
+    try:
+        yield
+    finally:
+        root.run(definition)
+
+
+def kept(root: StoredAuthority) -> Mapping[str, Any]:
+    """Return what the function has kept."""
+    [(value,)] = root.run("SELECT value FROM public.kept")
+    return cast(Mapping[str, Any], value)
+
+
+@pytest.mark.parametrize("is_given_up", [False, True])
+async def test_a_certificate_that_was_given_up_does_not_come_back(
+    root: StoredAuthority, monkeypatch: pytest.MonkeyPatch, is_given_up: bool
+) -> None:
+    """The database keeps the outcome that it was sent, answers that it came too late, and writes it later."""
+    sent = list[tuple[Certificate, bytes]]()
+    make = StoredCertificates._mac
+
+    async def mac(self: StoredCertificates, certificate: Certificate) -> bytes:
+        sent.append((certificate, await make(self, certificate)))
+        return sent[-1][1]
+
+    with monkeypatch.context() as patched, lying(root, "complete_certificate", "BEGIN\n", keeps="NULL"):
+        patched.setattr(StoredCertificates, "_mac", mac)
+        with pytest.raises(KmsError, match="given up"):
+            await root.issue()
+    outcome, made = sent[-1]
+    if is_given_up:
+        await Abandoning(root.certificates, seconds=0).abandon()
+        found = await root.certificates.find_any(outcome.certificate_id)
+        assert found is not None
+        assert found.issuance is Issuance.ABANDONED
+    query = """
+        UPDATE cryptography.certificates SET issuance_status = 'issued', version = 2, certificate_data = %s, fingerprint = %s,
+            record_mac = %s, revocation_status = 'valid', revoked_at = NULL, revocation_reason = NULL
+        WHERE id = %s
+    """
+    root.run(query, base64.b64encode(outcome.der).decode(), outcome.fingerprint, made, outcome.certificate_id)
+    root.restart()
+    assert await read(root, outcome) is Reason.RECORD_INVALID
 
 
 async def test_a_revoked_certificate_does_not_come_back_with_an_old_record(root: StoredAuthority) -> None:

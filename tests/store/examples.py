@@ -35,6 +35,7 @@ CERTIFICATE: Final[Row] = {
     "profile": "server",
     "issuance_status": "imported",
     "tbs_sha256": bytes(32),
+    "spki_sha256": bytes(32),
     "record_mac": bytes(32),
 }
 INTENT: Final[Row] = {**CERTIFICATE, "key_id": None, "certificate_data": "", "fingerprint": None, "issuance_status": "intended"}
@@ -213,6 +214,7 @@ BAD: Final[list[tuple[str, Row, Row]]] = [
     ("cryptography.certificates", CERTIFICATE, {"serial_number": "00FF"}),
     ("cryptography.certificates", CERTIFICATE, {"serial_number": "f" * 41}),
     ("cryptography.certificates", CERTIFICATE, {"tbs_sha256": b"short"}),
+    ("cryptography.certificates", CERTIFICATE, {"spki_sha256": b"short"}),
     ("cryptography.certificates", CERTIFICATE, {"record_mac": b"short"}),
     ("cryptography.certificates", CERTIFICATE, {"crl_shard": -1}),
     ("cryptography.certificates", CERTIFICATE, {"version": 0}),

@@ -291,9 +291,10 @@ ROWS_OF_A_USER: Final = """
         VALUES (%(key)s, %(key)s, '{}', now(), now(), 1, sha256(''));
     INSERT INTO cryptography.acme_nonces (nonce, expires_at) VALUES (uuid_send(%(key)s), now());
     INSERT INTO cryptography.certificates (
-        user_id, key_id, certificate_type, certificate_data, fingerprint, profile, issuance_status, tbs_sha256, record_mac
+        user_id, key_id, certificate_type, certificate_data, fingerprint, profile, issuance_status, tbs_sha256, spki_sha256,
+        record_mac
     ) VALUES (
-        %(user)s, %(key)s, 'x509', 'x', '00', 'server', 'imported', sha256(''), sha256('')
+        %(user)s, %(key)s, 'x509', 'x', '00', 'server', 'imported', sha256(''), sha256(''), sha256('')
     );
     INSERT INTO cryptography.key_grants (owner_id, key_id, grantee_id, operations, granted_by)
         VALUES (%(user)s, %(key)s, %(carol)s, '{sign}', %(user)s);

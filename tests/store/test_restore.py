@@ -400,8 +400,9 @@ def test_the_journal_is_replayed(database: Database, admin: psycopg.Connection[A
     certificate = uuid4()
     query = b"""
         INSERT INTO cryptography.certificates (
-            id, user_id, key_id, certificate_type, certificate_data, fingerprint, profile, issuance_status, tbs_sha256, record_mac
-        ) VALUES ($1, $2, $3, 'x509', 'x', '00', 'server', 'imported', sha256(''), sha256(''))
+            id, user_id, key_id, certificate_type, certificate_data, fingerprint, profile, issuance_status, tbs_sha256,
+            spki_sha256, record_mac
+        ) VALUES ($1, $2, $3, 'x509', 'x', '00', 'server', 'imported', sha256(''), sha256(''), sha256(''))
     """
     psycopg.RawCursor(admin).execute(query, [certificate, owner, keys["spared"]])
     file, _ = backup(database.admin_dsn, tmp_path / "one", [tmp_path / "journal"])

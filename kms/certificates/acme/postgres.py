@@ -4,6 +4,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from hashlib import sha256
 from typing import Final, LiteralString, TypeVar
 from uuid import UUID
 
@@ -22,7 +23,7 @@ from kms.certificates.postgres.rows import OF_NOBODY, json_bytes, json_moment, m
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import UserId
 from kms.domain.key_row import record_invalid
-from kms.store.journal import Journal, authority_line
+from kms.store.journal import Journal, JournaledAuthority, authority_line
 from kms.store.journal_knowledge import JournalKnowledge
 from kms.store.journaled import write_line
 from kms.store.pool import AS_JOB, Acting, Pool, as_user
@@ -124,7 +125,7 @@ class StoredAccounts:
         if verdict != "OK":
             raise KmsError(Reason.STALE, "the account changed meanwhile: look at it again")
         if self.journal is not None:
-            line = authority_line(account.account_id, account.version, occurred_at=self.records.clock(), what=event)
+            line = authority_line(account.account_id, _journaled(account), occurred_at=self.records.clock(), what=event)
             await write_line(self.journal, line)
 
     async def _json(self, account: Account) -> dict[str, object]:
@@ -152,7 +153,9 @@ class StoredAccounts:
         raise record_invalid()
 
     def _is_outdated(self, account: Account) -> bool:
-        return self.knowledge is not None and self.knowledge.knows_authority(account.account_id, account.version + 1)
+        """Whether the journal has a later record of the account, or another of its version."""
+        known = None if self.knowledge is None else self.knowledge.authority(account.account_id)
+        return known is not None and known.version >= account.version and known != _journaled(account)
 
     async def _proven(self, row: DictRow) -> Account:
         account = _account(row)
@@ -248,6 +251,10 @@ class StoredNonces:
         """Remove nonces that are good no longer, and orders that ended *seconds* ago. Return how many rows went."""
         rows = await self.pool.fetch(AS_JOB, FORGET, {"seconds": seconds, "rows_max": rows_max})
         return int(rows[0]["rows"])
+
+
+def _journaled(account: Account) -> JournaledAuthority:
+    return JournaledAuthority(account.version, sha256(account.authenticated_bytes()).hexdigest())
 
 
 def _the_one(found: Sequence[T], is_asked: Callable[[T], bool]) -> T | None:

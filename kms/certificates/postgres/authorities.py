@@ -4,6 +4,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from hashlib import sha256
 from typing import Any, Final, LiteralString
 from uuid import UUID
 
@@ -20,9 +21,10 @@ from kms.certificates.postgres.rows import json_bytes, json_moment, moment, of_c
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId, UserId, parse_uuid
 from kms.domain.key_row import record_invalid
-from kms.store.journal import Journal, authority_line
+from kms.store.errors import unavailable
+from kms.store.journal import Journal, JournaledAuthority, authority_line
 from kms.store.journal_knowledge import JournalKnowledge
-from kms.store.journaled import write_line
+from kms.store.journaled import write_first_line
 from kms.store.pool import AS_JOB, Pool, as_user
 
 _COLUMNS: Final = """id, name, generation, manager_id, key_id, key_owner_id, parent_id, status, subject, path_length, certificate,
@@ -132,10 +134,19 @@ class StoredAuthorities:
             await self._tell(authority, event)
 
     async def _tell(self, authority: Authority, event: str) -> None:
-        """Have the journal know of the version, so that no earlier row is believed from now on."""
-        if self.journal is not None:
-            at = self.records.clock()
-            await write_line(self.journal, authority_line(authority.authority_id, authority.version, occurred_at=at, what=event))
+        """Have the journal know of the record, so that no earlier one and no other of its version is believed from now on.
+
+        The database has had the MACs of changes that it refused, too. Raises RECORD_INVALID if the journal has another record,
+        OUTCOME_UNKNOWN if it cannot be written.
+        """
+        if self.journal is None or self.knowledge is None:
+            return
+        if not self._is_known(authority):
+            told, at = _journaled(authority), self.records.clock()
+            line = authority_line(authority.authority_id, told, occurred_at=at, what=event)
+            await write_first_line(self.journal, line, since=self.knowledge.sequence())
+            if not self._is_known(authority):
+                raise record_invalid()
 
     async def _change(self, call: Call, authority: Authority, event: str, details: Mapping[str, object]) -> dict[str, object]:
         return {
@@ -178,13 +189,30 @@ class StoredAuthorities:
             found = [await self._proven(row) for row in await self.pool.fetch(AS_JOB, query, parameters)]
             # The journal may know of a change that came after the read: a read that begins now shows it.
             if not any(self._is_outdated(authority) for authority in found):
+                await self._tell_each(found)
                 return found
             if not reads_left:
                 break
         raise record_invalid()
 
+    async def _tell_each(self, authorities: Sequence[Authority]) -> None:
+        """Have the journal know of what was read: who changed it may have been killed before, or serve on another machine."""
+        try:
+            for authority in authorities:
+                await self._tell(authority, "read")
+        except KmsError as error:
+            if error.reason is not Reason.OUTCOME_UNKNOWN:
+                raise
+            raise unavailable(error.message) from None
+
+    def _is_known(self, authority: Authority) -> bool:
+        """Whether the journal has this record of the authority."""
+        return self.knowledge is not None and self.knowledge.knows_authority(authority.authority_id, _journaled(authority))
+
     def _is_outdated(self, authority: Authority) -> bool:
-        return self.knowledge is not None and self.knowledge.knows_authority(authority.authority_id, authority.version + 1)
+        """Whether the journal has a later record of the authority, or another of its version."""
+        known = None if self.knowledge is None else self.knowledge.authority(authority.authority_id)
+        return known is not None and known.version >= authority.version and known != _journaled(authority)
 
     async def _proven(self, row: DictRow) -> Authority:
         authority = _authority(row)
@@ -199,6 +227,10 @@ async def _change(connection: AsyncConnection[DictRow], parameters: Mapping[str,
         raise credentials_invalid() from None
     if row is None or row["verdict"] != "OK":
         raise _stale()
+
+
+def _journaled(authority: Authority) -> JournaledAuthority:
+    return JournaledAuthority(authority.version, sha256(authority.authenticated_bytes()).hexdigest())
 
 
 def _stale() -> KmsError:

@@ -4,7 +4,7 @@
 import base64
 import binascii
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Final, LiteralString
 from uuid import UUID
@@ -18,6 +18,7 @@ from kms.app.ports import Call, Repeat, User
 from kms.app.records import Records
 from kms.certificates.authority import Authority
 from kms.certificates.certificate import (
+    COMPROMISES,
     Certificate,
     CertificateFilter,
     CertificatePlace,
@@ -37,8 +38,8 @@ from kms.store.keys import keep_answer
 from kms.store.pool import AS_JOB, Acting, Pool, as_user
 
 COLUMNS: Final = """id, user_id, key_id, issuer_id, profile, serial_number, issuer, subject, names, not_before, not_after,
-    is_ca_certificate, tbs_sha256, requested_by, created_at, replaces, crl_shard, issuance_status, certificate_data, fingerprint,
-    revocation_status, revoked_at, revocation_reason, superseded_at, version, record_mac"""
+    is_ca_certificate, tbs_sha256, spki_sha256, requested_by, created_at, replaces, crl_shard, issuance_status, certificate_data,
+    fingerprint, revocation_status, revoked_at, revocation_reason, superseded_at, version, record_mac"""
 NOW: Final = "SELECT clock_timestamp() AS now"
 # Row security shows a caller their own, and those of authorities that they manage or issue from.
 FIND: Final = f"SELECT {COLUMNS} FROM cryptography.certificates WHERE id = %(id)s"
@@ -48,6 +49,13 @@ FIND_BY_SERIAL: Final = f"""
 """
 OF_KEY: Final = f"""
     SELECT {COLUMNS} FROM cryptography.certificates WHERE key_id = %(key)s ORDER BY created_at DESC, id DESC LIMIT 100
+"""
+
+# The reasons are `COMPROMISES`, in a form that the planner finds in the index.
+COMPROMISED: Final = f"""
+    SELECT {COLUMNS} FROM cryptography.certificates
+    WHERE spki_sha256 = %(spki_sha256)s AND revocation_reason IN (1, 2, 10)
+    LIMIT 1
 """
 
 
@@ -124,6 +132,20 @@ class StoredCertificates:
             raise record_invalid()
         return found[0] if found else None
 
+    async def is_revoked(self, issuer_id: UUID, serial_number: int) -> bool:
+        """See `Certificates.is_revoked`."""
+        if self.knowledge is not None and serial_number in self.knowledge.revoked_certificates(issuer_id):
+            return True
+        found = await self.find_by_serial(issuer_id, serial_number)
+        return found is None or found.revocation is not None
+
+    async def is_compromised(self, spki_sha256: bytes) -> bool:
+        """See `Certificates.is_compromised`."""
+        if self.knowledge is not None and self.knowledge.knows_compromised(spki_sha256.hex()):
+            return True
+        found = await self._read(AS_JOB, COMPROMISED, {"spki_sha256": spki_sha256})
+        return any(each.spki_sha256 == spki_sha256 for each in found)
+
     async def of_key(self, owner_id: UserId, key_id: KeyId) -> Sequence[Certificate]:
         """See `Certificates.of_key`."""
         found = await self._read(AS_JOB, OF_KEY, {"key": key_id})
@@ -169,7 +191,10 @@ class StoredCertificates:
         }
         async with self.pool.transaction(_acting(call)) as connection:
             row = await (await connection.execute(COMPLETE, parameters)).fetchone()
-            if row is None or row["verdict"] != "OK":
+            if row is None or row["verdict"] != "OK" or self._knows_revoked(certificate):
+                # The database has the certificate, and a MAC of its record. Nobody is to believe them.
+                revocation = Revocation(self.records.clock(), RevocationReason.CESSATION_OF_OPERATION)
+                await self.note_revoked(replace(certificate, revocation=revocation))
                 raise KmsError(Reason.STALE, "signing took so long that the certificate was given up: try again")
             if repeat is not None:
                 await keep_answer(connection, repeat)
@@ -181,7 +206,14 @@ class StoredCertificates:
 
     async def abandon(self, certificate: Certificate) -> bool:
         """See `Certificates.abandon`."""
-        return await self._is_done(None, ABANDON, {**_revocation(certificate), "mac": await self._mac(certificate)})
+        parameters = {**_revocation(certificate), "mac": await self._mac(certificate)}
+        # The journal knows before another process reads the row: no record of an outcome counts from then on.
+        async with self.pool.transaction(AS_JOB) as connection:
+            row = await (await connection.execute(ABANDON, parameters)).fetchone()
+            is_done = row is not None and row["verdict"] == "OK"
+            if is_done:
+                await self.note_revoked(certificate)
+        return is_done
 
     async def revoke(self, call: Call | None, certificate: Certificate) -> bool:
         """See `Certificates.revoke`."""
@@ -197,13 +229,8 @@ class StoredCertificates:
         return is_done
 
     async def note_revoked(self, certificate: Certificate) -> None:
-        """Have the journal know that a certificate of an authority is revoked, unless it does.
-
-        A process that was killed before it wrote the line leaves that to who makes the next CRL. Raises OUTCOME_UNKNOWN if the
-        journal cannot be written.
-        """
-        is_known = self.knowledge is not None and self.knowledge.knows_revoked(certificate.certificate_id)
-        if self.journal is not None and not is_known:
+        """See `Certificates.note_revoked`."""
+        if self.journal is not None and not self._knows_revoked(certificate):
             await write_line(self.journal, revoked_line(certificate.certificate_id, _journaled(certificate)))
 
     async def supersede(self, call: Call | None, certificate: Certificate) -> bool:
@@ -241,8 +268,12 @@ class StoredCertificates:
         raise record_invalid()
 
     def _is_outdated(self, certificate: Certificate) -> bool:
-        is_valid = certificate.revocation is None
-        return is_valid and self.knowledge is not None and self.knowledge.knows_revoked(certificate.certificate_id)
+        # An intent has no outcome yet. Who was killed while he gave it up may have written the line alone.
+        is_valid = certificate.revocation is None and certificate.issuance is not Issuance.INTENDED
+        return is_valid and self._knows_revoked(certificate)
+
+    def _knows_revoked(self, certificate: Certificate) -> bool:
+        return self.knowledge is not None and self.knowledge.knows_revoked(certificate.certificate_id)
 
     async def _proven(self, row: DictRow) -> Certificate:
         certificate = certificate_of(row)
@@ -274,6 +305,7 @@ class StoredCertificates:
             "issuance_status": certificate.issuance.value,
             "names": list(certificate.names),
             "tbs_sha256": json_bytes(certificate.tbs_sha256),
+            "spki_sha256": json_bytes(certificate.spki_sha256),
             "replaces": None if certificate.replaces is None else str(certificate.replaces),
             "requested_by": None if certificate.requested_by is None else str(certificate.requested_by),
             "crl_shard": certificate.crl_shard,
@@ -311,6 +343,7 @@ def _journaled(certificate: Certificate) -> JournaledCertificate:
         reason=int(certificate.revocation.reason),
         expires_at=certificate.not_after,
         revoked_at=certificate.revocation.at,
+        compromised=certificate.spki_sha256.hex() if certificate.revocation.reason in COMPROMISES else "",
     )
 
 
@@ -333,6 +366,7 @@ def certificate_of(row: DictRow) -> Certificate:
             not_after=moment(row["not_after"]),
             is_ca=row["is_ca_certificate"] is True,
             tbs_sha256=bytes(row["tbs_sha256"]),
+            spki_sha256=bytes(row["spki_sha256"]),
             requested_by=None if row["requested_by"] is None else UserId(row["requested_by"]),
             created_at=moment(row["created_at"]),
             replaces=row["replaces"],
