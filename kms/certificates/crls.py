@@ -49,7 +49,10 @@ class SignedCrl:
 
 @dataclass(frozen=True, slots=True)
 class CrlPublishing:
-    """Makes and reads CRLs. `_newest` remembers, by shard, the CRL with the highest number that this process has seen."""
+    """Makes and reads CRLs. `_newest` remembers, by shard, the CRL with the highest number that this process has seen.
+
+    `_complete` remembers the number of a CRL, and how many of the journal's revocations it was seen to list.
+    """
 
     authorities: Authorities
     certificates: Certificates
@@ -58,6 +61,7 @@ class CrlPublishing:
     journaled: JournaledRevocations
     locks: Locks
     _newest: MutableMapping[Shard, SignedCrl] = field(default_factory=dict, repr=False)
+    _complete: MutableMapping[Shard, tuple[int, int]] = field(default_factory=dict, repr=False)
 
     async def current(self, authority: Authority, shard: int) -> SignedCrl | None:
         """Return the newest CRL of a shard that may be shown, or None.
@@ -155,12 +159,18 @@ class CrlPublishing:
 
     def _missing(self, authority: Authority, shard: int, crl: Crl | None) -> Mapping[int, Revocation]:
         """Return what the journal knows to be revoked and *crl* lacks. What had expired when it was made may be missing."""
-        known = self.journaled(authority)
-        return {
-            serial: each.revocation
-            for serial, each in known.items()
-            if each.shard == shard and (crl is None or (serial not in crl.entries and each.expires_at >= crl.this_update))
+        number, seen = self._complete.get((authority.authority_id, shard), (0, 0))
+        if crl is None or crl.number != number:
+            seen = 0
+        known = self.journaled.of_shard(authority.authority_id, shard, after=seen)
+        missing = {
+            each.serial_number: each.revocation
+            for each in known
+            if crl is None or (each.serial_number not in crl.entries and each.expires_at >= crl.this_update)
         }
+        if crl is not None and not missing:
+            self._complete[authority.authority_id, shard] = crl.number, seen + len(known)
+        return missing
 
     async def _made(
         self,

@@ -141,7 +141,8 @@ class OcspAnswering:
             status = await self._status(authority, cert_id)
         except KmsError as error:
             # Without the token no record is proven. An answer that was signed while it was there is good until its end.
-            is_good = error.reason is Reason.HSM_UNAVAILABLE and cert_id.serial_number not in self.journaled(authority)
+            known = self.journaled.find(authority.authority_id, cert_id.serial_number)
+            is_good = error.reason is Reason.HSM_UNAVAILABLE and known is None
             if not is_good and answer.status.revocation is None:
                 raise
             return Document(der, answer.this_update, answer.next_update)
@@ -156,7 +157,7 @@ class OcspAnswering:
         try:
             certificate = await self.certificates.find_by_serial(authority.authority_id, cert_id.serial_number)
         except KmsError as error:
-            known = self.journaled(authority).get(cert_id.serial_number)
+            known = self.journaled.find(authority.authority_id, cert_id.serial_number)
             if error.reason is not Reason.RECORD_INVALID or known is None:
                 raise
             return CertStatus(cert_id, known.revocation)
@@ -165,7 +166,7 @@ class OcspAnswering:
         return CertStatus(cert_id, self._revocation(authority, certificate))
 
     def _revocation(self, authority: Authority, certificate: Certificate) -> Revocation | None:
-        known = self.journaled(authority).get(certificate.serial_number)
+        known = self.journaled.find(authority.authority_id, certificate.serial_number)
         return certificate.revocation if known is None else known.revocation
 
     async def _signed(

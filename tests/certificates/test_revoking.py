@@ -1,10 +1,11 @@
 """Revocation and CRLs on a real database: who may revoke, what the CRL lists, and what a hostile database changes of that."""
 
 import asyncio
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from cryptography import x509
@@ -12,6 +13,7 @@ from cryptography import x509
 from kms.certificates.certificate import Certificate, Revocation, RevocationReason
 from kms.certificates.postgres.revocations import read_crl_status
 from kms.certificates.publishing.documents import IssuerPath
+from kms.certificates.revocation_ports import JournaledRevocation, JournaledRevocations
 from kms.certificates.x509.crls import parse_crl
 from kms.domain.errors import KmsError, Reason
 from kms.domain.permissions import Permission
@@ -213,6 +215,39 @@ async def test_a_line_of_the_journal_that_a_crash_left_out_is_written_with_the_n
     root.run("DELETE FROM cryptography.crls")
     root.restart()
     assert await _listed(root) == {certificate.serial_number}
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """Counts the revocations that are read of the journal's."""
+
+    known: JournaledRevocations
+    reads: list[int] = field(default_factory=list)
+
+    def find(self, issuer_id: UUID, serial_number: int) -> JournaledRevocation | None:
+        return self.known.find(issuer_id, serial_number)
+
+    def of_shard(self, issuer_id: UUID, shard: int, *, after: int) -> Sequence[JournaledRevocation]:
+        found = self.known.of_shard(issuer_id, shard, after=after)
+        self.reads.append(len(found))
+        return found
+
+
+async def test_a_list_is_compared_with_each_revocation_of_the_journal_once(root: StoredAuthority) -> None:
+    one, two, three = await _issued(root, 3)
+    for each in (one, two):
+        await root.revoking.revoke(root.manager, each.certificate_id, _KEY_COMPROMISE)
+    root.restart()
+    await _listed(root)
+    counted = _Counted(root.publishing.journaled)
+    publishing, shown = replace(root.publishing, journaled=counted), await root.read()
+    assert [publishing.remembered(shown, 0) is not None for _ in range(3)] == [True] * 3
+    assert counted.reads == [0, 0, 0]
+    revoked = three.revoked(Revocation(await root.certificates.now(), _KEY_COMPROMISE))
+    assert await root.certificates.revoke(root.manager, revoked)
+    assert [publishing.remembered(shown, 0) for _ in range(2)] == [None, None], "a new line is missed each time"
+    assert counted.reads[3:] == [1, 1]
+    assert set((await publishing.publish(shown, 0)).crl.entries) == {each.serial_number for each in (one, two, three)}
 
 
 # A hostile database --------------------------------------------------------------------------------------------------------
