@@ -5,10 +5,10 @@ process has seen, and if it lists what the journal knows to be revoked. The next
 list stays there, whatever a row of the database says.
 """
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final, Protocol
 from uuid import UUID
 
@@ -26,6 +26,7 @@ from kms.domain.errors import KmsError, Reason
 _ATTEMPTS: Final = 5
 _LOOKED_AT_MAX: Final = 1_000
 _BYTES_PER_ENTRY: Final = 40
+_CLOCKS_APART_MAX: Final = timedelta(minutes=1)
 _LOG = structlog.get_logger("kms.certificates")
 
 Shard = tuple[UUID, int]
@@ -49,8 +50,9 @@ class SignedCrl:
 
 @dataclass(frozen=True, slots=True)
 class CrlPublishing:
-    """Makes and reads CRLs. `_newest` remembers, by shard, the CRL with the highest number that this process has seen.
+    """Makes and reads CRLs. *clock* is the host's.
 
+    `_newest` remembers, by shard, the CRL with the highest number that this process has seen.
     `_complete` remembers the number of a CRL, and how many of the journal's revocations it was seen to list.
     """
 
@@ -60,6 +62,7 @@ class CrlPublishing:
     signer: Signer
     journaled: JournaledRevocations
     locks: Locks
+    clock: Callable[[], datetime]
     _newest: MutableMapping[Shard, SignedCrl] = field(default_factory=dict, repr=False)
     _complete: MutableMapping[Shard, tuple[int, int]] = field(default_factory=dict, repr=False)
 
@@ -127,6 +130,8 @@ class CrlPublishing:
             _LOG.error("stored CRL refused: an older one", authority=str(authority.authority_id), shard=shard, number=crl.number)
         elif crl.distribution_point not in _points(authority, shard):
             _LOG.error("stored CRL refused: of another shard", authority=str(authority.authority_id), shard=shard)
+        elif crl.this_update > self.clock() + _CLOCKS_APART_MAX:
+            _LOG.error("stored CRL refused: of the future", authority=str(authority.authority_id), shard=shard, number=crl.number)
         else:
             self._newest[authority.authority_id, shard] = SignedCrl(row.crl, crl)
         return row

@@ -18,7 +18,7 @@ class Authorities(Protocol):
     """
 
     async def now(self) -> datetime:
-        """Return the moment by the database's clock."""
+        """Return the moment by the database's clock. Raises STORE_UNAVAILABLE where the host's differs by over a minute."""
         ...
 
     async def find(self, ref: AuthorityRef) -> Authority | None:
@@ -59,7 +59,7 @@ class Certificates(Protocol):
     """
 
     async def now(self) -> datetime:
-        """Return the moment by the database's clock."""
+        """Return the moment by the database's clock. Raises STORE_UNAVAILABLE where the host's differs by over a minute."""
         ...
 
     async def find(self, caller: User, certificate_id: UUID) -> Certificate | None:

@@ -135,11 +135,11 @@ class JournalKnowledge:
 
     def _learn(self, line: Entry) -> None:
         if line.event is Event.EPOCH_SEEN and epoch_number(line) >= self._epoch:
-            # Versions of another epoch are those of other changes, and its uses may be lost; what was ended stays so.
+            # Versions of another epoch are those of other changes, and its uses may be lost; what was ended stays so. Those of
+            # authorities stay too: none begins an epoch at a version that the journal has already (see `hold_authorities`).
             self._epoch = epoch_number(line)
             self._narrowed.clear()
             self._used.clear()
-            self._authorities.clear()
         elif line.event is Event.KEY_USED:
             self._used[line.subject] += uses_in(line)
         elif line.event in _ENDS:

@@ -59,7 +59,7 @@ def revocation_parts(
     known, answers, locks = KnownRevocations(knowledge), StoredAnswers(pool), ShardLocks()
     per_second = (config or PublishingConfig()).ocsp_signatures_per_second
     rate = Bucket(per_second, max(1, int(2 * per_second)), monotonic)
-    publishing = CrlPublishing(authorities, certificates, StoredCrls(pool, certificates), keys, known, locks)
+    publishing = CrlPublishing(authorities, certificates, StoredCrls(pool, certificates), keys, known, locks, host_clock)
     responders = Responders(authorities, certificates, answers, keys, issuer, BUILT_IN[OCSP], locks)
     answering = OcspAnswering(authorities, certificates, answers, keys, responders, known, rate)
     return RevocationParts(

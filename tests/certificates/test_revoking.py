@@ -11,10 +11,11 @@ import pytest
 from cryptography import x509
 
 from kms.certificates.certificate import Certificate, Revocation, RevocationReason
+from kms.certificates.crl import Crl
 from kms.certificates.postgres.revocations import read_crl_status
 from kms.certificates.publishing.documents import IssuerPath
 from kms.certificates.revocation_ports import JournaledRevocation, JournaledRevocations
-from kms.certificates.x509.crls import parse_crl
+from kms.certificates.x509.crls import build_crl, parse_crl
 from kms.domain.errors import KmsError, Reason
 from kms.domain.permissions import Permission
 from kms.store.pool import Pool
@@ -349,6 +350,20 @@ async def test_a_planted_list_is_not_published(root: StoredAuthority) -> None:
             if is_restarted:
                 root.restart()
             assert await _listed(root) == {certificate.serial_number}
+
+
+async def test_a_list_of_the_future_is_not_published(root: StoredAuthority, monkeypatch: pytest.MonkeyPatch) -> None:
+    [certificate] = await _issued(root)
+    await _listed(root)
+    ahead = await root.authorities.now() + timedelta(days=60)
+    future = Crl(int(ahead.timestamp() * 1000), ahead, ahead + timedelta(days=7), "", {})
+    signed = await root.token.sign_for(None, await root.read(), build_crl(future, root.memory.der), {})
+    await root.revoking.revoke(root.manager, certificate.certificate_id, _KEY_COMPROMISE)
+    root.run("UPDATE cryptography.crls SET crl = %s, number = %s", signed, future.number)
+    for is_restarted in (False, True):
+        if is_restarted:
+            root.restart()
+        assert await _listed(root) == {certificate.serial_number}
 
 
 async def test_the_list_of_another_shard_is_not_published(sharded: StoredAuthority) -> None:
