@@ -37,6 +37,7 @@ from kms.domain.errors import KmsError, Reason
 ANSWER_LIFETIME: Final = timedelta(days=2)
 RENEWED_BEFORE_END: Final = timedelta(days=1)
 MISSING_MAX: Final = 1_000
+_LOOK_AGAIN: Final = timedelta(seconds=1)
 _LOG = structlog.get_logger("kms.certificates")
 
 
@@ -59,7 +60,7 @@ class OcspAnswering:
     responders: Responders
     journaled: JournaledRevocations
     rate: Rate
-    _responders: MutableMapping[UUID, Certificate] = field(default_factory=dict, repr=False)
+    _responders: "MutableMapping[UUID, _KnownResponder]" = field(default_factory=dict, repr=False)
 
     async def answer(self, authority: Authority, data: bytes) -> Document:
         """Return the answer to the request in *data*; an OCSP error where there is none. Raises STORE_UNAVAILABLE."""
@@ -108,23 +109,47 @@ class OcspAnswering:
         good_until = min(now + RENEWED_BEFORE_END, responder.not_after)
         made = 0
         for certificate_id in await self.answers.missing(authority.authority_id, good_until, MISSING_MAX):
-            certificate = await self.certificates.find_any(certificate_id)
+            certificate = await self._ours(certificate_id)
             if certificate is None or certificate.issuer_id != authority.authority_id:
                 continue
             cert_id = CertId("sha1", *issuer_hashes(authority.certificate, "sha1"), certificate.serial_number)
             status = CertStatus(cert_id, self._revocation(authority, certificate))
-            document = await self._signed(authority, responder, [status], None, await self.authorities.now())
+            now = await self.authorities.now()
+            document = await self._signed(authority, await self._responder(authority, now), [status], None, now)
             await self._store(authority, status, document)
             made += 1
         return made
 
+    async def _ours(self, certificate_id: UUID) -> Certificate | None:
+        """Return a certificate, or None, which the log tells, where its record is not as the service left it."""
+        try:
+            return await self.certificates.find_any(certificate_id)
+        except KmsError as error:
+            if error.reason is not Reason.RECORD_INVALID:
+                raise
+        _LOG.error("no OCSP answer: the certificate's record is not ours", certificate=str(certificate_id))
+        return None
+
     async def _responder(self, authority: Authority, now: datetime) -> Certificate:
-        """Return the certificate of the signer of an authority. The first is made when somebody asks."""
+        """Return the certificate of the signer of an authority. The first is made when somebody asks.
+
+        One that is remembered is looked at again each second, and the journal is asked each time whether it was revoked since.
+        """
         known = self._responders.get(authority.authority_id)
-        if known is None or is_to_be_renewed(known, now):
-            known = await self.responders.find(authority, now) or await self.responders.renew(authority)
-            self._responders[authority.authority_id] = known
-        return known
+        is_revoked = known is not None and self._is_journaled(authority, known.certificate.serial_number)
+        if known is not None and not is_revoked and known.is_fresh(now):
+            return known.certificate
+        try:
+            found = await self.responders.find(authority, now) or await self.responders.renew(authority)
+        except KmsError as error:
+            if error.reason is not Reason.HSM_UNAVAILABLE or known is None or is_revoked:
+                raise
+            found = known.certificate  # it signs nothing meanwhile, and what it signed before is good
+        self._responders[authority.authority_id] = _KnownResponder(found, now)
+        return found
+
+    def _is_journaled(self, authority: Authority, serial_number: int) -> bool:
+        return self.journaled.find(authority.authority_id, serial_number) is not None
 
     async def _stored(self, authority: Authority, cert_id: CertId, responder: Certificate, now: datetime) -> Document | None:
         """Return the stored answer, if it is good and says what the record and the journal say."""
@@ -141,8 +166,8 @@ class OcspAnswering:
             status = await self._status(authority, cert_id)
         except KmsError as error:
             # Without the token no record is proven. An answer that was signed while it was there is good until its end.
-            known = self.journaled.find(authority.authority_id, cert_id.serial_number)
-            is_good = error.reason is Reason.HSM_UNAVAILABLE and known is None
+            is_known = self._is_journaled(authority, cert_id.serial_number)
+            is_good = error.reason is Reason.HSM_UNAVAILABLE and not is_known
             if not is_good and answer.status.revocation is None:
                 raise
             return Document(der, answer.this_update, answer.next_update)
@@ -189,6 +214,18 @@ class OcspAnswering:
             is_revoked = status.revocation is not None
             new = NewAnswer(status.cert_id.hash_name, document.content, is_revoked, document.this_update, document.next_update)
             await self.answers.store(authority.authority_id, status.cert_id.serial_number, new)
+
+
+@dataclass(frozen=True, slots=True)
+class _KnownResponder:
+    """The certificate of a signer, and when its record was proven last."""
+
+    certificate: Certificate
+    looked_at: datetime
+
+    def is_fresh(self, now: datetime) -> bool:
+        """Whether the signer needs no look at *now*."""
+        return self.looked_at <= now < self.looked_at + _LOOK_AGAIN and not is_to_be_renewed(self.certificate, now)
 
 
 def _is_of(authority: Authority, cert_id: CertId) -> bool:

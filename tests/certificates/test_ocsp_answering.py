@@ -10,7 +10,9 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import ocsp
 
+from kms.certificates.authority import AuthorityStatus
 from kms.certificates.certificate import Certificate, RevocationReason
+from kms.certificates.postgres import clock
 from kms.certificates.publishing.documents import Document, IssuerPath
 from kms.certificates.x509.ocsp import issuer_hashes
 from kms.domain.errors import KmsError, Reason
@@ -177,6 +179,36 @@ async def test_a_signer_is_renewed_in_the_last_third_of_its_life(root: StoredAut
     assert after.next_update > before.next_update, "and is signed again by the next one"
 
 
+async def test_a_signer_that_is_revoked_signs_no_more(root: StoredAuthority) -> None:
+    certificate = await _issued(root)
+    signers = [(await _answer(root, certificate, nonce=b"n" * 16)).certificates[0]]
+    for reason, has_the_same_key in ((RevocationReason.SUPERSEDED, True), (RevocationReason.KEY_COMPROMISE, False)):
+        found = await root.certificates.find_by_serial(root.authority_id, signers[-1].serial_number)
+        assert found is not None
+        await root.revoking.revoke(root.manager, found.certificate_id, reason)
+        signers.append((await _answer(root, certificate, nonce=b"n" * 16)).certificates[0])
+        assert signers[-1].serial_number != found.serial_number
+        assert (signers[-1].public_key() == signers[-2].public_key()) is has_the_same_key
+    await root.rounds.run()
+    assert root.run("SELECT count(*) FROM cryptography.certificates WHERE profile = 'ocsp'") == [(3,)]
+
+
+async def test_a_disabled_authority_still_has_a_signer(root: StoredAuthority) -> None:
+    certificate = await _issued(root)
+    disabled = (await root.read()).changed(status=AuthorityStatus.DISABLED)
+    await root.authorities.change(root.manager, disabled, "authority.disabled", {})
+    await root.rounds.run()
+    assert await _status(root, certificate, nonce=b"n" * 16) is _GOOD
+
+
+async def test_a_record_that_is_not_ours_keeps_no_other_from_its_answer(root: StoredAuthority) -> None:
+    one, planted, other = [certificate for certificate, _ in await root.issue(count=3)]
+    root.run("UPDATE cryptography.certificates SET subject = 'CN=other' WHERE id = %s", planted.certificate_id)
+    await root.rounds.run()
+    answered = {int(row[0], 16) for row in root.run("SELECT serial_number FROM cryptography.ocsp_answers")}
+    assert answered == {one.serial_number, other.serial_number}
+
+
 # A hostile database --------------------------------------------------------------------------------------------------------
 
 
@@ -234,6 +266,26 @@ async def test_a_certificate_whose_record_was_edited_has_no_answer(root: StoredA
     root.run("UPDATE cryptography.certificates SET profile = 'client' WHERE id = %s", certificate.certificate_id)
     answer = await _answer(root, certificate, nonce=b"n" * 32)
     assert answer.response_status is ocsp.OCSPResponseStatus.TRY_LATER
+
+
+@pytest.mark.parametrize("days", [60, -60])
+async def test_nothing_is_signed_by_a_clock_of_the_database_that_is_wrong(
+    root: StoredAuthority, monkeypatch: pytest.MonkeyPatch, days: int
+) -> None:
+    certificate = await _issued(root)
+    authority = await root.read()
+    monkeypatch.setattr(clock, "NOW", f"SELECT clock_timestamp() + interval '{days} days' AS now")
+    signatures = root.token.signatures
+    for tried in (
+        _answer(root, certificate, nonce=b"n" * 16),
+        root.publishing.publish(authority, 0),
+        _revoke(root, certificate),
+        root.rounds.run(),
+    ):
+        with pytest.raises(KmsError) as caught:
+            await tried
+        assert caught.value.reason is Reason.STORE_UNAVAILABLE
+    assert root.token.signatures == signatures
 
 
 # Parts that are away -------------------------------------------------------------------------------------------------------
