@@ -5,17 +5,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import cast
 from uuid import UUID, uuid4
 
 import pytest
 from cryptography import x509
 
+from kms.certificates.authorities import AuthorityChange, AuthorityWish, ManagingAuthorities
+from kms.certificates.authority import AuthorityRef
 from kms.certificates.certificate import Certificate, Revocation, RevocationReason
 from kms.certificates.crl import Crl
+from kms.certificates.issuer import Issuer
+from kms.certificates.names import EMPTY
 from kms.certificates.postgres.revocations import read_crl_status
+from kms.certificates.profiles import BUILT_IN
 from kms.certificates.publishing.documents import IssuerPath
 from kms.certificates.revocation_ports import JournaledRevocation, JournaledRevocations
+from kms.certificates.service_keys import ServiceKeys
 from kms.certificates.x509.crls import build_crl, parse_crl
+from kms.domain.algorithms import KeyType, Purpose, key_spec
 from kms.domain.errors import KmsError, Reason
 from kms.domain.permissions import Permission
 from kms.store.pool import Pool
@@ -185,6 +193,53 @@ async def test_each_shard_has_a_list_of_its_own(sharded: StoredAuthority) -> Non
         assert [name.value for name in point.full_name or ()] == [f"http://pki.example.com/crl/root/1/{shard}.crl"]
     assert await _listed(sharded, 0) == set()
     assert await _refused(sharded, 4) is Reason.AUTHORITY_NOT_FOUND
+
+
+def _managing(root: StoredAuthority) -> ManagingAuthorities:
+    no_keys = cast(ServiceKeys, None)  # nothing of this is signed
+    return ManagingAuthorities(
+        root.authorities, root.certificates, no_keys, Issuer(root.certificates, no_keys, _random), BUILT_IN
+    )
+
+
+async def _random(size: int) -> bytes:
+    return bytes(size)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (AuthorityChange(crl_shards=2), "crl_shards"),
+        (AuthorityChange(crl_shards=0), "crl_shards"),
+        (AuthorityChange(base_url="http://other.example.com"), "base_url"),
+        (AuthorityChange(base_url="", crl_shards=0), "crl_shards"),
+    ],
+    ids=["fewer", "none", "another address", "no address"],
+)
+async def test_no_change_takes_a_certificate_off_the_list_that_it_names(
+    sharded: StoredAuthority, change: AuthorityChange, field: str
+) -> None:
+    with pytest.raises(KmsError) as caught:
+        await _managing(sharded).update(sharded.manager, AuthorityRef(name="root"), change, None)
+    assert (caught.value.reason, caught.value.metadata["field"]) == (Reason.MALFORMED, field)
+
+
+async def test_an_authority_may_have_more_shards_and_none_without_an_address(sharded: StoredAuthority) -> None:
+    after = await _managing(sharded).update(sharded.manager, AuthorityRef(name="root"), AuthorityChange(crl_shards=5), None)
+    assert after.crl_shards == 5
+    spec = key_spec(KeyType.SECP256R1, Purpose.SIGNING, None)
+    with pytest.raises(KmsError) as caught:
+        await _managing(sharded).create(sharded.manager, AuthorityWish("other", EMPTY, spec, crl_shards=2))
+    assert (caught.value.reason, caught.value.metadata["field"]) == (Reason.MALFORMED, "crl_shards")
+
+
+async def test_a_single_list_may_move_until_there_are_shards(root: StoredAuthority) -> None:
+    managing, ref = _managing(root), AuthorityRef(name="root")
+    with pytest.raises(KmsError) as caught:
+        await managing.update(root.manager, ref, AuthorityChange(base_url="http://other.example.com", crl_shards=2), None)
+    assert caught.value.metadata["field"] == "base_url"
+    moved = await managing.update(root.manager, ref, AuthorityChange(base_url="http://other.example.com"), None)
+    assert moved.base_url == "http://other.example.com"
 
 
 async def test_what_is_not_there_is_not_published(root: StoredAuthority) -> None:
