@@ -3,12 +3,13 @@
     request ──► stored answer, still good, and as the record says ──► sent
             ──► a nonce, several certificates, no such answer ──────► signed now, at a bound rate ──► sent; stored without a nonce
 
-The signer is a key of its own with a certificate of the profile `ocsp` (RFC 6960 section 4.2.2.2). A stored answer is believed
-with the signer's signature, and never where the record or the journal calls the certificate revoked and the answer does not.
+Beyond the rate, a request with a nonce gets the stored answer, without it. The signer is a key of its own, with a certificate of
+the profile `ocsp` (RFC 6960 section 4.2.2.2). A stored answer is believed with the signer's signature, and never where the record
+or the journal calls the certificate revoked and the answer does not.
 """
 
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Final, Protocol
 from uuid import UUID
@@ -93,11 +94,20 @@ class OcspAnswering:
         if len(known) < len(statuses):
             return _refused(OcspError.UNAUTHORIZED, now)
         if not self.rate.take():
-            return _refused(OcspError.TRY_LATER, now)
+            return await self._without_nonce(authority, request, responder, now) or _refused(OcspError.TRY_LATER, now)
         document = await self._signed(authority, responder, known, request.nonce, now)
         if is_common:
             await self._store(authority, known[0], document)
         return document
+
+    async def _without_nonce(
+        self, authority: Authority, request: OcspRequest, responder: Certificate, now: datetime
+    ) -> Document | None:
+        """Return the stored answer to a request whose nonce is left out, which RFC 9654 allows, or None."""
+        if len(request.cert_ids) > 1 or request.nonce is None:
+            return None
+        stored = await self._stored(authority, request.cert_ids[0], responder, now)
+        return None if stored is None else replace(stored, next_update=None)
 
     async def sign_missing(self, authority: Authority) -> int:
         """Sign the answers that an authority lacks or that end soon, about some of its certificates, and return how many."""

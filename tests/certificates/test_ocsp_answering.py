@@ -1,8 +1,10 @@
 """OCSP on a real database: what is signed before and what on demand, and what a hostile database changes of that."""
 
 import asyncio
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import LiteralString
 
 import pytest
 from cryptography import x509
@@ -14,9 +16,11 @@ from kms.certificates.authority import AuthorityStatus
 from kms.certificates.certificate import Certificate, RevocationReason
 from kms.certificates.postgres import clock
 from kms.certificates.publishing.documents import Document, IssuerPath
+from kms.certificates.publishing.publications import AT_ONCE
+from kms.certificates.publishing.rate import Bucket
 from kms.certificates.x509.ocsp import issuer_hashes
 from kms.domain.errors import KmsError, Reason
-from kms.store.pool import Pool
+from kms.store.pool import Acting, Pool
 from tests.certificates.memory_authority import authority
 from tests.certificates.stored_authority import StoredAuthority, stored_authority
 from tests.fixtures.postgres import Database
@@ -107,6 +111,55 @@ async def test_what_is_signed_on_demand_is_bound(root: StoredAuthority) -> None:
     assert await _status(root, certificate, nonce=b"n" * 16) is _GOOD
     answer = await _answer(root, certificate, nonce=b"n" * 16)
     assert answer.response_status is ocsp.OCSPResponseStatus.TRY_LATER
+
+
+async def test_beyond_the_rate_a_nonce_is_left_out(root: StoredAuthority) -> None:
+    certificate = await _issued(root)
+    stored = await _document(root, certificate.serial_number)
+    root.allowance.left, signatures = 0, root.token.signatures
+    document = await _document(root, certificate.serial_number, nonce=b"n" * 16)
+    assert (document.content, document.next_update) == (stored.content, None)
+    await _revoke(root, certificate)
+    answer = await _answer(root, certificate, nonce=b"n" * 16)
+    assert answer.response_status is ocsp.OCSPResponseStatus.TRY_LATER, "no answer that is outdated is sent"
+    assert root.token.signatures == signatures + 1, "the CRL alone"
+
+
+def test_nothing_is_signed_on_demand_while_strangers_are_not_recorded() -> None:
+    room = [True]
+    bucket = Bucket(1.0, 2, lambda: 0.0, lambda: room[0])
+    assert bucket.take()
+    room[0] = False
+    assert not bucket.take()
+    room[0] = True
+    assert [bucket.take(), bucket.take()] == [True, False]
+
+
+async def test_strangers_hold_few_connections_and_ask_for_an_unknown_name_once(
+    root: StoredAuthority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch, running, most, count = Pool.fetch, 0, 0, 0
+
+    async def counted(self: Pool, acting: Acting, query: LiteralString, parameters: Mapping[str, object] | None = None) -> object:
+        nonlocal running, most, count
+        running, count = running + 1, count + 1
+        most = max(most, running)
+        try:
+            return await fetch(self, acting, query, parameters)
+        finally:
+            running -= 1
+
+    certificate = await _issued(root)
+    request = _request(root, certificate.serial_number)
+    monkeypatch.setattr(Pool, "fetch", counted)
+    await asyncio.gather(*(root.publications.ocsp(_ROOT, request) for _ in range(20)))
+    assert most <= AT_ONCE
+    count = 0
+    for _ in range(3):
+        with pytest.raises(KmsError) as caught:
+            await root.publications.certificate(IssuerPath("other", 1))
+        assert caught.value.reason is Reason.AUTHORITY_NOT_FOUND
+    assert count == 1
 
 
 async def test_what_the_authority_did_not_issue_costs_no_signature(root: StoredAuthority) -> None:
