@@ -74,6 +74,13 @@ class Certificates(Protocol):
         """Return a certificate of an authority for the service itself, or None."""
         ...
 
+    async def count_living(self, issuer_id: UUID, *, owner_id: UserId | None, shard: int | None) -> int:
+        """Return how many certificates of an authority a CRL may list: all but those that ended over two days ago.
+
+        Of an owner, and of a shard, where given. It counts no further than 10,000. The database alone says so.
+        """
+        ...
+
     async def of_key(self, owner_id: UserId, key_id: KeyId) -> Sequence[Certificate]:
         """Return the certificates of a key for the service itself, the newest first, at most 100."""
         ...

@@ -50,6 +50,16 @@ FIND_BY_SERIAL: Final = f"""
 OF_KEY: Final = f"""
     SELECT {COLUMNS} FROM cryptography.certificates WHERE key_id = %(key)s ORDER BY created_at DESC, id DESC LIMIT 100
 """
+# What has ended is on one more CRL, so it counts for a while.
+COUNT_LIVING: Final = """
+    SELECT count(*) AS living
+    FROM (
+        SELECT FROM cryptography.certificates
+        WHERE issuer_id = %(issuer)s AND not_after > clock_timestamp() - interval '2 days'
+            AND (%(owner)s::uuid IS NULL OR user_id = %(owner)s) AND (%(shard)s::integer IS NULL OR crl_shard = %(shard)s)
+        LIMIT 10000
+    ) AS found
+"""
 
 
 def _page(which: LiteralString) -> LiteralString:
@@ -124,6 +134,11 @@ class StoredCertificates:
         if any((each.issuer_id, each.serial_number) != (issuer_id, serial_number) for each in found):
             raise record_invalid()
         return found[0] if found else None
+
+    async def count_living(self, issuer_id: UUID, *, owner_id: UserId | None, shard: int | None) -> int:
+        """See `Certificates.count_living`."""
+        parameters = {"issuer": issuer_id, "owner": owner_id, "shard": shard}
+        return int((await self.pool.fetch(AS_JOB, COUNT_LIVING, parameters))[0]["living"])
 
     async def of_key(self, owner_id: UserId, key_id: KeyId) -> Sequence[Certificate]:
         """See `Certificates.of_key`."""
