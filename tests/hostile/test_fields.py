@@ -325,6 +325,7 @@ KINDS: Final[dict[str, Kind]] = {
     "GetCrlRequest.authority": AUTHORITY,
     "GetCrlRequest.shard": Kind((1, 2**31, 2**32 - 1)),
     "PublishCrlRequest.authority": AUTHORITY,
+    "PublishCrlRequest.shard": Kind((1, 2**31, 2**32 - 1)),
 }
 
 
