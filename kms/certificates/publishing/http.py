@@ -9,6 +9,7 @@ Anybody may reach this address. So connections are few and short, and requests a
 """
 
 import asyncio
+import logging
 import re
 from base64 import b64decode
 from binascii import Error as Base64Error
@@ -42,6 +43,9 @@ _CRL: Final = re.compile(rf"/crl/([^/]+)/({_NUMBER})(?:/({_NUMBER}))?\.crl")
 _OCSP: Final = re.compile(rf"/ocsp/([^/]+)/({_NUMBER})(?:/(.+))?")
 _RETRY_SECONDS: Final = 5
 _LOG = structlog.get_logger("kms.publishing")
+# aiohttp logs each request that it cannot read, with a traceback. Our own bugs are logged here.
+_UNHEARD: Final = logging.getLogger("kms.publishing.aiohttp")
+_UNHEARD.disabled = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,7 @@ class _BoundedServer(web.Server):
             lingering_time=0.0,
             auto_decompress=False,
             access_log=None,
+            logger=_UNHEARD,
         )
         self._limits = limits
         self._ends: dict[RequestHandler, asyncio.TimerHandle] = {}
