@@ -188,7 +188,7 @@ class PublishingConfig(_Section):
     listen: Address = "127.0.0.1:7480"
     connections_max: Annotated[int, Field(ge=1, le=100_000)] = 256
     connection_seconds: Annotated[float, Field(ge=1, le=600)] = 30.0
-    ocsp_signatures_per_second: Annotated[float, Field(ge=0, le=100_000)] = 50.0
+    ocsp_signatures_per_second: Annotated[float, Field(gt=0, le=100_000)] = 50.0
 
 
 class TracingConfig(_Section):
