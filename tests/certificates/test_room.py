@@ -1,18 +1,21 @@
 """How many certificates there may be: of a user who needs nobody's leave, and on a CRL that is signed as it is."""
 
 import os
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import cast
+from uuid import uuid4
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from kms.app.limits import MESSAGE_BYTES_MAX
 from kms.app.ports import Call
 from kms.certificates import issuer
-from kms.certificates.certificate import Revocation, RevocationReason
+from kms.certificates.certificate import Issuance, Revocation, RevocationReason
 from kms.certificates.crl import Crl
 from kms.certificates.issuer import Draft, Issuer
 from kms.certificates.names import EMPTY, GeneralName, NameKind
@@ -31,6 +34,16 @@ _KEY = ec.generate_private_key(ec.SECP256R1()).public_key().public_bytes(Encodin
 
 async def _random(size: int) -> bytes:
     return os.urandom(size)
+
+
+async def _certified(root: StoredAuthority) -> StoredAuthority:
+    """Return the authority with the record of its own certificate, beside that of another certificate."""
+    [(like, _)] = await root.issue()
+    serial_number = x509.load_der_x509_certificate(root.memory.der).serial_number
+    intent = replace(like, certificate_id=uuid4(), serial_number=serial_number, issuance=Issuance.INTENDED, der=b"", version=1)
+    await root.certificates.add(None, intent, await root.read())
+    await root.certificates.complete(None, intent.issued(root.memory.der))
+    return root
 
 
 async def _issue(root: StoredAuthority, call: Call) -> None:
@@ -53,7 +66,7 @@ async def _is_refused(root: StoredAuthority, call: Call) -> bool:
 async def test_a_user_gets_so_many_certificates_by_themselves(
     store: Pool, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = await stored_authority(store, database, tmp_path, memory=authority("p256", datetime.now(UTC)))
+    root = await _certified(await stored_authority(store, database, tmp_path, memory=authority("p256", datetime.now(UTC))))
     monkeypatch.setattr(issuer, "OWN_MAX", 2)
     one, other, granted = root.user("one"), root.user("other"), root.user("granted", Permission.CERTS_ISSUE)
     await root.let(granted, "client")
@@ -67,8 +80,8 @@ async def test_a_user_gets_so_many_certificates_by_themselves(
 async def test_no_more_is_issued_than_a_crl_that_is_signed_as_it_is_can_list(
     store: Pool, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = await stored_authority(store, database, tmp_path, memory=authority("ed25519", datetime.now(UTC)))
-    monkeypatch.setattr(issuer, "LISTED_MAX", 2)
+    root = await _certified(await stored_authority(store, database, tmp_path, memory=authority("ed25519", datetime.now(UTC))))
+    monkeypatch.setattr(issuer, "LISTED_MAX", 4)
     granted = root.user("granted", Permission.CERTS_ISSUE)
     await root.let(granted, "client")
     assert [await _is_refused(root, granted) for _ in range(3)] == [False, False, True]
