@@ -259,7 +259,10 @@ BEGIN
     END IF;
     IF made.issuer_id IS NOT NULL AND NOT EXISTS (
         SELECT FROM cryptography.certificate_authorities AS a
-        WHERE a.id = made.issuer_id AND a.version = issuer_version AND (a.status <> 'disabled' OR made.profile = 'ocsp')
+        WHERE a.id = made.issuer_id AND a.version = issuer_version AND (
+            -- A disabled authority still answers for what it issued: the service itself gives it a signer of OCSP answers.
+            a.status <> 'disabled' OR (made.profile = 'ocsp' AND authentication.current_user_id() IS NULL)
+        )
     ) THEN
         RETURN 'STALE';
     END IF;

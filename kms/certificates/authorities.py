@@ -26,6 +26,7 @@ from kms.certificates.authority import (
     authority_not_found,
     check_active,
     check_lets_issue,
+    check_points,
 )
 from kms.certificates.certificate import CertificateFilter, Issuance, Revocation, RevocationReason
 from kms.certificates.constraints import NameConstraints
@@ -109,6 +110,7 @@ class ManagingAuthorities:
         Raises NAME_TAKEN; for the parent AUTHORITY_NOT_FOUND, AUTHORITY_INACTIVE, and PERMISSION_DENIED unless the caller is one
         of its issuers; CERTIFICATE_INVALID, and what making a key raises.
         """
+        check_points(None, wish.base_url, wish.crl_shards)
         generations = await self.authorities.generations(wish.name)
         # What was begun and never became active is left behind, for its manager to begin again.
         if any(each.status in _HELD or each.manager_id != call.user.user_id for each in generations):
@@ -386,12 +388,15 @@ class ManagingAuthorities:
                 raise malformed("allow" if user_id != manager_id else "manager_id", "expected a user in good standing")
         if change.self_service is not None and not SELF_SERVICE.issuperset(change.self_service):
             raise malformed("self_service", "expected client, or none")
+        base_url = before.base_url if change.base_url is None else change.base_url
+        crl_shards = before.crl_shards if change.crl_shards is None else change.crl_shards
+        check_points(before, base_url, crl_shards)
         return before.changed(
             issuers=tuple(sorted(issuers)),
             self_service=before.self_service if change.self_service is None else change.self_service,
             manager_id=manager_id,
-            base_url=before.base_url if change.base_url is None else change.base_url,
-            crl_shards=before.crl_shards if change.crl_shards is None else change.crl_shards,
+            base_url=base_url,
+            crl_shards=crl_shards,
             status=AuthorityStatus.DISABLED if change.disable else before.status,
         )
 

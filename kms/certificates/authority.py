@@ -181,6 +181,21 @@ def parse_authority_ref(text: str, *, field: str = "authority") -> AuthorityRef:
     return AuthorityRef(name=name, generation=int(generation) if slash else None)
 
 
+def check_points(before: Authority | None, base_url: str, crl_shards: int) -> None:
+    """Raise MALFORMED where a certificate of an authority would be on no CRL that its verifier finds. *before* None: a new one.
+
+    A certificate names for good the address of the CRL that will list it, and the CRL of a shard names the same.
+    """
+    if crl_shards and not base_url:
+        raise malformed("crl_shards", "expected 0 without a base_url: the CRL of a shard names its own address")
+    if before is None:
+        return
+    if crl_shards < before.crl_shards:
+        raise malformed("crl_shards", f"expected {before.crl_shards} or more: certificates of the others are on no other CRL")
+    if crl_shards and before.base_url not in ("", base_url):
+        raise malformed("base_url", f"expected {before.base_url}: with shards, certificates and CRLs name it for good")
+
+
 def check_active(authority: Authority, now: datetime) -> None:
     """Raise AUTHORITY_INACTIVE unless *authority* may issue certificates at *now*."""
     if authority.status is not AuthorityStatus.ACTIVE:

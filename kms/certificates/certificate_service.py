@@ -175,10 +175,10 @@ class CertificateServicer:
         return pb.GetCrlResponse(crl=_wire_crl(authority, shard, await self.revoking.newest_crl(authority, shard)))
 
     async def PublishCrl(self, request: pb.PublishCrlRequest, call: Call) -> pb.PublishCrlResponse:
-        """Sign new CRLs."""
+        """Sign a new CRL."""
         authority = await self.managing.managed(call.user, parse_authority_ref(request.authority))
-        made = await self.revoking.publish(authority)
-        return pb.PublishCrlResponse(crls=[_wire_crl(authority, shard, crl) for shard, crl in enumerate(made)])
+        shard = parse_number(request.shard, field="shard", most=authority.crl_shards)
+        return pb.PublishCrlResponse(crl=_wire_crl(authority, shard, await self.revoking.publish(authority, shard)))
 
     async def _wire(self, authority: Authority, call: Call) -> pb.CertificateAuthority:
         wire = wire_authority(authority, call.user.user_id)

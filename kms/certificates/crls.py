@@ -5,10 +5,10 @@ process has seen, and if it lists what the journal knows to be revoked. The next
 list stays there, whatever a row of the database says.
 """
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final, Protocol
 from uuid import UUID
 
@@ -26,6 +26,7 @@ from kms.domain.errors import KmsError, Reason
 _ATTEMPTS: Final = 5
 _LOOKED_AT_MAX: Final = 1_000
 _BYTES_PER_ENTRY: Final = 40
+_CLOCKS_APART_MAX: Final = timedelta(minutes=1)
 _LOG = structlog.get_logger("kms.certificates")
 
 Shard = tuple[UUID, int]
@@ -49,7 +50,11 @@ class SignedCrl:
 
 @dataclass(frozen=True, slots=True)
 class CrlPublishing:
-    """Makes and reads CRLs. `_newest` remembers, by shard, the CRL with the highest number that this process has seen."""
+    """Makes and reads CRLs. *clock* is the host's.
+
+    `_newest` remembers, by shard, the CRL with the highest number that this process has seen.
+    `_complete` remembers the number of a CRL, and how many of the journal's revocations it was seen to list.
+    """
 
     authorities: Authorities
     certificates: Certificates
@@ -57,7 +62,9 @@ class CrlPublishing:
     signer: Signer
     journaled: JournaledRevocations
     locks: Locks
+    clock: Callable[[], datetime]
     _newest: MutableMapping[Shard, SignedCrl] = field(default_factory=dict, repr=False)
+    _complete: MutableMapping[Shard, tuple[int, int]] = field(default_factory=dict, repr=False)
 
     async def current(self, authority: Authority, shard: int) -> SignedCrl | None:
         """Return the newest CRL of a shard that may be shown, or None.
@@ -123,6 +130,8 @@ class CrlPublishing:
             _LOG.error("stored CRL refused: an older one", authority=str(authority.authority_id), shard=shard, number=crl.number)
         elif crl.distribution_point not in _points(authority, shard):
             _LOG.error("stored CRL refused: of another shard", authority=str(authority.authority_id), shard=shard)
+        elif crl.this_update > self.clock() + _CLOCKS_APART_MAX:
+            _LOG.error("stored CRL refused: of the future", authority=str(authority.authority_id), shard=shard, number=crl.number)
         else:
             self._newest[authority.authority_id, shard] = SignedCrl(row.crl, crl)
         return row
@@ -155,12 +164,18 @@ class CrlPublishing:
 
     def _missing(self, authority: Authority, shard: int, crl: Crl | None) -> Mapping[int, Revocation]:
         """Return what the journal knows to be revoked and *crl* lacks. What had expired when it was made may be missing."""
-        known = self.journaled(authority)
-        return {
-            serial: each.revocation
-            for serial, each in known.items()
-            if each.shard == shard and (crl is None or (serial not in crl.entries and each.expires_at >= crl.this_update))
+        number, seen = self._complete.get((authority.authority_id, shard), (0, 0))
+        if crl is None or crl.number != number:
+            seen = 0
+        known = self.journaled.of_shard(authority.authority_id, shard, after=seen)
+        missing = {
+            each.serial_number: each.revocation
+            for each in known
+            if crl is None or (each.serial_number not in crl.entries and each.expires_at >= crl.this_update)
         }
+        if crl is not None and not missing:
+            self._complete[authority.authority_id, shard] = crl.number, seen + len(known)
+        return missing
 
     async def _made(
         self,

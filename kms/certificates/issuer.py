@@ -30,6 +30,10 @@ from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId, UserId
 
 SERIAL_BYTES: Final = 20
+OWN_MAX: Final = 100
+"""Certificates of one authority that a user gets by themselves."""
+LISTED_MAX: Final = 1150
+"""Certificates of a CRL in an Ed25519 signature: each takes 53 bytes at most, and `MESSAGE_BYTES_MAX` are signed."""
 
 Keep = Callable[[UUID], Repeat]
 """Makes of a new certificate's id the answer that is stored for a repeat of the request."""
@@ -62,11 +66,14 @@ class Issuer:
     async def issue(self, call: Call | None, authority: Authority, draft: Draft, keep: Keep | None = None) -> Certificate:
         """Issue a certificate of an active authority. None as *call*: the service does it by itself.
 
-        Raises AUTHORITY_INACTIVE, CERTIFICATE_INVALID; STALE if the authority changed since it was read; what
-        `ServiceKeys.sign` raises.
+        Raises AUTHORITY_INACTIVE, CERTIFICATE_INVALID; STALE if the authority changed since it was read; USAGE_LIMIT_REACHED
+        where the owner, who needs nobody's leave, or a CRL has room for no more; what `ServiceKeys.sign` raises.
         """
         now = await self.certificates.now()
         check_active(authority, now)
+        if call is not None and not authority.issues(call.user.user_id, draft.profile.name):
+            living = await self.certificates.count_living(authority.authority_id, owner_id=draft.owner_id, shard=None)
+            _check_room(living, OWN_MAX, "you have", "of this authority that have not ended")
         return await self._signed(call, authority, draft, now, keep, _issuer(authority))
 
     async def issue_to_itself(self, call: Call, authority: Authority, draft: Draft) -> Certificate:
@@ -103,7 +110,14 @@ class Issuer:
             raise certificate_invalid("public_key", "expected a key of which no certificate is revoked as compromised")
         to_certify = await self._to_certify(authority, draft, now, issuer)
         signer = draft.public_key if issuer is None else parse_certificate(issuer.chain[0]).public_key
+        shard = authority.shard_of(to_certify.serial_number)
         unsigned = build_certificate(to_certify, signer)
+        if call is not None and not draft.profile.is_ca and not unsigned.token_input[1]:
+            # It signs no digest but the whole CRL, and the token signs no longer message.
+            living = await self.certificates.count_living(authority.authority_id, owner_id=None, shard=shard)
+            _check_room(
+                living, LISTED_MAX, "the CRL of this certificate may have to list", "and its authority signs no longer one"
+            )
         lint(unsigned.draft, to_certify)
         intended = Certificate(
             certificate_id=UUID(bytes=await self.random(16), version=4),
@@ -123,7 +137,7 @@ class Issuer:
             requested_by=None if call is None else call.user.user_id,
             created_at=now,
             replaces=draft.replaces,
-            crl_shard=authority.shard_of(to_certify.serial_number),
+            crl_shard=shard,
         )
         await self.certificates.add(call, intended, authority)
         details = {"certificate": str(intended.certificate_id), "serial": serial_text(intended.serial_number)}
@@ -147,6 +161,11 @@ class Issuer:
             path_length=draft.path_length,
             name_constraints=draft.name_constraints,
         )
+
+
+def _check_room(living: int, most: int, before: str, after: str) -> None:
+    if living >= most:
+        raise KmsError(Reason.USAGE_LIMIT_REACHED, f"{before} {living} certificates {after}: wait until some have ended")
 
 
 def _issuer(authority: Authority) -> IssuerCertificate:

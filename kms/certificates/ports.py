@@ -18,7 +18,7 @@ class Authorities(Protocol):
     """
 
     async def now(self) -> datetime:
-        """Return the moment by the database's clock."""
+        """Return the moment by the database's clock. Raises STORE_UNAVAILABLE where the host's differs by over a minute."""
         ...
 
     async def find(self, ref: AuthorityRef) -> Authority | None:
@@ -59,7 +59,7 @@ class Certificates(Protocol):
     """
 
     async def now(self) -> datetime:
-        """Return the moment by the database's clock."""
+        """Return the moment by the database's clock. Raises STORE_UNAVAILABLE where the host's differs by over a minute."""
         ...
 
     async def find(self, caller: User, certificate_id: UUID) -> Certificate | None:
@@ -80,6 +80,13 @@ class Certificates(Protocol):
 
     async def is_compromised(self, spki_sha256: bytes) -> bool:
         """Whether a certificate of a key was revoked since the key is compromised: a record says so, or the journal."""
+        ...
+
+    async def count_living(self, issuer_id: UUID, *, owner_id: UserId | None, shard: int | None) -> int:
+        """Return how many certificates of an authority a CRL may list: all but those that ended over two days ago.
+
+        Of an owner, and of a shard, where given. It counts no further than 10,000. The database alone says so.
+        """
         ...
 
     async def of_key(self, owner_id: UserId, key_id: KeyId) -> Sequence[Certificate]:

@@ -1,6 +1,7 @@
 """The delegated signers of OCSP answers: each authority has one, with a key of its own.
 
-The key stays when its certificate is renewed, so that answers which were signed before are still believed.
+The key stays when its certificate is renewed, so that answers which were signed before are still believed. Once one of its
+certificates is revoked because the key is compromised, the next certificate is of another key.
 """
 
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from datetime import datetime
 from typing import Final, Protocol
 
 from kms.certificates.authority import Authority, check_signs
-from kms.certificates.certificate import Certificate, Issuance
+from kms.certificates.certificate import Certificate, Issuance, RevocationReason
 from kms.certificates.crls import Locks
 from kms.certificates.issuer import Draft
 from kms.certificates.names import Attribute, Subject
@@ -17,12 +18,13 @@ from kms.certificates.profiles import Profile
 from kms.certificates.revocation_ports import Answers
 from kms.certificates.x509.signing import spki_of_pem
 from kms.domain.errors import KmsError, Reason
-from kms.domain.ids import KeyName, UserId
+from kms.domain.ids import KeyId, KeyName, UserId
 from kms.domain.keys import KeyRecord
 from kms.domain.lifecycle import State
 
 BOUND_TO: Final = "ocsp"
 _SIGNER: Final = -1  # the lock of an authority's signer, beside those of its shards
+_KEYS_MAX: Final = 20
 _RENEWED_SHARE: Final = 3  # in the last third of its life
 
 
@@ -66,7 +68,9 @@ class Responders:
                 if error.reason is not Reason.RECORD_INVALID:
                     raise
                 continue
-            if certificate is not None and self._is_good(certificate, authority, now):
+            if certificate is None or not self._is_good(certificate, authority, now) or certificate.key_id is None:
+                continue
+            if not await self._is_compromised(authority.key_owner_id, certificate.key_id):
                 return certificate
         return None
 
@@ -93,11 +97,25 @@ class Responders:
             return await self.issuer.issue_to_responder(authority, draft)
 
     async def _key(self, authority: Authority) -> KeyRecord:
-        name = KeyName(f"ocsp/{authority.name}/{authority.generation}")
-        key = await self.keys.find_or_make(authority.key_owner_id, name, BOUND_TO)
-        if key.identity.bound_to != BOUND_TO or key.state is not State.ACTIVE:
-            raise KmsError(Reason.KEY_INACTIVE, f"the key {name} of the service signs no OCSP answers")
-        return key
+        name = f"ocsp/{authority.name}/{authority.generation}"
+        for attempt in range(1, _KEYS_MAX + 1):
+            key_name = KeyName(name if attempt == 1 else f"{name}/{attempt}")
+            key = await self.keys.find_or_make(authority.key_owner_id, key_name, BOUND_TO)
+            is_usable = key.identity.bound_to == BOUND_TO and key.state is State.ACTIVE
+            if is_usable and not await self._is_compromised(authority.key_owner_id, key.identity.key_id):
+                return key
+        raise KmsError(Reason.KEY_INACTIVE, f"no key {name} of the service signs OCSP answers")
+
+    async def _is_compromised(self, owner: UserId, key_id: KeyId) -> bool:
+        """Whether a certificate of a key was revoked since the key is compromised, or its records do not tell."""
+        try:
+            certificates = await self.certificates.of_key(owner, key_id)
+        except KmsError as error:
+            if error.reason is not Reason.RECORD_INVALID:
+                raise
+            return True
+        reasons = {each.revocation.reason for each in certificates if each.revocation is not None}
+        return RevocationReason.KEY_COMPROMISE in reasons
 
     def _is_good(self, certificate: Certificate, authority: Authority, now: datetime) -> bool:
         return (
@@ -105,7 +123,6 @@ class Responders:
             and certificate.profile == self.profile.name
             and certificate.issuance is Issuance.ISSUED
             and certificate.revocation is None
-            and certificate.key_id is not None
             and certificate.owner_id == authority.key_owner_id
             and certificate.not_before <= now < certificate.not_after
         )

@@ -26,8 +26,8 @@ class StoredCrl:
 class JournaledRevocation:
     """A revocation as the journal has it, outside the database."""
 
+    serial_number: int
     revocation: Revocation
-    shard: int
     expires_at: datetime
 
 
@@ -118,11 +118,15 @@ class Signer(Protocol):
 
 
 class JournaledRevocations(Protocol):
-    """What the journal knows of certificates that were revoked."""
+    """What the journal knows of certificates that were revoked. Strangers have it asked: each question costs what is new.
 
-    def __call__(self, authority: Authority, /) -> Mapping[int, JournaledRevocation]:
-        """Return the certificates of *authority* that the journal knows to be revoked, by serial number.
+    Each method raises STORE_UNAVAILABLE if the journal cannot be read.
+    """
 
-        Raises STORE_UNAVAILABLE if the journal cannot be read.
-        """
+    def find(self, issuer_id: UUID, serial_number: int) -> JournaledRevocation | None:
+        """Return the revocation of a certificate, or None if the journal knows of none."""
+        ...
+
+    def of_shard(self, issuer_id: UUID, shard: int, *, after: int) -> Sequence[JournaledRevocation]:
+        """Return the revocations of a shard without the first *after* of them. Their order never changes."""
         ...

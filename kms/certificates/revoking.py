@@ -4,7 +4,6 @@ the record and the line of the journal ──► the answer does not leave befor
                                        ──► the next CRL (where it fails, a job makes it)
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
@@ -57,10 +56,9 @@ class Revoking:
         """Return the newest CRL of a shard; the first is made now. Raises what `CrlPublishing.publish` raises."""
         return await self.publishing.current(authority, shard) or await self.publishing.publish(authority, shard)
 
-    async def publish(self, authority: Authority) -> Sequence[SignedCrl]:
-        """Make new CRLs of an authority, one for each shard. Raises what `CrlPublishing.publish` raises."""
-        shards = range(authority.crl_shards + 1)
-        return [await self.publishing.publish(authority, shard, even_unchanged=True) for shard in shards]
+    async def publish(self, authority: Authority, shard: int) -> SignedCrl:
+        """Make a new CRL of a shard. Raises what `CrlPublishing.publish` raises."""
+        return await self.publishing.publish(authority, shard, even_unchanged=True)
 
     async def _issuer_of(self, certificate: Certificate) -> Authority:
         if certificate.issuer_id is None or certificate.issuance is not Issuance.ISSUED:

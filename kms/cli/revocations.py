@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _LABEL: Final = "X509 CRL"
 _SHARDS_MAX: Final = 65_536
+ShardOption = Annotated[int, typer.Option(min=0, max=_SHARDS_MAX, help="0: that of certificates without a shard.")]
 
 
 class RevocationReason(Enum):
@@ -59,7 +60,7 @@ def revoke(
 def show(
     invocation: Invocation,
     authority: AuthorityArgument,
-    shard: Annotated[int, typer.Option(min=0, max=_SHARDS_MAX, help="0: that of certificates without a shard.")] = 0,
+    shard: ShardOption = 0,
     form: FormOption = pem.Form.PEM,
     out: OutOption = None,
 ) -> None:
@@ -77,21 +78,20 @@ def show(
         print(pem.pem(_LABEL, crl.crl), end="")
 
 
-def publish(invocation: Invocation, authority: AuthorityArgument) -> None:
-    """Sign new CRLs of an authority at once, one for each shard. Its manager may.
+def publish(invocation: Invocation, authority: AuthorityArgument, shard: ShardOption = 0) -> None:
+    """Sign a new CRL of an authority at once. Its manager may.
 
     The service does this by itself every day, and whenever something is revoked.
     """
     with invocation.client() as client:
         from kms.v1 import certificates_pb2
 
-        asked = certificates_pb2.PublishCrlRequest(authority=authority)
-        made = [_fields(crl) for crl in client.call(client.certificates.PublishCrl, asked).crls]
+        asked = certificates_pb2.PublishCrlRequest(authority=authority, shard=shard)
+        made = _fields(client.call(client.certificates.PublishCrl, asked).crl)
     if invocation.as_json:
-        print_json({"crls": made})
-        return
-    for fields in made:
-        print_fields({name.replace("_", " "): str(value) for name, value in fields.items()})
+        print_json(made)
+    else:
+        print_fields({name.replace("_", " "): str(value) for name, value in made.items()})
 
 
 def register(app: typer.Typer, certificates: typer.Typer) -> None:

@@ -34,8 +34,8 @@ class Event(StrEnum):
 
     KEY_USED: a worker charged so many uses of the key since its last such line.
     KEY_CHANGED: the key may do less than before, or is to be destroyed; the reason begins with the version that it has then.
-    AUTHORITY_CHANGED: the subject is a certificate authority, or an account of an ACME client; the reason has the version that it has
-    since, and a digest of its record then: no other record of that version is ours.
+    AUTHORITY_CHANGED: the subject is a certificate authority, or an account of an ACME client; the reason has the version that it
+    has since, and a digest of its record then: no other record of that version is ours.
     FOLLOWED: the journal has every move of the epoch that is its subject, up to the place in its reason.
     EPOCH_SEEN: a service began to serve the epoch that is its subject; versions in lines before it are those of another.
     """

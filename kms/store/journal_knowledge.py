@@ -6,7 +6,7 @@ worker or of another on the machine.
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -66,7 +66,8 @@ class JournalKnowledge:
     _authorities: dict[UUID, dict[int, JournaledAuthority]] = field(default_factory=dict, repr=False)
     _revoked_certificates: set[UUID] = field(default_factory=set, repr=False)
     _compromised: set[str] = field(default_factory=set, repr=False)
-    _revoked_by_issuer: dict[UUID, dict[int, JournaledCertificate]] = field(default_factory=dict, repr=False)
+    _revoked_by_serial: dict[tuple[UUID, int], JournaledCertificate] = field(default_factory=dict, repr=False)
+    _revoked_by_shard: dict[tuple[UUID, int], list[JournaledCertificate]] = field(default_factory=dict, repr=False)
 
     def check(self, key: KeyRecord, *, uses: int = 0) -> None:
         """Raise RECORD_INVALID for a key that the journal knows to be revoked, compromised, destroyed or changed since.
@@ -124,13 +125,18 @@ class JournalKnowledge:
         self.follow()
         return spki_sha256 in self._compromised
 
-    def revoked_certificates(self, issuer_id: UUID) -> Mapping[int, JournaledCertificate]:
-        """Return the certificates of an authority that the journal knows to be revoked, by serial number.
+    def revoked_certificate(self, issuer_id: UUID, serial_number: int) -> JournaledCertificate | None:
+        """Return a certificate of an authority, if the journal knows that it is revoked. Raises STORE_UNAVAILABLE."""
+        self.follow()
+        return self._revoked_by_serial.get((issuer_id, serial_number))
 
-        Raises STORE_UNAVAILABLE.
+    def revoked_of_shard(self, issuer_id: UUID, shard: int, *, after: int) -> Sequence[JournaledCertificate]:
+        """Return the certificates of a shard that the journal knows to be revoked, without the first *after* of them.
+
+        Their order never changes. Raises STORE_UNAVAILABLE.
         """
         self.follow()
-        return self._revoked_by_issuer.get(issuer_id, {})
+        return self._revoked_by_shard.get((issuer_id, shard), [])[after:]
 
     def follow(self) -> None:
         """Learn what was written since the last look. Raises STORE_UNAVAILABLE."""
@@ -153,11 +159,11 @@ class JournalKnowledge:
     def _learn(self, line: Entry) -> None:
         self._sequence = line.head.sequence
         if line.event is Event.EPOCH_SEEN and epoch_number(line) >= self._epoch:
-            # Versions of another epoch are those of other changes, and its uses may be lost; what was ended stays so.
+            # Versions of another epoch are those of other changes, and its uses may be lost; what was ended stays so. Those of
+            # authorities stay too: none begins an epoch at a version that the journal has already (see `hold_authorities`).
             self._epoch = epoch_number(line)
             self._narrowed.clear()
             self._used.clear()
-            self._authorities.clear()
         elif line.event is Event.KEY_USED:
             self._used[line.subject] += uses_in(line)
         elif line.event in _ENDS:
@@ -168,12 +174,17 @@ class JournalKnowledge:
         elif line.event is Event.CERTIFICATE_REVOKED:
             self._revoked_certificates.add(line.subject)
             if (certificate := certificate_in(line)) is not None:
-                self._revoked_by_issuer.setdefault(certificate.issuer_id, {}).setdefault(certificate.serial_number, certificate)
+                self._learn_revoked(certificate)
                 self._compromised |= {certificate.compromised} - {""}
         elif line.event is Event.KEY_CHANGED:
             known = self._narrowed.get(line.subject)
             told = Narrowed(version_in(line), _number_in(line, "max_usage_count"), _moment_in(line, "expires_at"))
             self._narrowed[line.subject] = told if known is None else _narrower(known, told)
+
+    def _learn_revoked(self, certificate: JournaledCertificate) -> None:
+        issuer_id = certificate.issuer_id
+        if self._revoked_by_serial.setdefault((issuer_id, certificate.serial_number), certificate) is certificate:
+            self._revoked_by_shard.setdefault((issuer_id, certificate.shard), []).append(certificate)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1130,15 +1130,18 @@ class PublishCrlRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     AUTHORITY_FIELD_NUMBER: _builtins.int
+    SHARD_FIELD_NUMBER: _builtins.int
     authority: _builtins.str
+    shard: _builtins.int
     def __init__(
         self,
         *,
         authority: _builtins.str = ...,
+        shard: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["authority", b"authority"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authority", b"authority", "shard", b"shard"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1148,19 +1151,17 @@ Global___PublishCrlRequest: _TypeAlias = PublishCrlRequest  # noqa: Y015
 class PublishCrlResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    CRLS_FIELD_NUMBER: _builtins.int
+    CRL_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def crls(self) -> _containers.RepeatedCompositeFieldContainer[Global___Crl]:
-        """One for each shard."""
-
+    def crl(self) -> Global___Crl: ...
     def __init__(
         self,
         *,
-        crls: _abc.Iterable[Global___Crl] | None = ...,
+        crl: Global___Crl | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["crl", b"crl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["crls", b"crls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crl", b"crl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -243,7 +243,7 @@ class CertificateServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PublishCrl(self, request, context):
-        """Signs a new CRL of an authority at once, for its manager. Takes `certs:manage`.
+        """Signs a new CRL of a shard of an authority at once, for its manager. Takes `certs:manage`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -88,7 +88,7 @@ class CertificateServiceStub:
     GetCrl: _grpc.UnaryUnaryMultiCallable[_certificates_pb2.GetCrlRequest, _certificates_pb2.GetCrlResponse]
     """Returns the newest CRL of an authority."""
     PublishCrl: _grpc.UnaryUnaryMultiCallable[_certificates_pb2.PublishCrlRequest, _certificates_pb2.PublishCrlResponse]
-    """Signs a new CRL of an authority at once, for its manager. Takes `certs:manage`."""
+    """Signs a new CRL of a shard of an authority at once, for its manager. Takes `certs:manage`."""
 
 @_typing.type_check_only
 class CertificateServiceAsyncStub(CertificateServiceStub):
@@ -150,7 +150,7 @@ class CertificateServiceAsyncStub(CertificateServiceStub):
     GetCrl: _aio.UnaryUnaryMultiCallable[_certificates_pb2.GetCrlRequest, _certificates_pb2.GetCrlResponse]  # type: ignore[assignment]
     """Returns the newest CRL of an authority."""
     PublishCrl: _aio.UnaryUnaryMultiCallable[_certificates_pb2.PublishCrlRequest, _certificates_pb2.PublishCrlResponse]  # type: ignore[assignment]
-    """Signs a new CRL of an authority at once, for its manager. Takes `certs:manage`."""
+    """Signs a new CRL of a shard of an authority at once, for its manager. Takes `certs:manage`."""
 
 class CertificateServiceServicer(metaclass=_abc_1.ABCMeta):
     """Certificate authorities whose keys never leave the token, and the certificates (X.509, RFC 5280) that they issue.
@@ -299,6 +299,6 @@ class CertificateServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _certificates_pb2.PublishCrlRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_certificates_pb2.PublishCrlResponse, _abc.Awaitable[_certificates_pb2.PublishCrlResponse]]:
-        """Signs a new CRL of an authority at once, for its manager. Takes `certs:manage`."""
+        """Signs a new CRL of a shard of an authority at once, for its manager. Takes `certs:manage`."""
 
 def add_CertificateServiceServicer_to_server(servicer: CertificateServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

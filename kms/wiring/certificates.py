@@ -1,6 +1,6 @@
 """The parts of the certificate authority."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -67,14 +67,20 @@ class CertificateParts:
 
 
 def certificate_parts(
-    config: Config, pool: Pool, records: Records, uses: KeyUses, journal: Journal | None, knowledge: JournalKnowledge | None
+    config: Config,
+    pool: Pool,
+    records: Records,
+    uses: KeyUses,
+    journal: Journal | None,
+    knowledge: JournalKnowledge | None,
+    has_room: Callable[[], bool],
 ) -> CertificateParts:
-    """Return the parts, as `kms serve` has them."""
+    """Return the parts, as `kms serve` has them. *has_room*: whether what strangers cause may be recorded."""
     authorities = StoredAuthorities(pool, records, knowledge, journal)
     certificates = StoredCertificates(pool, records, knowledge, journal)
     keys = ServiceKeys(StoredUsers(pool), uses.access, uses.keyring, uses.charged)
     issuer = Issuer(certificates, keys, uses.hsm.random)
-    revocation = revocation_parts(config.publishing, pool, authorities, certificates, keys, issuer, knowledge)
+    revocation = revocation_parts(config.publishing, pool, authorities, certificates, keys, issuer, knowledge, has_room)
     profiles, revoking = profiles_of(config.certificates), revocation.revoking
     issuing = Issuing(authorities, certificates, issuer, uses.keys, uses.repeats, profiles, config.deployment_id, keys.users)
     acme = acme_parts(config.acme, pool, records, uses, authorities, certificates, issuing, revoking, journal, knowledge)

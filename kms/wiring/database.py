@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from uuid import UUID
 
-from kms.certificates.postgres.replaying import renew_revoked
+from kms.certificates.postgres.replaying import hold_authorities, renew_revoked, told_authorities
 from kms.config import Config
 from kms.domain.errors import KmsError, Reason
 from kms.hsm.drill import Drill, open_envelopes
@@ -21,6 +21,7 @@ from kms.store.backup_file import Manifest
 from kms.store.epoch import Beginning
 from kms.store.journal import Event, read_journal
 from kms.store.journal_knowledge import JournalKnowledge
+from kms.store.renewed_macs import TokenMac
 from kms.store.restore_drill import held_keys
 from kms.wiring.parts import database_dsn, hsm_settings, migration_dsn, ready_pool, token_records, with_pool
 
@@ -48,7 +49,7 @@ def restore(config: Config, file: Path, journals: Sequence[Path]) -> restoration
     """Restore a backup as the database of [migration], which is not there yet, in a new epoch."""
     with token_mac(hsm_settings(config)) as mac:
         restored = restoration.restore(migration_dsn(config), file, journals, mac=mac)
-        renew_revoked(migration_dsn(config), _revoked_certificates(journals), mac)
+        _replay_certificates(migration_dsn(config), journals, mac)
         return restored
 
 
@@ -62,13 +63,14 @@ def begin_epoch(config: Config, journals: Sequence[Path]) -> Beginning:
     """Begin an epoch in a database that was recovered or restored by other means."""
     with token_mac(hsm_settings(config)) as mac:
         begun = restoration.begin_recovered(migration_dsn(config), journals, mac=mac)
-        renew_revoked(migration_dsn(config), _revoked_certificates(journals), mac)
+        _replay_certificates(migration_dsn(config), journals, mac)
         return begun
 
 
-def _revoked_certificates(journals: Sequence[Path]) -> set[UUID]:
+def _replay_certificates(dsn: str, journals: Sequence[Path], mac: TokenMac) -> None:
     lines = [line for path in journals for line in read_journal(path)]
-    return {line.subject for line in lines if line.event is Event.CERTIFICATE_REVOKED}
+    renew_revoked(dsn, {line.subject for line in lines if line.event is Event.CERTIFICATE_REVOKED}, mac)
+    hold_authorities(dsn, told_authorities(lines), mac)
 
 
 def continue_epoch(config: Config) -> int:

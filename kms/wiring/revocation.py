@@ -1,6 +1,6 @@
 """The parts that revoke certificates, and publish what is known of them."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from time import monotonic
@@ -55,12 +55,13 @@ def revocation_parts(
     keys: ServiceKeys,
     issuer: Issuer,
     knowledge: JournalKnowledge | None,
+    has_room: Callable[[], bool],
 ) -> RevocationParts:
-    """Return the parts, as `kms serve` has them."""
+    """Return the parts, as `kms serve` has them. *has_room*: whether what strangers cause may be recorded."""
     known, answers, locks = KnownRevocations(knowledge), StoredAnswers(pool), ShardLocks()
     per_second = (config or PublishingConfig()).ocsp_signatures_per_second
-    rate = Bucket(per_second, max(1, int(2 * per_second)), monotonic)
-    publishing = CrlPublishing(authorities, certificates, StoredCrls(pool, certificates), keys, known, locks)
+    rate = Bucket(per_second, max(1, int(2 * per_second)), monotonic, has_room)
+    publishing = CrlPublishing(authorities, certificates, StoredCrls(pool, certificates), keys, known, locks, host_clock)
     responders = Responders(authorities, certificates, answers, keys, issuer, BUILT_IN[OCSP], locks)
     answering = OcspAnswering(authorities, certificates, answers, keys, responders, known, rate)
     return RevocationParts(

@@ -170,7 +170,7 @@ async def running(config: Config, supervised: Supervised | None = None) -> Async
         settled = telemetry.observed(ledger, "store", "settle", "earlier", of="ledger.")
         observed = telemetry.observed(hsm, "hsm", *HSM_OPERATIONS)
         uses = key_uses(known_keys, users, observed, ForgettingLedger(settled, keys, users), keys.counts)
-        certificates = certificate_parts(config, pool, records, uses, journal, knowledge)
+        certificates = certificate_parts(config, pool, records, uses, journal, knowledge, disk.has_room_for_strangers)
         runner = JobRunner(AdvisoryLocks(connection_settings(dsn)))
         history, probe, pulse = HistoryWatch(), DatabaseProbe(pool), Pulse()
         sealer = trail_sealer(config, dsn, pool, records, hsm, history, partial(runner.note_success, CHECKPOINTS))

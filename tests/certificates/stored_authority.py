@@ -56,6 +56,7 @@ _KEY = """
 """
 _PUBLIC_KEY = "-----BEGIN PUBLIC KEY-----\nMA==\n-----END PUBLIC KEY-----\n"  # nobody reads it
 _HOUR = timedelta(hours=1)
+_SignerKey = tuple[KeyId, ec.EllipticCurvePrivateKey]
 
 
 @dataclass
@@ -113,7 +114,7 @@ class StoredAuthority:
     has_journal: bool = True
     signer_lives: timedelta = 24 * _HOUR
     _serial_number: int = 1000
-    _signers: dict[KeyName, tuple[KeyId, ec.EllipticCurvePrivateKey]] = field(default_factory=dict)
+    _signers: dict[KeyName, _SignerKey] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.restart()
@@ -127,7 +128,9 @@ class StoredAuthority:
         self.certificates = StoredCertificates(self.pool, records, knowledge, journal)
         known = KnownRevocations(knowledge)
         crls, self.answers = StoredCrls(self.pool, self.certificates), StoredAnswers(self.pool)
-        self.publishing = CrlPublishing(self.authorities, self.certificates, crls, self.token, known, ShardLocks())
+        self.publishing = CrlPublishing(
+            self.authorities, self.certificates, crls, self.token, known, ShardLocks(), lambda: datetime.now(UTC)
+        )
         responders = Responders(self.authorities, self.certificates, self.answers, self, self, BUILT_IN["ocsp"], ShardLocks())
         self.answering = OcspAnswering(
             self.authorities, self.certificates, self.answers, self.token, responders, known, self.allowance
@@ -149,10 +152,12 @@ class StoredAuthority:
         """Return certificates that were issued, each with its key."""
         return [await self._issue(owner or self.manager.user.user_id, profile, ends_in) for _ in range(count)]
 
-    async def _issue(self, owner: UserId, profile: str, ends_in: timedelta) -> tuple[Certificate, MemoryAuthority]:
+    async def _issue(
+        self, owner: UserId, profile: str, ends_in: timedelta, signer: _SignerKey | None = None
+    ) -> tuple[Certificate, MemoryAuthority]:
         issuer, now = await self.read(), await self.authorities.now()
         self._serial_number += 1
-        key_id, key = (None, None) if profile != "ocsp" else self._signers[KeyName("ocsp/root/1")]
+        key_id, key = signer or (None, None)
         leaf = self.memory.issue(self._serial_number, now=now, for_ocsp=profile == "ocsp", key=key)
         if key_id is not None:
             self.token.keys[key_id] = leaf
@@ -192,7 +197,8 @@ class StoredAuthority:
 
     async def issue_to_responder(self, authority: Authority, draft: Draft) -> Certificate:
         """Issue the certificate of a signer, as `Issuer` does."""
-        certificate, _ = await self._issue(self.service_user, "ocsp", self.signer_lives)
+        signer = next(each for each in self._signers.values() if each[0] == draft.key_id)
+        certificate, _ = await self._issue(self.service_user, "ocsp", self.signer_lives, signer)
         return certificate
 
     def user(self, name: str, *permissions: Permission) -> Call:

@@ -1,8 +1,10 @@
 """OCSP on a real database: what is signed before and what on demand, and what a hostile database changes of that."""
 
 import asyncio
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import LiteralString
 
 import pytest
 from cryptography import x509
@@ -12,10 +14,13 @@ from cryptography.x509 import ocsp
 
 from kms.certificates.authority import AuthorityStatus
 from kms.certificates.certificate import Certificate, RevocationReason
+from kms.certificates.postgres import clock
 from kms.certificates.publishing.documents import Document, IssuerPath
+from kms.certificates.publishing.publications import AT_ONCE
+from kms.certificates.publishing.rate import Bucket
 from kms.certificates.x509.ocsp import issuer_hashes
 from kms.domain.errors import KmsError, Reason
-from kms.store.pool import Pool
+from kms.store.pool import Acting, Pool
 from tests.certificates.memory_authority import authority
 from tests.certificates.stored_authority import StoredAuthority, stored_authority
 from tests.fixtures.postgres import Database
@@ -108,6 +113,55 @@ async def test_what_is_signed_on_demand_is_bound(root: StoredAuthority) -> None:
     assert answer.response_status is ocsp.OCSPResponseStatus.TRY_LATER
 
 
+async def test_beyond_the_rate_a_nonce_is_left_out(root: StoredAuthority) -> None:
+    certificate = await _issued(root)
+    stored = await _document(root, certificate.serial_number)
+    root.allowance.left, signatures = 0, root.token.signatures
+    document = await _document(root, certificate.serial_number, nonce=b"n" * 16)
+    assert (document.content, document.next_update) == (stored.content, None)
+    await _revoke(root, certificate)
+    answer = await _answer(root, certificate, nonce=b"n" * 16)
+    assert answer.response_status is ocsp.OCSPResponseStatus.TRY_LATER, "no answer that is outdated is sent"
+    assert root.token.signatures == signatures + 1, "the CRL alone"
+
+
+def test_nothing_is_signed_on_demand_while_strangers_are_not_recorded() -> None:
+    room = [True]
+    bucket = Bucket(1.0, 2, lambda: 0.0, lambda: room[0])
+    assert bucket.take()
+    room[0] = False
+    assert not bucket.take()
+    room[0] = True
+    assert [bucket.take(), bucket.take()] == [True, False]
+
+
+async def test_strangers_hold_few_connections_and_ask_for_an_unknown_name_once(
+    root: StoredAuthority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch, running, most, count = Pool.fetch, 0, 0, 0
+
+    async def counted(self: Pool, acting: Acting, query: LiteralString, parameters: Mapping[str, object] | None = None) -> object:
+        nonlocal running, most, count
+        running, count = running + 1, count + 1
+        most = max(most, running)
+        try:
+            return await fetch(self, acting, query, parameters)
+        finally:
+            running -= 1
+
+    certificate = await _issued(root)
+    request = _request(root, certificate.serial_number)
+    monkeypatch.setattr(Pool, "fetch", counted)
+    await asyncio.gather(*(root.publications.ocsp(_ROOT, request) for _ in range(20)))
+    assert most <= AT_ONCE
+    count = 0
+    for _ in range(3):
+        with pytest.raises(KmsError) as caught:
+            await root.publications.certificate(IssuerPath("other", 1))
+        assert caught.value.reason is Reason.AUTHORITY_NOT_FOUND
+    assert count == 1
+
+
 async def test_what_the_authority_did_not_issue_costs_no_signature(root: StoredAuthority) -> None:
     certificate = await _issued(root)
     await _document(root, certificate.serial_number)
@@ -176,6 +230,28 @@ async def test_a_signer_is_renewed_in_the_last_third_of_its_life(root: StoredAut
     after = await _document(root, certificate.serial_number)
     assert after.next_update is not None
     assert after.next_update > before.next_update, "and is signed again by the next one"
+
+
+async def test_a_signer_that_is_revoked_signs_no_more(root: StoredAuthority) -> None:
+    certificate = await _issued(root)
+    signers = [(await _answer(root, certificate, nonce=b"n" * 16)).certificates[0]]
+    for reason, has_the_same_key in ((RevocationReason.SUPERSEDED, True), (RevocationReason.KEY_COMPROMISE, False)):
+        found = await root.certificates.find_by_serial(root.authority_id, signers[-1].serial_number)
+        assert found is not None
+        await root.revoking.revoke(root.manager, found.certificate_id, reason)
+        signers.append((await _answer(root, certificate, nonce=b"n" * 16)).certificates[0])
+        assert signers[-1].serial_number != found.serial_number
+        assert (signers[-1].public_key() == signers[-2].public_key()) is has_the_same_key
+    await root.rounds.run()
+    assert root.run("SELECT count(*) FROM cryptography.certificates WHERE profile = 'ocsp'") == [(3,)]
+
+
+async def test_a_record_that_is_not_ours_keeps_no_other_from_its_answer(root: StoredAuthority) -> None:
+    one, planted, other = [certificate for certificate, _ in await root.issue(count=3)]
+    root.run("UPDATE cryptography.certificates SET subject = 'CN=other' WHERE id = %s", planted.certificate_id)
+    await root.rounds.run()
+    answered = {int(row[0], 16) for row in root.run("SELECT serial_number FROM cryptography.ocsp_answers")}
+    assert answered == {one.serial_number, other.serial_number}
 
 
 @pytest.mark.parametrize("status", [AuthorityStatus.SUPERSEDED, AuthorityStatus.DISABLED])
@@ -260,6 +336,26 @@ async def test_a_certificate_whose_record_was_edited_has_no_answer(root: StoredA
     root.run("UPDATE cryptography.certificates SET profile = 'client' WHERE id = %s", certificate.certificate_id)
     answer = await _answer(root, certificate, nonce=b"n" * 32)
     assert answer.response_status is ocsp.OCSPResponseStatus.TRY_LATER
+
+
+@pytest.mark.parametrize("days", [60, -60])
+async def test_nothing_is_signed_by_a_clock_of_the_database_that_is_wrong(
+    root: StoredAuthority, monkeypatch: pytest.MonkeyPatch, days: int
+) -> None:
+    certificate = await _issued(root)
+    authority = await root.read()
+    monkeypatch.setattr(clock, "NOW", f"SELECT clock_timestamp() + interval '{days} days' AS now")
+    signatures = root.token.signatures
+    for tried in (
+        _answer(root, certificate, nonce=b"n" * 16),
+        root.publishing.publish(authority, 0),
+        _revoke(root, certificate),
+        root.rounds.run(),
+    ):
+        with pytest.raises(KmsError) as caught:
+            await tried
+        assert caught.value.reason is Reason.STORE_UNAVAILABLE
+    assert root.token.signatures == signatures
 
 
 # Parts that are away -------------------------------------------------------------------------------------------------------

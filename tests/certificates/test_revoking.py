@@ -1,19 +1,30 @@
 """Revocation and CRLs on a real database: who may revoke, what the CRL lists, and what a hostile database changes of that."""
 
 import asyncio
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from uuid import uuid4
+from typing import cast
+from uuid import UUID, uuid4
 
 import pytest
 from cryptography import x509
 
+from kms.certificates.authorities import AuthorityChange, AuthorityWish, ManagingAuthorities
+from kms.certificates.authority import AuthorityRef
 from kms.certificates.certificate import Certificate, Revocation, RevocationReason
+from kms.certificates.crl import Crl
+from kms.certificates.issuer import Issuer
+from kms.certificates.names import EMPTY
 from kms.certificates.postgres.certificates import StoredCertificates
 from kms.certificates.postgres.revocations import read_crl_status
+from kms.certificates.profiles import BUILT_IN
 from kms.certificates.publishing.documents import IssuerPath
-from kms.certificates.x509.crls import parse_crl
+from kms.certificates.revocation_ports import JournaledRevocation, JournaledRevocations
+from kms.certificates.service_keys import ServiceKeys
+from kms.certificates.x509.crls import build_crl, parse_crl
+from kms.domain.algorithms import KeyType, Purpose, key_spec
 from kms.domain.errors import KmsError, Reason
 from kms.domain.permissions import Permission
 from kms.store.pool import Pool
@@ -208,6 +219,53 @@ async def test_each_shard_has_a_list_of_its_own(sharded: StoredAuthority) -> Non
     assert await _refused(sharded, 4) is Reason.AUTHORITY_NOT_FOUND
 
 
+def _managing(root: StoredAuthority) -> ManagingAuthorities:
+    no_keys = cast(ServiceKeys, None)  # nothing of this is signed
+    return ManagingAuthorities(
+        root.authorities, root.certificates, no_keys, Issuer(root.certificates, no_keys, _random), BUILT_IN
+    )
+
+
+async def _random(size: int) -> bytes:
+    return bytes(size)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (AuthorityChange(crl_shards=2), "crl_shards"),
+        (AuthorityChange(crl_shards=0), "crl_shards"),
+        (AuthorityChange(base_url="http://other.example.com"), "base_url"),
+        (AuthorityChange(base_url="", crl_shards=0), "crl_shards"),
+    ],
+    ids=["fewer", "none", "another address", "no address"],
+)
+async def test_no_change_takes_a_certificate_off_the_list_that_it_names(
+    sharded: StoredAuthority, change: AuthorityChange, field: str
+) -> None:
+    with pytest.raises(KmsError) as caught:
+        await _managing(sharded).update(sharded.manager, AuthorityRef(name="root"), change, None)
+    assert (caught.value.reason, caught.value.metadata["field"]) == (Reason.MALFORMED, field)
+
+
+async def test_an_authority_may_have_more_shards_and_none_without_an_address(sharded: StoredAuthority) -> None:
+    after = await _managing(sharded).update(sharded.manager, AuthorityRef(name="root"), AuthorityChange(crl_shards=5), None)
+    assert after.crl_shards == 5
+    spec = key_spec(KeyType.SECP256R1, Purpose.SIGNING, None)
+    with pytest.raises(KmsError) as caught:
+        await _managing(sharded).create(sharded.manager, AuthorityWish("other", EMPTY, spec, crl_shards=2))
+    assert (caught.value.reason, caught.value.metadata["field"]) == (Reason.MALFORMED, "crl_shards")
+
+
+async def test_a_single_list_may_move_until_there_are_shards(root: StoredAuthority) -> None:
+    managing, ref = _managing(root), AuthorityRef(name="root")
+    with pytest.raises(KmsError) as caught:
+        await managing.update(root.manager, ref, AuthorityChange(base_url="http://other.example.com", crl_shards=2), None)
+    assert caught.value.metadata["field"] == "base_url"
+    moved = await managing.update(root.manager, ref, AuthorityChange(base_url="http://other.example.com"), None)
+    assert moved.base_url == "http://other.example.com"
+
+
 async def test_what_is_not_there_is_not_published(root: StoredAuthority) -> None:
     for path in (IssuerPath("other", 1), IssuerPath("root", 2)):
         with pytest.raises(KmsError) as caught:
@@ -237,6 +295,39 @@ async def test_a_line_of_the_journal_that_a_crash_left_out_is_written_with_the_n
     root.run("DELETE FROM cryptography.crls")
     root.restart()
     assert await _listed(root) == {certificate.serial_number}
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """Counts the revocations that are read of the journal's."""
+
+    known: JournaledRevocations
+    reads: list[int] = field(default_factory=list)
+
+    def find(self, issuer_id: UUID, serial_number: int) -> JournaledRevocation | None:
+        return self.known.find(issuer_id, serial_number)
+
+    def of_shard(self, issuer_id: UUID, shard: int, *, after: int) -> Sequence[JournaledRevocation]:
+        found = self.known.of_shard(issuer_id, shard, after=after)
+        self.reads.append(len(found))
+        return found
+
+
+async def test_a_list_is_compared_with_each_revocation_of_the_journal_once(root: StoredAuthority) -> None:
+    one, two, three = await _issued(root, 3)
+    for each in (one, two):
+        await root.revoking.revoke(root.manager, each.certificate_id, _KEY_COMPROMISE)
+    root.restart()
+    await _listed(root)
+    counted = _Counted(root.publishing.journaled)
+    publishing, shown = replace(root.publishing, journaled=counted), await root.read()
+    assert [publishing.remembered(shown, 0) is not None for _ in range(3)] == [True] * 3
+    assert counted.reads == [0, 0, 0]
+    revoked = three.revoked(Revocation(await root.certificates.now(), _KEY_COMPROMISE))
+    assert await root.certificates.revoke(root.manager, revoked)
+    assert [publishing.remembered(shown, 0) for _ in range(2)] == [None, None], "a new line is missed each time"
+    assert counted.reads[3:] == [1, 1]
+    assert set((await publishing.publish(shown, 0)).crl.entries) == {each.serial_number for each in (one, two, three)}
 
 
 # A hostile database --------------------------------------------------------------------------------------------------------
@@ -338,6 +429,20 @@ async def test_a_planted_list_is_not_published(root: StoredAuthority) -> None:
             if is_restarted:
                 root.restart()
             assert await _listed(root) == {certificate.serial_number}
+
+
+async def test_a_list_of_the_future_is_not_published(root: StoredAuthority, monkeypatch: pytest.MonkeyPatch) -> None:
+    [certificate] = await _issued(root)
+    await _listed(root)
+    ahead = await root.authorities.now() + timedelta(days=60)
+    future = Crl(int(ahead.timestamp() * 1000), ahead, ahead + timedelta(days=7), "", {})
+    signed = await root.token.sign_for(None, await root.read(), build_crl(future, root.memory.der), {})
+    await root.revoking.revoke(root.manager, certificate.certificate_id, _KEY_COMPROMISE)
+    root.run("UPDATE cryptography.crls SET crl = %s, number = %s", signed, future.number)
+    for is_restarted in (False, True):
+        if is_restarted:
+            root.restart()
+        assert await _listed(root) == {certificate.serial_number}
 
 
 async def test_the_list_of_another_shard_is_not_published(sharded: StoredAuthority) -> None:

@@ -331,6 +331,7 @@ KINDS: Final[dict[str, Kind]] = {
     "ListAcmeAccountsRequest.page_size": Kind((201, 2**31, 2**32 - 1)),
     "ListAcmeAccountsRequest.page_token": TOKEN,
     "DeactivateAcmeAccountRequest.account_id": Kind((*ID.refused, "")),
+    "PublishCrlRequest.shard": Kind((1, 2**31, 2**32 - 1)),
 }
 
 

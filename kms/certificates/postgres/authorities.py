@@ -17,6 +17,7 @@ from kms.app.access import credentials_invalid
 from kms.app.ports import Call
 from kms.app.records import Records
 from kms.certificates.authority import Authority, AuthorityRef, AuthorityStatus, IssuerGrant
+from kms.certificates.postgres.clock import agreed_now
 from kms.certificates.postgres.rows import json_bytes, json_moment, moment, of_call, optional_moment, texts
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId, UserId, parse_uuid
@@ -27,21 +28,20 @@ from kms.store.journal_knowledge import JournalKnowledge
 from kms.store.journaled import write_first_line
 from kms.store.pool import AS_JOB, Pool, as_user
 
-_COLUMNS: Final = """id, name, generation, manager_id, key_id, key_owner_id, parent_id, status, subject, path_length, certificate,
+COLUMNS: Final = """id, name, generation, manager_id, key_id, key_owner_id, parent_id, status, subject, path_length, certificate,
     chain, issuers, self_service, base_url, crl_shards, created_at, not_after, superseded_at, version, record_mac"""
-NOW: Final = "SELECT clock_timestamp() AS now"
-FIND_BY_ID: Final = f"SELECT {_COLUMNS} FROM cryptography.certificate_authorities WHERE id = %(id)s"
+FIND_BY_ID: Final = f"SELECT {COLUMNS} FROM cryptography.certificate_authorities WHERE id = %(id)s"
 FIND_BY_NAME: Final = f"""
-    SELECT {_COLUMNS} FROM cryptography.certificate_authorities
+    SELECT {COLUMNS} FROM cryptography.certificate_authorities
     WHERE name = %(name)s AND (%(generation)s::integer IS NULL OR generation = %(generation)s)
     ORDER BY status = 'active' DESC, generation DESC
     LIMIT 1
 """
 GENERATIONS: Final = f"""
-    SELECT {_COLUMNS} FROM cryptography.certificate_authorities WHERE name = %(name)s ORDER BY generation DESC
+    SELECT {COLUMNS} FROM cryptography.certificate_authorities WHERE name = %(name)s ORDER BY generation DESC
 """
 PAGE: Final = f"""
-    SELECT {_COLUMNS} FROM cryptography.certificate_authorities
+    SELECT {COLUMNS} FROM cryptography.certificate_authorities
     WHERE name IN (
         SELECT DISTINCT n.name FROM cryptography.certificate_authorities AS n
         WHERE n.name > %(after)s
@@ -71,8 +71,7 @@ class StoredAuthorities:
 
     async def now(self) -> datetime:
         """See `Authorities.now`."""
-        now: datetime = (await self.pool.fetch(AS_JOB, NOW))[0]["now"]
-        return now
+        return await agreed_now(self.pool, self.records)
 
     async def find(self, ref: AuthorityRef) -> Authority | None:
         """See `Authorities.find`."""
@@ -215,7 +214,7 @@ class StoredAuthorities:
         return known is not None and known.version >= authority.version and known != _journaled(authority)
 
     async def _proven(self, row: DictRow) -> Authority:
-        authority = _authority(row)
+        authority = authority_of(row)
         await self.records.prove(authority.authenticated_bytes(), row["record_mac"], None)
         return authority
 
@@ -237,7 +236,7 @@ def _stale() -> KmsError:
     return KmsError(Reason.STALE, "the authority changed meanwhile: read it again")
 
 
-def _authority(row: DictRow) -> Authority:
+def authority_of(row: DictRow) -> Authority:
     """Return the authority in a row. Raises RECORD_INVALID for what no row of ours has."""
     try:
         return Authority(

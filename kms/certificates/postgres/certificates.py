@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Final, LiteralString
 from uuid import UUID
 
+import structlog
 from psycopg import errors as pg
 from psycopg.rows import DictRow
 from psycopg.types.json import Jsonb
@@ -27,6 +28,7 @@ from kms.certificates.certificate import (
     RevocationReason,
     serial_text,
 )
+from kms.certificates.postgres.clock import agreed_now
 from kms.certificates.postgres.rows import OF_NOBODY, json_bytes, json_moment, moment, of_call, optional_moment, texts
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId, UserId
@@ -40,7 +42,6 @@ from kms.store.pool import AS_JOB, Acting, Pool, as_user
 COLUMNS: Final = """id, user_id, key_id, issuer_id, profile, serial_number, issuer, subject, names, not_before, not_after,
     is_ca_certificate, tbs_sha256, spki_sha256, requested_by, created_at, replaces, crl_shard, issuance_status, certificate_data,
     fingerprint, revocation_status, revoked_at, revocation_reason, superseded_at, version, record_mac"""
-NOW: Final = "SELECT clock_timestamp() AS now"
 # Row security shows a caller their own, and those of authorities that they manage or issue from.
 FIND: Final = f"SELECT {COLUMNS} FROM cryptography.certificates WHERE id = %(id)s"
 FIND_EACH: Final = f"SELECT {COLUMNS} FROM cryptography.certificates WHERE id = ANY (%(ids)s)"
@@ -49,6 +50,16 @@ FIND_BY_SERIAL: Final = f"""
 """
 OF_KEY: Final = f"""
     SELECT {COLUMNS} FROM cryptography.certificates WHERE key_id = %(key)s ORDER BY created_at DESC, id DESC LIMIT 100
+"""
+# What has ended is on one more CRL, so it counts for a while.
+COUNT_LIVING: Final = """
+    SELECT count(*) AS living
+    FROM (
+        SELECT FROM cryptography.certificates
+        WHERE issuer_id = %(issuer)s AND not_after > clock_timestamp() - interval '2 days'
+            AND (%(owner)s::uuid IS NULL OR user_id = %(owner)s) AND (%(shard)s::integer IS NULL OR crl_shard = %(shard)s)
+        LIMIT 10000
+    ) AS found
 """
 
 # The reasons are `COMPROMISES`, in a form that the planner finds in the index.
@@ -93,6 +104,7 @@ _LAST_PLACE: Final = CertificatePlace(datetime.max.replace(tzinfo=UTC), UUID(int
 # Changes of one certificate that come between a read and the look at the journal, one after another.
 _READS_MAX: Final = 3
 _X509: Final = "x509"
+_LOG = structlog.get_logger("kms.certificates")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +118,7 @@ class StoredCertificates:
 
     async def now(self) -> datetime:
         """See `Certificates.now`."""
-        now: datetime = (await self.pool.fetch(AS_JOB, NOW))[0]["now"]
-        return now
+        return await agreed_now(self.pool, self.records)
 
     async def find(self, caller: User, certificate_id: UUID) -> Certificate | None:
         """See `Certificates.find`."""
@@ -134,7 +145,7 @@ class StoredCertificates:
 
     async def is_revoked(self, issuer_id: UUID, serial_number: int) -> bool:
         """See `Certificates.is_revoked`."""
-        if self.knowledge is not None and serial_number in self.knowledge.revoked_certificates(issuer_id):
+        if self.knowledge is not None and self.knowledge.revoked_certificate(issuer_id, serial_number) is not None:
             return True
         found = await self.find_by_serial(issuer_id, serial_number)
         return found is None or found.revocation is not None
@@ -145,6 +156,11 @@ class StoredCertificates:
             return True
         found = await self._read(AS_JOB, COMPROMISED, {"spki_sha256": spki_sha256})
         return any(each.spki_sha256 == spki_sha256 for each in found)
+
+    async def count_living(self, issuer_id: UUID, *, owner_id: UserId | None, shard: int | None) -> int:
+        """See `Certificates.count_living`."""
+        parameters = {"issuer": issuer_id, "owner": owner_id, "shard": shard}
+        return int((await self.pool.fetch(AS_JOB, COUNT_LIVING, parameters))[0]["living"])
 
     async def of_key(self, owner_id: UserId, key_id: KeyId) -> Sequence[Certificate]:
         """See `Certificates.of_key`."""
@@ -157,17 +173,37 @@ class StoredCertificates:
         self, caller: User, which: CertificateFilter, *, after: CertificatePlace | None, limit: int
     ) -> Sequence[Certificate]:
         """See `Certificates.page`."""
-        place = after or _LAST_PLACE
-        parameters = {
-            "caller": caller.user_id,
-            "issuer": which.issuer_id,
-            "key": which.key_id,
-            "created_at": place.created_at,
-            "id": place.certificate_id,
-            "limit": limit,
-        }
         query = PAGE if which.issuer_id is None else PAGE_OF_ISSUER
-        return await self._read(as_user(caller.user_id), PAGE_OF_KEY if which.key_id is not None else query, parameters)
+        query = PAGE_OF_KEY if which.key_id is not None else query
+        acting, place, found = as_user(caller.user_id), after or _LAST_PLACE, list[Certificate]()
+        while len(found) < limit:
+            parameters = {
+                "caller": caller.user_id,
+                "issuer": which.issuer_id,
+                "key": which.key_id,
+                "created_at": place.created_at,
+                "id": place.certificate_id,
+                "limit": limit,
+            }
+            rows = await self.pool.fetch(acting, query, parameters)
+            found += [each for row in rows if (each := await self._ours(acting, row)) is not None]
+            if len(rows) < limit:
+                break
+            before, place = place, CertificatePlace(rows[-1]["created_at"], rows[-1]["id"])
+            if (place.created_at, place.certificate_id) >= (before.created_at, before.certificate_id):
+                raise record_invalid()
+        return found[:limit]
+
+    async def _ours(self, acting: Acting, row: DictRow) -> Certificate | None:
+        """Return the certificate in a row of a list, or None, which the log tells, where the row is not ours."""
+        try:
+            certificate = await self._proven(row)
+            return await self._one(acting, certificate.certificate_id) if self._is_outdated(certificate) else certificate
+        except KmsError as error:
+            if error.reason is not Reason.RECORD_INVALID:
+                raise
+        _LOG.error("not listed: the certificate's record is not ours", certificate=str(row["id"]))
+        return None
 
     async def add(self, call: Call | None, certificate: Certificate, issuer: Authority | None) -> None:
         """See `Certificates.add`."""

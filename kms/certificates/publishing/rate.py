@@ -4,9 +4,15 @@ from collections.abc import Callable
 
 
 class Bucket:
-    """Tokens that are taken, and come back at a steady rate (token bucket). Only the event loop uses it."""
+    """Tokens that are taken, and come back at a steady rate (token bucket). Only the event loop uses it.
 
-    def __init__(self, per_second: float, at_once: int, monotonic: Callable[[], float]) -> None:
+    None is left where *has_room* says no: each signature is recorded, and strangers must not fill the disk.
+    """
+
+    def __init__(
+        self, per_second: float, at_once: int, monotonic: Callable[[], float], has_room: Callable[[], bool] = lambda: True
+    ) -> None:
+        self._has_room = has_room
         self._per_second = per_second
         self._at_once = at_once
         self._monotonic = monotonic
@@ -18,7 +24,7 @@ class Bucket:
         now = self._monotonic()
         self._left = min(self._at_once, self._left + (now - self._counted_at) * self._per_second)
         self._counted_at = now
-        if self._left < 1:
+        if self._left < 1 or not self._has_room():
             return False
         self._left -= 1
         return True
