@@ -17,6 +17,8 @@ from kms.v1 import certificates_pb2
 from tests.acme.client import b64
 from tests.acme.conftest import AcmeServer, free_port
 
+# `./run test-slow` installs the clients. A client of ours takes the same steps in every run: see test_protocol.py.
+pytestmark = pytest.mark.slow
 _SECONDS = 100
 
 
@@ -49,7 +51,6 @@ def _statuses(acme: AcmeServer, name: str) -> list[int]:
 VALID, REVOKED = certificates_pb2.CERTIFICATE_STATUS_VALID, certificates_pb2.CERTIFICATE_STATUS_REVOKED
 
 
-@pytest.mark.slow
 def test_certbot_obtains_renews_and_revokes(acme: AcmeServer, tmp_path: Path) -> None:
     account, name = acme.new_account(), "certbot.test"
     common = [_needed("certbot"), "--config-dir", "config", "--work-dir", "work", "--logs-dir", "logs", "--non-interactive"]
@@ -95,7 +96,6 @@ def test_lego_obtains_renews_and_revokes(acme: AcmeServer, tmp_path: Path) -> No
     assert _statuses(acme, name) == [REVOKED, VALID]
 
 
-@pytest.mark.slow
 def test_dehydrated_obtains_a_wildcard_by_dns_and_revokes(acme: AcmeServer, tmp_path: Path) -> None:
     account, name = acme.new_account(), "dehydrated.test"
     hook = tmp_path / "hook.sh"
