@@ -104,7 +104,7 @@ class OcspAnswering:
         self, authority: Authority, request: OcspRequest, responder: Certificate, now: datetime
     ) -> Document | None:
         """Return the stored answer to a request whose nonce is left out, which RFC 9654 allows, or None."""
-        if len(request.cert_ids) > 1 or request.nonce is None:
+        if len(request.cert_ids) != 1 or request.nonce is None:
             return None
         stored = await self._stored(authority, request.cert_ids[0], responder, now)
         return None if stored is None else replace(stored, next_update=None)
