@@ -254,7 +254,7 @@ BEGIN
     END IF;
     IF made.issuer_id IS NOT NULL AND NOT EXISTS (
         SELECT FROM cryptography.certificate_authorities AS a
-        WHERE a.id = made.issuer_id AND a.version = issuer_version AND a.status <> 'disabled'
+        WHERE a.id = made.issuer_id AND a.version = issuer_version AND (a.status <> 'disabled' OR made.profile = 'ocsp')
     ) THEN
         RETURN 'STALE';
     END IF;

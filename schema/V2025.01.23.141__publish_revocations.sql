@@ -126,7 +126,7 @@ BEGIN
     ) VALUES (issuer, serial, by_hash, new_answer, says_revoked, new_this_update, new_next_update)
     ON CONFLICT ON CONSTRAINT ocsp_answers_pkey DO UPDATE
     SET answer = new_answer, is_revoked = says_revoked, this_update = new_this_update, next_update = new_next_update
-    WHERE o.this_update < new_this_update OR (says_revoked AND NOT o.is_revoked);
+    WHERE (o.this_update, o.next_update) < (new_this_update, new_next_update) OR (says_revoked AND NOT o.is_revoked);
 END;
 $$;
 

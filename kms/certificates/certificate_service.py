@@ -21,7 +21,7 @@ from kms.certificates.certificate import Certificate, CertificatePlace, Issuance
 from kms.certificates.constraints import parse_constraints
 from kms.certificates.crl import parse_reason
 from kms.certificates.crls import SignedCrl
-from kms.certificates.issuing import CertificateWish, Issued, Issuing
+from kms.certificates.issuing import CertificateWish, Issuing
 from kms.certificates.names import EMPTY, Subject, parse_names, parse_subject_text
 from kms.certificates.own_keys import OwnKeys
 from kms.certificates.revoking import Revoking
@@ -107,7 +107,7 @@ class CertificateServicer:
     async def IssueCertificate(self, request: pb.IssueCertificateRequest, call: Call) -> pb.IssueCertificateResponse:
         """Issue a certificate."""
         issued = await self.issuing.issue(call, _certificate_wish(request), convert.repeatable(request))
-        return pb.IssueCertificateResponse(certificate=await self._wire_certificate(issued), chain=issued.chain)
+        return pb.IssueCertificateResponse(certificate=wire_certificate(issued.certificate, issued.at), chain=issued.chain)
 
     async def RenewCertificate(self, request: pb.RenewCertificateRequest, call: Call) -> pb.RenewCertificateResponse:
         """Issue a certificate that says what another says."""
@@ -118,7 +118,7 @@ class CertificateServicer:
             convert.span(request, "validity"),
             convert.repeatable(request),
         )
-        return pb.RenewCertificateResponse(certificate=await self._wire_certificate(issued), chain=issued.chain)
+        return pb.RenewCertificateResponse(certificate=wire_certificate(issued.certificate, issued.at), chain=issued.chain)
 
     async def CreateCertificateRequest(
         self, request: pb.CreateCertificateRequestRequest, call: Call
@@ -144,7 +144,7 @@ class CertificateServicer:
     async def GetCertificate(self, request: pb.GetCertificateRequest, call: Call) -> pb.GetCertificateResponse:
         """Return a certificate."""
         issued = await self.issuing.find(call.user, parse_uuid(request.certificate_id, field="certificate_id"))
-        return pb.GetCertificateResponse(certificate=await self._wire_certificate(issued), chain=issued.chain)
+        return pb.GetCertificateResponse(certificate=wire_certificate(issued.certificate, issued.at), chain=issued.chain)
 
     async def ListCertificates(self, request: pb.ListCertificatesRequest, call: Call) -> pb.ListCertificatesResponse:
         """List certificates, the newest first."""
@@ -184,9 +184,6 @@ class CertificateServicer:
         wire = wire_authority(authority, call.user.user_id)
         wire.cross_certificates.extend(await self.managing.cross_certificates(authority))
         return wire
-
-    async def _wire_certificate(self, issued: Issued) -> pb.Certificate:
-        return wire_certificate(issued.certificate, await self.issuing.now())
 
 
 def wire_authority(authority: Authority, caller: UserId) -> pb.CertificateAuthority:

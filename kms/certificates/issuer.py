@@ -10,7 +10,7 @@ the token has signed. So each serial number is accounted for.
 """
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import Final
@@ -24,7 +24,7 @@ from kms.certificates.names import GeneralName, Subject
 from kms.certificates.ports import Certificates
 from kms.certificates.profiles import Profile
 from kms.certificates.service_keys import ServiceKeys
-from kms.certificates.x509.certificates import ToCertify, build_certificate, issuer_of, parse_certificate
+from kms.certificates.x509.certificates import IssuerCertificate, ToCertify, build_certificate, issuer_of, parse_certificate
 from kms.certificates.x509.lint import lint
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId, UserId
@@ -67,28 +67,40 @@ class Issuer:
         """
         now = await self.certificates.now()
         check_active(authority, now)
-        return await self._signed(call, authority, draft, now, keep, is_self=False)
+        await self._check_not_revoked(authority)
+        return await self._signed(call, authority, draft, now, keep, _issuer(authority))
 
     async def issue_to_itself(self, call: Call, authority: Authority, draft: Draft) -> Certificate:
         """Issue the certificate of a root that is pending: its key signs its own. Raises what `issue` raises."""
-        return await self._signed(call, authority, draft, await self.certificates.now(), None, is_self=True)
+        return await self._signed(call, authority, draft, await self.certificates.now(), None, None)
 
     async def cross_certify(self, call: Call, authority: Authority, draft: Draft) -> Certificate:
-        """Have *authority*, which has a certificate, certify the key of another generation. Raises what `issue` raises."""
-        return await self._signed(call, authority, draft, await self.certificates.now(), None, is_self=False)
+        """Have *authority*, which has a certificate, certify the key of another generation. Raises what `issue` raises.
+
+        The path length of *authority* does not count the other generation, which has the same name (RFC 5280 section 4.2.1.9).
+        """
+        issuer = replace(_issuer(authority), path_length=None)
+        return await self._signed(call, authority, draft, await self.certificates.now(), None, issuer)
 
     async def issue_to_responder(self, authority: Authority, draft: Draft) -> Certificate:
         """Issue the certificate of the signer of OCSP answers: of an authority that is superseded or disabled, too.
 
         Raises what `issue` raises.
         """
-        return await self._signed(None, authority, draft, await self.certificates.now(), None, is_self=False)
+        return await self._signed(None, authority, draft, await self.certificates.now(), None, _issuer(authority))
 
     async def _signed(
-        self, call: Call | None, authority: Authority, draft: Draft, now: datetime, keep: Keep | None, *, is_self: bool
+        self,
+        call: Call | None,
+        authority: Authority,
+        draft: Draft,
+        now: datetime,
+        keep: Keep | None,
+        issuer: IssuerCertificate | None,
     ) -> Certificate:
-        to_certify = await self._to_certify(authority, draft, now, is_self=is_self)
-        signer = draft.public_key if is_self else parse_certificate(_certificate(authority)).public_key
+        """Sign a certificate. *issuer* None: the key signs its own."""
+        to_certify = await self._to_certify(authority, draft, now, issuer)
+        signer = draft.public_key if issuer is None else parse_certificate(issuer.chain[0]).public_key
         unsigned = build_certificate(to_certify, signer)
         lint(unsigned.draft, to_certify)
         intended = Certificate(
@@ -116,8 +128,16 @@ class Issuer:
         await self.certificates.complete(call, issued, None if keep is None else keep(issued.certificate_id))
         return issued
 
-    async def _to_certify(self, authority: Authority, draft: Draft, now: datetime, *, is_self: bool) -> ToCertify:
-        issuer = None if is_self else issuer_of((_certificate(authority), *authority.chain))
+    async def _check_not_revoked(self, authority: Authority) -> None:
+        """Raise AUTHORITY_INACTIVE where the certificate of *authority* is revoked. One from elsewhere is not looked at."""
+        if authority.parent_id is None and authority.chain:
+            return
+        issuer_id, parsed = authority.parent_id or authority.authority_id, parse_certificate(_certificate(authority))
+        found = await self.certificates.find_by_serial(issuer_id, parsed.serial_number)
+        if found is None or found.revocation is not None:
+            raise KmsError(Reason.AUTHORITY_INACTIVE, "the certificate of the authority is revoked", state="revoked")
+
+    async def _to_certify(self, authority: Authority, draft: Draft, now: datetime, issuer: IssuerCertificate | None) -> ToCertify:
         serial_number = new_serial_number(await self.random(SERIAL_BYTES))
         return ToCertify(
             serial_number=serial_number,
@@ -133,6 +153,10 @@ class Issuer:
             path_length=draft.path_length,
             name_constraints=draft.name_constraints,
         )
+
+
+def _issuer(authority: Authority) -> IssuerCertificate:
+    return issuer_of((_certificate(authority), *authority.chain))
 
 
 def _certificate(authority: Authority) -> bytes:

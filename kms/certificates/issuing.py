@@ -56,10 +56,14 @@ class CertificateWish:
 
 @dataclass(frozen=True, slots=True)
 class Issued:
-    """A certificate, and those of its issuers (DER), the nearest first. No `chain`: it was issued elsewhere."""
+    """A certificate as it is at a moment, and those of its issuers (DER), the nearest first.
+
+    No `chain`: it was issued elsewhere.
+    """
 
     certificate: Certificate
     chain: tuple[bytes, ...]
+    at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +98,14 @@ class Issuing:
         if stored is not None:
             return await self.find(call.user, UUID(bytes=stored.content))
         authority = await self.require(wish.authority)
-        check_active(authority, await self.certificates.now())
+        check_active(authority, now := await self.certificates.now())
         profile = self._profile(wish.profile)
         may_choose = self._check_may_issue(call.user, authority, profile)
         key = await self._key(call.user, wish.csr, wish.key)
         draft = self._draft(call.user, wish, profile, key, may_choose=may_choose)
         keep = None if answers is None else lambda certificate_id: answers.storable(certificate_id.bytes)
         certificate = await self.issuer.issue(call, authority, draft, keep)
-        return Issued(certificate, _chain(authority))
+        return Issued(certificate, _chain(authority), now)
 
     async def renew(
         self,
@@ -140,14 +144,14 @@ class Issuing:
         keep = None if answers is None else lambda new_id: answers.storable(new_id.bytes)
         certificate = await self.issuer.issue(call, authority, draft, keep)
         await self._supersede(call, old, now)
-        return Issued(certificate, _chain(authority))
+        return Issued(certificate, _chain(authority), now)
 
     async def find(self, caller: User, certificate_id: UUID) -> Issued:
         """Return a certificate that *caller* sees. Raises CERTIFICATE_NOT_FOUND."""
-        certificate = await self.require_certificate(caller, certificate_id)
+        certificate, now = await self.require_certificate(caller, certificate_id), await self.certificates.now()
         if certificate.issuer_id is None:
-            return Issued(certificate, ())
-        return Issued(certificate, _chain(await self.require(AuthorityRef(authority_id=certificate.issuer_id))))
+            return Issued(certificate, (), now)
+        return Issued(certificate, _chain(await self.require(AuthorityRef(authority_id=certificate.issuer_id))), now)
 
     async def page(
         self,

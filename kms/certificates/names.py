@@ -18,6 +18,7 @@ import idna
 from kms.domain.errors import KmsError, Reason
 from kms.domain.text import has_hidden, is_blank
 
+NAMES_MAX: Final = 100
 DOMAIN_CHARACTERS_MAX: Final = 253
 EMAIL_CHARACTERS_MAX: Final = 254
 URI_CHARACTERS_MAX: Final = 1024
@@ -171,6 +172,7 @@ def _check_attribute(attribute: Attribute, value: str, field: str) -> None:
 
 def parse_names(texts: Sequence[str], *, field: str = "names") -> tuple[GeneralName, ...]:
     """Return the names that *texts* write as `dns:www.example.com`, `ip:192.0.2.1`, `uri:…`, `email:…`, none of them twice."""
+    check_count(len(texts), field=field)
     names = []
     for text in texts:
         kind, separator, value = text.partition(":")
@@ -180,6 +182,12 @@ def parse_names(texts: Sequence[str], *, field: str = "names") -> tuple[GeneralN
             )
         names.append(parse_name(NameKind(kind), value, field=field))
     return distinct(names, field=field)
+
+
+def check_count(count: int, *, field: str) -> None:
+    """Raise CERTIFICATE_INVALID for more names than any profile has, before each of them costs time."""
+    if count > NAMES_MAX:
+        raise certificate_invalid(field, f"expected at most {NAMES_MAX} names, not {count}")
 
 
 def distinct(names: Sequence[GeneralName], *, field: str = "names") -> tuple[GeneralName, ...]:

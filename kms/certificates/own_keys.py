@@ -14,7 +14,7 @@ from kms.certificates.ports import Certificates
 from kms.certificates.x509.certificates import build_request, certificates_in, parse_certificate
 from kms.certificates.x509.signing import spki_of_pem
 from kms.certificates.x509.stored import check_storable, tbs_sha256_of
-from kms.domain.algorithms import EC_TYPES, SignatureForm
+from kms.domain.algorithms import Scheme, SignatureForm
 from kms.domain.ids import KeyRef
 from kms.domain.lifecycle import Use
 from kms.keys.crypto.charged import ChargedUses
@@ -43,8 +43,8 @@ class OwnKeys:
         check_signs(key)
         unsigned = build_request(subject, names, spki_of_pem(key.public_key))
         data, is_digest = unsigned.token_input
-        form = SignatureForm.DER if key.identity.spec.key_type in EC_TYPES else None
         algorithm = unsigned.algorithm
+        form = SignatureForm.DER if algorithm.scheme is Scheme.ECDSA else None
         to_sign = ToSign(key.identity.key_id, data, is_digest, algorithm.scheme, algorithm.hash, form)
         return unsigned.signed((await self.uses.sign(call, to_sign)).signature)
 

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Final
 
-from kms.certificates.names import Attribute, GeneralName, NameKind, Subject, certificate_invalid
+from kms.certificates.names import NAMES_MAX, Attribute, GeneralName, NameKind, Subject, certificate_invalid
 
 BACKDATED: Final = timedelta(minutes=5)
 """How long before it is issued a certificate is valid: the clocks of those who verify it may be a little behind."""
@@ -174,7 +174,7 @@ SERVER: Final = Profile(
     key_types=_LEAF_KEYS,
     name_kinds=frozenset({NameKind.DNS, NameKind.IP}),
     names_min=1,
-    names_max=100,
+    names_max=NAMES_MAX,
     subject_allowed=_COMMON_NAME | _ORGANIZATION | _PLACE,
     subject_required=frozenset(),
     validity_default=90 * _DAY,

@@ -15,7 +15,7 @@ from kms.app.ports import Call
 from kms.certificates.authority import Authority
 from kms.certificates.ports import ServiceUsers
 from kms.certificates.x509.signing import Unsigned
-from kms.domain.algorithms import EC_TYPES, KeySpec, KeyType, Purpose, SignatureForm, key_spec
+from kms.domain.algorithms import KeySpec, KeyType, Purpose, Scheme, SignatureForm, key_spec
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId, KeyName, UserId
 from kms.domain.key_row import record_invalid
@@ -83,8 +83,7 @@ class ServiceKeys:
         OUTCOME_UNKNOWN; RECORD_INVALID if the signature is not of the key that the certificate names.
         """
         data, is_digest = unsigned.token_input
-        key = await self.find(owner, key_id)
-        form = SignatureForm.DER if key.identity.spec.key_type in EC_TYPES else None
+        form = SignatureForm.DER if unsigned.algorithm.scheme is Scheme.ECDSA else None
         requested_by = {} if call is None else {"requested_by": str(call.user.user_id)}
         request = ToSign(
             key_id,
@@ -100,7 +99,7 @@ class ServiceKeys:
 
     async def _call(self, owner: UserId, call: Call | None) -> Call:
         """Return the call in which the service's own user acts, on behalf of *call*."""
-        user = await self.access.admit(owner)
+        user = await self.access.admit(owner, recent=True)  # the charge looks at them again
         return Call(user, "", "") if call is None else Call(user, call.request_id, call.peer)
 
 

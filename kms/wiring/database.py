@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from uuid import UUID
 
+from kms.certificates.postgres.replaying import renew_revoked
 from kms.config import Config
 from kms.domain.errors import KmsError, Reason
 from kms.hsm.drill import Drill, open_envelopes
@@ -18,6 +19,7 @@ from kms.store import restore as restoration
 from kms.store.backup import backup as make_backup
 from kms.store.backup_file import Manifest
 from kms.store.epoch import Beginning
+from kms.store.journal import Event, read_journal
 from kms.store.journal_knowledge import JournalKnowledge
 from kms.store.restore_drill import held_keys
 from kms.wiring.parts import database_dsn, hsm_settings, migration_dsn, ready_pool, token_records, with_pool
@@ -45,7 +47,9 @@ def backup(config: Config, out: Path, journals: Sequence[Path]) -> tuple[Path, M
 def restore(config: Config, file: Path, journals: Sequence[Path]) -> restoration.Restored:
     """Restore a backup as the database of [migration], which is not there yet, in a new epoch."""
     with token_mac(hsm_settings(config)) as mac:
-        return restoration.restore(migration_dsn(config), file, journals, mac=mac)
+        restored = restoration.restore(migration_dsn(config), file, journals, mac=mac)
+        renew_revoked(migration_dsn(config), _revoked_certificates(journals), mac)
+        return restored
 
 
 def restore_drill(config: Config, file: Path) -> Drill:
@@ -57,7 +61,14 @@ def restore_drill(config: Config, file: Path) -> Drill:
 def begin_epoch(config: Config, journals: Sequence[Path]) -> Beginning:
     """Begin an epoch in a database that was recovered or restored by other means."""
     with token_mac(hsm_settings(config)) as mac:
-        return restoration.begin_recovered(migration_dsn(config), journals, mac=mac)
+        begun = restoration.begin_recovered(migration_dsn(config), journals, mac=mac)
+        renew_revoked(migration_dsn(config), _revoked_certificates(journals), mac)
+        return begun
+
+
+def _revoked_certificates(journals: Sequence[Path]) -> set[UUID]:
+    lines = [line for path in journals for line in read_journal(path)]
+    return {line.subject for line in lines if line.event is Event.CERTIFICATE_REVOKED}
 
 
 def continue_epoch(config: Config) -> int:

@@ -8,7 +8,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsageOID, NameOID
 
 from kms.certificates.x509.signing import PublicKey, Unsigned
 
@@ -27,6 +27,12 @@ _NO_PURPOSES = dict.fromkeys(
         "decipher_only",
     ),
     False,
+)
+
+
+# Who validates asks a responder only for a certificate that names one.
+_OCSP = x509.AccessDescription(
+    AuthorityInformationAccessOID.OCSP, x509.UniformResourceIdentifier("http://pki.example.com/ocsp/test/1")
 )
 
 
@@ -67,6 +73,7 @@ class MemoryAuthority:
             .add_extension(x509.KeyUsage(**{**_NO_PURPOSES, "digital_signature": True}), critical=True)
             .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
             .add_extension(names, critical=False)
+            .add_extension(x509.AuthorityInformationAccess([_OCSP]), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False)
         )
         if for_ocsp:

@@ -108,6 +108,7 @@ class StoredAuthority:
     service_user: UserId
     authority_id: UUID
     seconds: float = 0.0
+    has_journal: bool = True
     signer_lives: timedelta = 24 * _HOUR
     _serial_number: int = 1000
     _signers: dict[KeyName, tuple[KeyId, ec.EllipticCurvePrivateKey]] = field(default_factory=dict)
@@ -117,10 +118,11 @@ class StoredAuthority:
 
     def restart(self) -> None:
         """Begin a process that remembers nothing."""
-        knowledge = JournalKnowledge(self.journal.path)
+        knowledge = JournalKnowledge(self.journal.path) if self.has_journal else None
+        journal = self.journal if self.has_journal else None
         records = Records(self.token.mac, lambda: datetime.now(UTC))
-        self.authorities = StoredAuthorities(self.pool, records, knowledge, self.journal)
-        self.certificates = StoredCertificates(self.pool, records, knowledge, self.journal)
+        self.authorities = StoredAuthorities(self.pool, records, knowledge, journal)
+        self.certificates = StoredCertificates(self.pool, records, knowledge, journal)
         known = KnownRevocations(knowledge)
         crls, self.answers = StoredCrls(self.pool, self.certificates), StoredAnswers(self.pool)
         self.publishing = CrlPublishing(self.authorities, self.certificates, crls, self.token, known, ShardLocks())

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kms.certificates.constraints import NameConstraints, parse_constraints
-from kms.certificates.names import parse_names
+from kms.certificates.constraints import NameConstraints, Subtree, parse_constraints
+from kms.certificates.names import NameKind, parse_names
 from kms.domain.errors import KmsError, Reason
 
 
@@ -66,6 +66,14 @@ def test_a_uri_without_a_host_is_refused_where_uris_are_excluded() -> None:
         constraints([], ["uri:example.com"]).check(parse_names(["uri:urn:a:b"]))
 
 
+def test_an_imported_authority_may_write_a_dot_first_or_all_hosts() -> None:
+    """RFC 5280 has neither for DNS, and some authorities do."""
+    (below,), (apex,), (wildcard,) = (parse_names([f"dns:{host}"]) for host in ("a.example.com", "example.com", "*.example.com"))
+    dotted, everything = Subtree(NameKind.DNS, ".example.com"), Subtree(NameKind.DNS, "")
+    assert [dotted.contains(name) for name in (below, apex, wildcard)] == [True, False, True]
+    assert all(everything.contains(name) for name in (below, apex, wildcard))
+
+
 def test_an_authority_without_subtrees_has_no_constraints() -> None:
     assert parse_constraints([], []) is None
 
@@ -99,7 +107,7 @@ def test_a_subtree_is_there_once() -> None:
 LABELS = st.lists(st.sampled_from("ab"), min_size=1, max_size=4).map(".".join)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(LABELS, LABELS)
 def test_dns_constraints_follow_the_labels(host: str, base: str) -> None:
     is_inside = host.split(".")[-len(base.split(".")) :] == base.split(".")

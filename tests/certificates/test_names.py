@@ -1,7 +1,7 @@
 """Names: one spelling each, and nothing that a verifier could read as another name."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kms.certificates.names import (
@@ -114,6 +114,7 @@ def test_a_name_is_there_once_however_it_is_spelt() -> None:
             parse_names(twice)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.sampled_from(NameKind), st.text(max_size=30) | st.from_regex(r"[a-z.:/@*-]{1,20}", fullmatch=True))
 def test_a_name_that_is_accepted_is_visible_ascii_and_keeps_its_spelling(kind: NameKind, text: str) -> None:
     try:
@@ -134,6 +135,7 @@ def test_a_subject_is_written_as_rfc_4514_does() -> None:
     assert parse_subject_text("") == Subject()
 
 
+@settings(max_examples=50, deadline=None)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["CN", "O", "OU", "ST", "L"]), st.text(max_size=20)), max_size=4, unique_by=lambda pair: pair[0]
@@ -180,6 +182,11 @@ def test_a_subject_that_breaks_a_rule_is_refused(pairs: list[tuple[str, str]]) -
 def test_a_subject_that_is_no_text_of_rfc_4514_is_refused(text: str) -> None:
     with pytest.raises(KmsError, match="subject"):
         parse_subject_text(text)
+
+
+def test_there_are_at_most_a_hundred_names() -> None:
+    with pytest.raises(KmsError, match="at most 100 names"):
+        parse_names([f"dns:a{number}.example" for number in range(101)])
 
 
 def test_a_name_tells_its_host() -> None:

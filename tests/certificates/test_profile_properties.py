@@ -212,17 +212,18 @@ def check_names(certificate: x509.Certificate, profile: Profile, *, is_constrain
         assert set(addresses) <= {"10.0.0.1"}
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(cases())
 def test_no_certificate_is_outside_its_profile(case: Case) -> None:
     judge(case)
 
 
 @pytest.mark.slow
-def test_no_certificate_of_thousands_is_outside_its_profile() -> None:
+@pytest.mark.timeout(900)
+def test_no_certificate_of_many_is_outside_its_profile() -> None:
     outcomes = []
 
-    @settings(max_examples=5000, deadline=None, database=None)
+    @settings(max_examples=2000, deadline=None, database=None)
     @given(cases())
     def run(case: Case) -> None:
         outcomes.append(judge(case))

@@ -160,15 +160,33 @@ async def test_a_connection_that_says_nothing_is_cut() -> None:
         writer.close()
 
 
-async def test_a_request_that_comes_byte_by_byte_is_cut() -> None:
-    async with _serving(limits=HttpLimits(connection_seconds=0.2)) as (_, port):
+@pytest.mark.parametrize(
+    "begin",
+    [
+        b"GET /ca/root/1.crt HTTP/1.1\r\nX: ",
+        b"POST /ocsp/root/1 HTTP/1.1\r\nHost: x\r\nContent-Type: application/ocsp-request\r\nContent-Length: 4000\r\n\r\n",
+    ],
+)
+async def test_a_request_that_comes_byte_by_byte_is_cut_without_an_answer(begin: bytes) -> None:
+    async with _serving(limits=HttpLimits(connection_seconds=0.2, answer_seconds=1000)) as (_, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(begin)
         rest = asyncio.create_task(_rest(reader))
         while not rest.done():
             writer.write(b"G")
             await asyncio.sleep(0.01)
-        assert b"200" not in rest.result()
+        assert rest.result() == b""
         writer.close()
+
+
+async def test_what_is_no_request_is_answered_and_leaves_nothing_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async with _serving() as (_, port):
+        for content in (b"\0\0\0\r\n\r\n", b"GET /ca/root/1.crt HTTP/1.1\r\n\r\n"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(content)
+            assert b" 400 " in await _rest(reader)
+            writer.close()
+    assert caplog.records == [], "anybody could fill the log"
 
 
 async def test_an_answer_that_takes_too_long_is_given_up() -> None:

@@ -100,7 +100,11 @@ def test_a_point_of_a_curve_is_certified_in_full_even_if_compressed(tmp_path: Pa
 # --- hostile requests -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("data", [b"", b"x", b"\x30\x80", b"-----BEGIN CERTIFICATE REQUEST-----\n", b"\0" * REQUEST_BYTES_MAX])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"x", b"\x30\x80", b"-----BEGIN CERTIFICATE REQUEST-----\n", b"\0" * REQUEST_BYTES_MAX],
+    ids=["empty", "a letter", "no end", "no lines", "zeros"],
+)
 def test_what_is_no_request_is_refused(data: bytes) -> None:
     assert "csr" in refused(data)
 
@@ -217,7 +221,9 @@ def test_a_modulus_with_small_or_close_factors_is_refused() -> None:
             check_strong_rsa(key.public_key().public_numbers().n, exponent)
 
 
-@pytest.mark.parametrize("point", [bytes(32), b"\1" + bytes(31), b"\xec" + b"\xff" * 30 + b"\x7f"])
+@pytest.mark.parametrize(
+    "point", [bytes(32), b"\1" + bytes(31), b"\xec" + b"\xff" * 30 + b"\x7f"], ids=["order 4", "order 1", "order 2"]
+)
 def test_an_ed25519_key_of_small_order_is_refused(point: bytes) -> None:
     """Anybody could sign for it: the signature (identity, 0) is valid for about every message."""
     key = soft_key(PublicKeyType.ED25519)
@@ -282,6 +288,11 @@ def test_an_extension_within_the_profile_is_accepted() -> None:
 )
 def test_a_hostile_name_is_refused(names: tuple[str, ...]) -> None:
     assert "csr: expected" in refused(csr(dns(*names)))
+
+
+def test_more_names_than_any_profile_has_are_refused_before_they_are_read() -> None:
+    assert "at most 100 names, not 101" in refused(csr(dns(*(f"a{number}.example" for number in range(100)), "bad_name")))
+    assert len(parse_request(csr(dns(*(f"a{number}.example" for number in range(100))))).names) == 100
 
 
 @pytest.mark.parametrize(

@@ -244,6 +244,39 @@ async def test_a_row_and_the_list_that_are_put_back_together_bring_nothing_back(
         assert await _listed(root) == {certificate.serial_number}, f"restarted: {is_restarted}"
 
 
+async def test_without_a_journal_no_list_is_older_than_one_that_was_seen(root: StoredAuthority) -> None:
+    root.has_journal = False
+    root.restart()
+    [certificate] = await _issued(root)
+    await _listed(root)
+    old = root.run("SELECT number, crl FROM cryptography.crls")[0]
+    await root.revoking.revoke(root.manager, certificate.certificate_id, _KEY_COMPROMISE)
+    root.run("UPDATE cryptography.crls SET number = %s, crl = %s", *old)
+    assert await _listed(root) == {certificate.serial_number}
+
+
+_EDITS = {
+    "valid again": _UNREVOKE,
+    "ended": "UPDATE cryptography.certificates SET not_after = now() - interval '1 day', record_mac = %s WHERE id = %s",
+    "of another shard": "UPDATE cryptography.certificates SET crl_shard = 1, record_mac = %s WHERE id = %s",
+    "removed": "DELETE FROM cryptography.certificates WHERE record_mac <> %s AND id = %s",
+}
+
+
+@pytest.mark.parametrize("edit", _EDITS.values(), ids=_EDITS)
+async def test_without_a_journal_a_row_that_is_edited_stays_on_the_list(root: StoredAuthority, edit: str) -> None:
+    root.has_journal = False
+    root.restart()
+    [certificate] = await _issued(root)
+    mac = root.run(_SNAPSHOT, certificate.certificate_id)[0][0]
+    await root.revoking.revoke(root.manager, certificate.certificate_id, _KEY_COMPROMISE)
+    root.run(edit, mac, certificate.certificate_id)
+    for _ in range(2):
+        await root.publishing.publish(await root.read(), 0, even_unchanged=True)
+    root.restart()
+    assert await _listed(root) == {certificate.serial_number}
+
+
 async def test_a_row_that_is_removed_stays_on_the_list(root: StoredAuthority) -> None:
     [certificate] = await _issued(root)
     await root.revoking.revoke(root.manager, certificate.certificate_id, _KEY_COMPROMISE)

@@ -82,6 +82,11 @@ def test_an_intermediate_and_its_limits_hold_below_a_root(server: RunningServer,
     assert list(issued.chain) == [made_.certificate, shop.authority.certificate]
     assert verified(tmp_path, issued.certificate.certificate, roots, between) == OK
     assert refused(issue, "www.example.net") == "CERTIFICATE_INVALID"
+    listed = shop.manager.certificates.ListCertificates(pb.ListCertificatesRequest(authority=shop.name)).certificates
+    [of_authority] = [each for each in listed if each.certificate == made_.certificate]
+    revoke = pb.RevokeCertificateRequest(certificate_id=of_authority.id, reason=pb.REVOCATION_REASON_CA_COMPROMISE)
+    shop.manager.certificates.RevokeCertificate(revoke)
+    assert refused(issue, "www.example.com") == "AUTHORITY_INACTIVE", "a revoked authority issues nothing"
 
 
 def test_an_intermediate_of_an_external_root_takes_its_certificate_and_no_other(server: RunningServer, tmp_path: Path) -> None:
@@ -109,7 +114,7 @@ def test_an_intermediate_of_an_external_root_takes_its_certificate_and_no_other(
 
 
 def test_each_generation_of_a_root_is_trusted_by_who_trusts_the_other(server: RunningServer, tmp_path: Path) -> None:
-    shop = platform(server)
+    shop = platform(server, path_length=0)
     before = shop.issue().certificate.certificate
     rotated = shop.manager.certificates.RotateCertificateAuthority(pb.RotateCertificateAuthorityRequest(authority=shop.name))
     new = rotated.authority

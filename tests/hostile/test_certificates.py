@@ -15,7 +15,7 @@ import pytest
 
 from kms.app.ports import Call
 from kms.certificates.authority import AuthorityRef
-from kms.certificates.certificate import Certificate, Revocation, RevocationReason
+from kms.certificates.certificate import Certificate, Issuance, Revocation, RevocationReason
 from kms.certificates.issuer import Issuer
 from kms.certificates.issuing import CertificateWish, Issuing
 from kms.certificates.names import parse_names
@@ -85,7 +85,12 @@ NOT_PROVEN: Final = {"certificate_type", "fingerprint"}
 
 @pytest.fixture
 async def root(store: Pool, database: Database, tmp_path: Path) -> StoredAuthority:
-    return await stored_authority(store, database, tmp_path, memory=authority(now=datetime.now(UTC)))
+    root = await stored_authority(store, database, tmp_path, memory=authority(now=datetime.now(UTC)))
+    [(leaf, _)] = await root.issue()
+    own = replace(leaf, certificate_id=uuid4(), serial_number=1, der=b"", issuance=Issuance.INTENDED, version=1)
+    await root.certificates.add(None, own, await root.read())
+    await root.certificates.complete(None, own.issued(root.memory.der))
+    return root
 
 
 def columns(root: StoredAuthority, table: str) -> set[str]:
@@ -127,25 +132,30 @@ async def test_no_column_of_an_authority_is_believed_without_its_mac(root: Store
     await root.let(issuer, "server")
     assert await ask(root, issuer) is None
     signatures = root.token.signatures
-    [row] = root.run("SELECT to_jsonb(a) FROM cryptography.certificate_authorities AS a")
+    rows_before = snapshot(root, "certificate_authorities")
     for column, edit in AUTHORITY_EDITS.items():
         await edited(root, "certificate_authorities", root.authority_id, column, edit)
         root.restart()
         refused = await ask(root, issuer)
         expected = {Reason.RECORD_INVALID} if column != "name" else {Reason.AUTHORITY_NOT_FOUND}
         assert refused in expected, (column, refused)
-        put_back(root, "certificate_authorities", row[0])
+        put_back(root, "certificate_authorities", rows_before)
     assert root.token.signatures == signatures, "nothing was signed"
     root.restart()
     assert await ask(root, issuer) is None, "the row is as it was"
 
 
-def put_back(root: StoredAuthority, table: str, row: Mapping[str, Any]) -> None:
-    """Put a row back as it was, whatever became of it."""
-    text = json.dumps(row).replace("'", "''")
+def snapshot(root: StoredAuthority, table: str) -> list[Mapping[str, Any]]:
+    """Return the rows of a table."""
+    return [row for (row,) in root.run(f"SELECT to_jsonb(t) FROM cryptography.{table} AS t")]
+
+
+def put_back(root: StoredAuthority, table: str, rows: list[Mapping[str, Any]]) -> None:
+    """Put the rows of a table back as they were, whatever became of them."""
+    text = json.dumps(rows).replace("'", "''")
     root.run(
         f"SET session_replication_role = replica; DELETE FROM cryptography.{table};"
-        f"INSERT INTO cryptography.{table} SELECT * FROM jsonb_populate_record(NULL::cryptography.{table}, '{text}')"
+        f"INSERT INTO cryptography.{table} SELECT * FROM jsonb_populate_recordset(NULL::cryptography.{table}, '{text}')"
     )
 
 
@@ -161,12 +171,12 @@ async def read(root: StoredAuthority, certificate: Certificate) -> Reason | None
 async def test_no_column_of_a_certificate_is_believed_without_its_mac(root: StoredAuthority) -> None:
     assert columns(root, "certificates") == set(CERTIFICATE_EDITS) | NOT_PROVEN
     [(certificate, _)] = await root.issue()
-    [row] = root.run("SELECT to_jsonb(c) FROM cryptography.certificates AS c")
+    rows_before = snapshot(root, "certificates")
     for column, edit in CERTIFICATE_EDITS.items():
         await edited(root, "certificates", certificate.certificate_id, column, edit)
         root.restart()
         assert await read(root, certificate) is (None if column == "id" else Reason.RECORD_INVALID), column
-        put_back(root, "certificates", row[0])
+        put_back(root, "certificates", rows_before)
     root.restart()
     assert await root.certificates.find_any(certificate.certificate_id) == certificate
 
@@ -174,11 +184,11 @@ async def test_no_column_of_a_certificate_is_believed_without_its_mac(root: Stor
 async def test_an_issuer_who_was_let_go_does_not_come_back_with_an_old_record(root: StoredAuthority) -> None:
     issuer = root.user("issuer", Permission.CERTS_ISSUE)
     await root.let(issuer, "server")
-    [row] = root.run("SELECT to_jsonb(a) FROM cryptography.certificate_authorities AS a")
+    rows_before = snapshot(root, "certificate_authorities")
     before = await root.read()
     await root.authorities.change(root.manager, before.changed(issuers=()), "authority.changed", {})
     assert await ask(root, issuer) is Reason.PERMISSION_DENIED
-    put_back(root, "certificate_authorities", row[0])
+    put_back(root, "certificate_authorities", rows_before)
     for _ in range(2):
         assert await ask(root, issuer) is Reason.RECORD_INVALID, "the journal knows a later version"
         root.restart()
@@ -187,11 +197,11 @@ async def test_an_issuer_who_was_let_go_does_not_come_back_with_an_old_record(ro
 
 async def test_a_revoked_certificate_does_not_come_back_with_an_old_record(root: StoredAuthority) -> None:
     [(certificate, _)] = await root.issue()
-    [row] = root.run("SELECT to_jsonb(c) FROM cryptography.certificates AS c")
+    rows_before = snapshot(root, "certificates")
     revoked = certificate.revoked(Revocation(await root.certificates.now(), RevocationReason.KEY_COMPROMISE))
     assert await root.certificates.revoke(root.manager, revoked)
     assert await root.certificates.find_any(certificate.certificate_id) == revoked
-    put_back(root, "certificates", row[0])
+    put_back(root, "certificates", rows_before)
     with pytest.raises(KmsError) as caught:
         await root.certificates.find_any(certificate.certificate_id)
     assert caught.value.reason is Reason.RECORD_INVALID

@@ -36,24 +36,24 @@ from kms.store.journaled import write_line
 from kms.store.keys import keep_answer
 from kms.store.pool import AS_JOB, Acting, Pool, as_user
 
-_COLUMNS: Final = """id, user_id, key_id, issuer_id, profile, serial_number, issuer, subject, names, not_before, not_after,
+COLUMNS: Final = """id, user_id, key_id, issuer_id, profile, serial_number, issuer, subject, names, not_before, not_after,
     is_ca_certificate, tbs_sha256, requested_by, created_at, replaces, crl_shard, issuance_status, certificate_data, fingerprint,
     revocation_status, revoked_at, revocation_reason, superseded_at, version, record_mac"""
 NOW: Final = "SELECT clock_timestamp() AS now"
 # Row security shows a caller their own, and those of authorities that they manage or issue from.
-FIND: Final = f"SELECT {_COLUMNS} FROM cryptography.certificates WHERE id = %(id)s"
-FIND_EACH: Final = f"SELECT {_COLUMNS} FROM cryptography.certificates WHERE id = ANY (%(ids)s)"
+FIND: Final = f"SELECT {COLUMNS} FROM cryptography.certificates WHERE id = %(id)s"
+FIND_EACH: Final = f"SELECT {COLUMNS} FROM cryptography.certificates WHERE id = ANY (%(ids)s)"
 FIND_BY_SERIAL: Final = f"""
-    SELECT {_COLUMNS} FROM cryptography.certificates WHERE issuer_id = %(issuer)s AND serial_number = %(serial)s
+    SELECT {COLUMNS} FROM cryptography.certificates WHERE issuer_id = %(issuer)s AND serial_number = %(serial)s
 """
 OF_KEY: Final = f"""
-    SELECT {_COLUMNS} FROM cryptography.certificates WHERE key_id = %(key)s ORDER BY created_at DESC, id DESC LIMIT 100
+    SELECT {COLUMNS} FROM cryptography.certificates WHERE key_id = %(key)s ORDER BY created_at DESC, id DESC LIMIT 100
 """
 
 
 def _page(which: LiteralString) -> LiteralString:
     return f"""
-    SELECT {_COLUMNS} FROM cryptography.certificates
+    SELECT {COLUMNS} FROM cryptography.certificates
     WHERE {which} AND (created_at, id) < (%(created_at)s::timestamptz, %(id)s::uuid)
     ORDER BY created_at DESC, id DESC
     LIMIT %(limit)s
@@ -245,7 +245,7 @@ class StoredCertificates:
         return is_valid and self.knowledge is not None and self.knowledge.knows_revoked(certificate.certificate_id)
 
     async def _proven(self, row: DictRow) -> Certificate:
-        certificate = _certificate(row)
+        certificate = certificate_of(row)
         await self.records.prove(certificate.authenticated_bytes(), row["record_mac"], None)
         return certificate
 
@@ -314,7 +314,7 @@ def _journaled(certificate: Certificate) -> JournaledCertificate:
     )
 
 
-def _certificate(row: DictRow) -> Certificate:
+def certificate_of(row: DictRow) -> Certificate:
     """Return the certificate in a row. Raises RECORD_INVALID for what no row of ours has."""
     try:
         is_revoked = row["revocation_status"] == "revoked"

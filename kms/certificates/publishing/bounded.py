@@ -1,6 +1,7 @@
 """HTTP for whoever comes: connections are few and short, and requests are small."""
 
 import asyncio
+import logging
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -19,6 +20,9 @@ Answer = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 _HEADERS_MAX: Final = 64
 _FIELD_BYTES_MAX: Final = 4096
 _STOP_SECONDS: Final = 1.0
+# aiohttp logs each request that it cannot read, with a traceback. Our own bugs are logged by whoever answers.
+_UNHEARD: Final = logging.getLogger("kms.publishing.aiohttp")
+_UNHEARD.disabled = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,7 @@ class BoundedServer(web.Server):
             lingering_time=0.0,
             auto_decompress=False,
             access_log=None,
+            logger=_UNHEARD,
         )
         self._limits = limits
         self._request_bytes_max = request_bytes_max

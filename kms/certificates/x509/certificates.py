@@ -242,9 +242,7 @@ def _check(to_certify: ToCertify, key: PublicKey, signer: PublicKey) -> None:
         raise certificate_invalid("profile", "expected extended key usages that the issuer may certify")
     if profile.is_ca and issuer.path_length is not None:
         asked = path_length_of(to_certify)
-        # Another generation of the issuer itself does not count (RFC 5280 section 4.2.1.9).
-        most = issuer.path_length - (x509_name(to_certify.subject) != load_certificate(issuer.chain[0]).subject)
-        if asked is None or asked > most:
+        if issuer.path_length < 1 or asked is None or asked >= issuer.path_length:
             raise certificate_invalid("path_length", f"expected less than the {issuer.path_length} of the issuer")
 
 

@@ -14,6 +14,7 @@ from kms.certificates.names import (
     NameKind,
     Subject,
     certificate_invalid,
+    check_count,
     distinct,
     parse_name,
     parse_subject,
@@ -56,6 +57,8 @@ def x509_names(names: Iterable[GeneralName]) -> list[x509.GeneralName]:
 
 def names_of(names: Iterable[x509.GeneralName], *, field: str) -> tuple[GeneralName, ...]:
     """Return *names* as ours. Raises CERTIFICATE_INVALID for a name that breaks a rule, or of a kind that we do not know."""
+    names = list(names)
+    check_count(len(names), field=field)
     return distinct([_checked_name(name, field) for name in names], field=field)
 
 

@@ -149,7 +149,7 @@ def build_answer(
     responses = basic["tbs_response_data"]["responses"]
     for other in drafts[1:]:
         responses.append(other["response_bytes"]["response"].parsed["tbs_response_data"]["responses"][0])
-    to_sign: bytes = basic["tbs_response_data"].dump(force=len(drafts) > 1)
+    to_sign: bytes = basic["tbs_response_data"].dump()
     algorithm = signature_algorithm_of(signer)
 
     def finish(signature: bytes) -> bytes:
