@@ -72,9 +72,9 @@ def serving_names(directory: Path) -> Iterator[Names]:
 
 @contextmanager
 def serving_files(
-    port: int, files: dict[str, bytes], *, status: int = 200, header: tuple[str, str] | None = None
+    port: int, files: dict[str, bytes], *, host: str = "127.0.0.1", status: int = 200, header: tuple[str, str] | None = None
 ) -> Iterator[None]:
-    """Run a web server on *port* within the block, which has *files* by path. *status* and *header* are those of each answer."""
+    """Run a web server within the block, which has *files* by path. *status* and *header* are those of each answer."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -88,7 +88,7 @@ def serving_files(
         def log_message(self, format: str, *args: Any) -> None:  # noqa: A002, ANN401
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
+    with ThreadingHTTPServer((host, port), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         yield

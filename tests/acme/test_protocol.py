@@ -16,6 +16,7 @@ from kms.v1 import certificates_pb2
 from tests.acme.client import AcmeClient, b64, jwk_of
 from tests.acme.conftest import ORDERS_MAX, AcmeServer
 from tests.acme.orders import answered, der_of, issued, proven
+from tests.acme.stubs import serving_files
 from tests.conformance.certificates import allow, issuer_of
 from tests.conformance.refusals import refusal
 
@@ -92,7 +93,8 @@ def test_addresses_of_this_host_are_asked_only_where_the_operator_says_so(acme: 
     for address in ("127.0.0.2", "169.254.169.254", "224.0.0.1"):
         name = f"near-{address.replace('.', '-')}.test"
         acme.names.addresses[name] = address
-        found = answered(acme, client, client.order(name).json["authorizations"][0])
+        host = address if address.startswith("127.") else "127.0.0.1"
+        found = answered(acme, client, client.order(name).json["authorizations"][0], host=host)
         assert found["challenges"][0]["error"]["type"].endswith("connection")
 
 
@@ -228,7 +230,7 @@ def test_a_nonce_serves_once_and_must_be_ours(acme: AcmeServer, client: AcmeClie
 
 def test_requests_are_refused_that_are_not_signed_as_they_should_be(acme: AcmeServer, client: AcmeClient) -> None:
     url, other = client.kid, acme.client()
-    assert client.post(url, sent_to=other.kid).problem == "unauthorized", "signed for another address"
+    assert client.post(url, sent_to=f"{url}/orders").problem == "unauthorized", "signed for another address"
     assert client.post(url, alg="none").problem == "badSignatureAlgorithm"
     assert client.post(url, alg="HS256").problem == "badSignatureAlgorithm"
     assert client.post(url, jwk=client.jwk).problem == "malformed", "both kid and jwk"
@@ -275,6 +277,17 @@ def test_an_address_is_proven_over_http(acme: AcmeServer, client: AcmeClient) ->
     [url] = made.json["authorizations"]
     assert [each["type"] for each in client.post(url).json["challenges"]] == ["http-01"]
     assert answered(acme, client, url)["status"] == "valid"
+
+
+def test_the_challenges_of_an_order_are_answered_all_at_once(acme: AcmeServer, client: AcmeClient) -> None:
+    """Each changes the one row of the order, when it begins and when it ends."""
+    made = client.order(*[f"{number}.many.test" for number in range(20)]).json
+    challenges = [client.challenge(url, "http-01") for url in made["authorizations"]]
+    texts = {each["token"]: f"{each['token']}.{client.thumbprint}".encode() for each in challenges}
+    with serving_files(acme.http_port, {f"/.well-known/acme-challenge/{token}": text for token, text in texts.items()}):
+        for each in challenges:
+            client.post(each["url"], {})
+        assert {client.waited(url, "pending")["status"] for url in made["authorizations"]} == {"valid"}
 
 
 def test_an_account_makes_so_many_orders_an_hour(client: AcmeClient) -> None:

@@ -42,7 +42,7 @@ def test_the_command_has_what_the_readme_names() -> None:
         "random",
         *("ca create", "ca list", "ca show", "ca export", "ca import", "ca rotate", "ca allow", "ca disable", "ca hand-over"),
         *("cert issue", "cert request", "cert import", "cert list", "cert show", "cert renew", "cert revoke"),
-        *("crl show", "crl publish"),
+        *("crl show", "crl publish", "acme create", "acme list", "acme deactivate"),
         *("key activate", "key deactivate", "key reactivate", "key revoke", "key compromise"),
         *("key destroy", "key cancel-destruction", "key update"),
         *("backup", "restore", "epoch show", "epoch begin", "epoch continue", "epoch confirm"),
