@@ -91,7 +91,7 @@ def platform(server: RunningServer, **fields: object) -> Platform:
     """Make a root and its users."""
     manager, issuer, name = manager_of(server), issuer_of(server), new_name()
     create(manager, name, **fields)
-    grants = [(issuer, profile) for profile in ("server", "client", "code-signing", "intermediate")]
+    grants = [(issuer, profile) for profile in ("server", "client", "code-signing", "intermediate", "device")]
     return Platform(name, manager, issuer, allow(manager, name, *grants))
 
 

@@ -251,6 +251,15 @@ def test_keys_of_authorities_are_for_nothing_else(server: RunningServer, shop: P
     assert refused(service.crypto.Sign, cpb.SignRequest(key=str(key), message=b"m")) == "WRONG_PURPOSE"
 
 
+def test_a_profile_of_the_configuration_is_issued_where_the_manager_lets_somebody(shop: Platform) -> None:
+    issued = shop.issue(profile="device", csr=csr(subject="Device 7"))
+    certificate = x509.load_der_x509_certificate(issued.certificate.certificate)
+    purposes = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert [purpose.dotted_string for purpose in purposes] == ["1.3.6.1.4.1.99999.1"]
+    assert refused(shop.issue, profile="device", csr=csr()) == "CERTIFICATE_INVALID"
+    assert refused(shop.issue, profile="gadget", csr=csr()) == "MALFORMED"
+
+
 def test_a_disabled_authority_issues_nothing_and_its_validity_bounds_what_it_issues(server: RunningServer) -> None:
     shop = platform(server, validity=Duration(seconds=3600), custody_min=kpb.CUSTODY_UNSPECIFIED)
     query = (
