@@ -368,7 +368,7 @@ def test_references_between_rows_of_a_user_carry_the_user(admin: psycopg.Connect
                 SELECT FROM unnest(k.conkey, k.confkey) AS pair (here, there)
                     JOIN pg_attribute AS a ON a.attrelid = k.conrelid AND a.attnum = here
                     JOIN pg_attribute AS b ON b.attrelid = k.confrelid AND b.attnum = there
-                WHERE a.attname IN ('user_id', 'owner_id') AND b.attname = 'user_id'
+                WHERE a.attname IN ('user_id', 'owner_id', 'key_owner_id') AND b.attname = 'user_id'
             )
     """
     assert admin.execute(query).fetchall() == []

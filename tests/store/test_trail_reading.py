@@ -12,7 +12,7 @@ from kms.store.users import StoredUsers
 from tests.fixtures.postgres import Database
 from tests.store.uses import rows
 
-RECORDED = "SELECT action, event_details FROM audit.security_events WHERE event_type = 'audit.read'"
+RECORDED = "SELECT action, event_details FROM audit.security_events WHERE event_type = 'audit.read' ORDER BY created_at"
 EVERYTHING = EventFilter()
 
 
