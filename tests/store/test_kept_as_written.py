@@ -50,6 +50,9 @@ secp256r1:
 cryptography.keys keys_key_type_check CHECK (key_type = ANY (ARRAY['secp256k1',[[=> 'secp256r1',]] 'ed25519', 'rsa', 'aes']))
 keys of certificates may be held elsewhere, and what decides is never left out:
 [[cryptography.certificates.key_id NOT NULL=>]]
+names of certificates are as long as RFC 5280 lets them be:
+cryptography.certificates.issuer [[character varying(255)=>text]]
+cryptography.certificates.subject [[character varying(255)=>text]]
 a rotation has no successor until it is completed:
 [[cryptography.key_rotations.new_key_id NOT NULL=>]]
 names of keys are compared byte by byte:
