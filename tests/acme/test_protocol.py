@@ -311,13 +311,19 @@ def test_only_an_issuer_of_server_certificates_makes_accounts(acme: AcmeServer) 
 
 
 def test_a_user_lists_and_ends_accounts_of_their_own(acme: AcmeServer) -> None:
-    client, issuer = acme.client(), acme.platform.issuer
+    # Of a user of its own: other tests leave rows that nobody believes among the accounts of the shared one.
+    issuer = issuer_of(acme.running)
+    allow(acme.platform.manager, acme.platform.name, (issuer, "server"))
+    issuer.acme.CreateAcmeAccount(pb.CreateAcmeAccountRequest(authority=acme.platform.name))
+    made = issuer.acme.CreateAcmeAccount(pb.CreateAcmeAccountRequest(authority=acme.platform.name))
+    client = AcmeClient(made.directory_url, acme.ca_file)
+    client.register(made.account.id, made.secret)
     account_id = client.kid.rpartition("/")[2]
     listed = issuer.acme.ListAcmeAccounts(pb.ListAcmeAccountsRequest(page_size=1))
     assert [(each.id, each.status) for each in listed.accounts] == [(account_id, pb.ACME_ACCOUNT_STATUS_VALID)]
     assert listed.accounts[0].thumbprint == client.thumbprint
     following = pb.ListAcmeAccountsRequest(page_size=200, page_token=listed.next_page_token)
-    assert account_id not in {each.id for each in issuer.acme.ListAcmeAccounts(following).accounts}
+    assert [each.status for each in issuer.acme.ListAcmeAccounts(following).accounts] == [pb.ACME_ACCOUNT_STATUS_PENDING]
     end, manager = pb.DeactivateAcmeAccountRequest(account_id=account_id), acme.platform.manager
     assert refusal(manager.acme.DeactivateAcmeAccount, end).reason == "ACME_ACCOUNT_NOT_FOUND"
     assert issuer.acme.DeactivateAcmeAccount(end).account.status == pb.ACME_ACCOUNT_STATUS_DEACTIVATED

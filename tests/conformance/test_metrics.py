@@ -117,6 +117,8 @@ def test_each_job_says_when_it_last_succeeded_and_how_often_it_failed(caller: Ca
         "certificates",
         "crls",
         "ocsp",
+        "acme",
+        "trust",
     }
     assert names == {*upkeep, "health", "connections", "pulse"}
     assert {dict(labels)["name"] for name, labels in samples if name == "kms_job_success_age_seconds"} == names
