@@ -414,7 +414,7 @@ def _refused_field(status: status_pb2.Status) -> tuple[str, str]:
     return info.reason, info.metadata["field"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # as the server: a worker that comes back to this module would find the names taken
 def owner(server: RunningServer) -> Caller:
     """A user with the keys and the authorities that the good requests name. Nothing of them is changed."""
     manager, caller = manager_of(server), manager_of(server)
