@@ -8,11 +8,9 @@ from hashlib import sha256
 from typing import Final, LiteralString, TypeVar
 from uuid import UUID
 
-from psycopg import errors as pg
 from psycopg.rows import DictRow
 from psycopg.types.json import Jsonb
 
-from kms.app.access import credentials_invalid
 from kms.app.ports import Call
 from kms.app.records import Records
 from kms.certificates.acme.account import Account, AccountStatus
@@ -99,12 +97,9 @@ class StoredAccounts:
 
     async def add(self, call: Call, account: Account) -> None:
         """See `Accounts.add`."""
-        try:
-            await self.pool.fetch(
-                as_user(call.user.user_id), CREATE_ACCOUNT, {"account": Jsonb(await self._json(account)), **of_call(call)}
-            )
-        except pg.InvalidAuthorizationSpecification:
-            raise credentials_invalid() from None
+        await self.pool.fetch(
+            as_user(call.user.user_id), CREATE_ACCOUNT, {"account": Jsonb(await self._json(account)), **of_call(call)}
+        )
 
     async def change(self, call: Call | None, account: Account, event: str, peer: str) -> None:
         """See `Accounts.change`."""
@@ -116,10 +111,7 @@ class StoredAccounts:
             **(OF_NOBODY | {"peer": peer} if call is None else of_call(call)),
         }
         acting = AS_JOB if call is None else as_user(call.user.user_id)
-        try:
-            verdict = (await self.pool.fetch(acting, CHANGE_ACCOUNT, parameters))[0]["verdict"]
-        except pg.InvalidAuthorizationSpecification:
-            raise credentials_invalid() from None
+        verdict = (await self.pool.fetch(acting, CHANGE_ACCOUNT, parameters))[0]["verdict"]
         if verdict == "TAKEN":
             raise KmsError(Reason.NAME_TAKEN, "another account of the authority has this key")
         if verdict != "OK":

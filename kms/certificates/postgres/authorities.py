@@ -13,7 +13,6 @@ from psycopg import errors as pg
 from psycopg.rows import DictRow
 from psycopg.types.json import Jsonb
 
-from kms.app.access import credentials_invalid
 from kms.app.ports import Call
 from kms.app.records import Records
 from kms.certificates.authority import Authority, AuthorityRef, AuthorityStatus, IssuerGrant
@@ -22,7 +21,7 @@ from kms.certificates.postgres.rows import json_bytes, json_moment, moment, of_c
 from kms.domain.errors import KmsError, Reason
 from kms.domain.ids import KeyId, UserId, parse_uuid
 from kms.domain.key_row import record_invalid
-from kms.store.errors import unavailable
+from kms.store.errors import Refusals, unavailable
 from kms.store.journal import Journal, JournaledAuthority, authority_line
 from kms.store.journal_knowledge import JournalKnowledge
 from kms.store.journaled import write_first_line
@@ -103,20 +102,13 @@ class StoredAuthorities:
     async def add(self, call: Call, authority: Authority) -> None:
         """See `Authorities.add`."""
         parameters = {"authority": Jsonb(await self._json(authority)), **of_call(call)}
-        try:
-            await self.pool.fetch(as_user(call.user.user_id), CREATE, parameters)
-        except pg.InvalidAuthorizationSpecification:
-            raise credentials_invalid() from None
-        except pg.UniqueViolation:
-            raise KmsError(Reason.NAME_TAKEN, "there is an authority of that name", field="name") from None
+        refusals: Refusals = {pg.UniqueViolation: _name_taken}
+        await self.pool.fetch(as_user(call.user.user_id), CREATE, parameters, refusals=refusals)
 
     async def change(self, call: Call, authority: Authority, event: str, details: Mapping[str, object]) -> None:
         """See `Authorities.change`."""
         parameters = await self._change(call, authority, event, details)
-        try:
-            rows = await self.pool.fetch(as_user(call.user.user_id), CHANGE, parameters)
-        except pg.InvalidAuthorizationSpecification:
-            raise credentials_invalid() from None
+        rows = await self.pool.fetch(as_user(call.user.user_id), CHANGE, parameters)
         if rows[0]["verdict"] != "OK":
             raise _stale()
         await self._tell(authority, event)
@@ -220,12 +212,13 @@ class StoredAuthorities:
 
 
 async def _change(connection: AsyncConnection[DictRow], parameters: Mapping[str, object]) -> None:
-    try:
-        row = await (await connection.execute(CHANGE, parameters)).fetchone()
-    except pg.InvalidAuthorizationSpecification:
-        raise credentials_invalid() from None
+    row = await (await connection.execute(CHANGE, parameters)).fetchone()
     if row is None or row["verdict"] != "OK":
         raise _stale()
+
+
+def _name_taken() -> KmsError:
+    return KmsError(Reason.NAME_TAKEN, "there is an authority of that name", field="name")
 
 
 def _journaled(authority: Authority) -> JournaledAuthority:

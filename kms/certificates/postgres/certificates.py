@@ -10,11 +10,9 @@ from typing import Final, LiteralString
 from uuid import UUID
 
 import structlog
-from psycopg import errors as pg
 from psycopg.rows import DictRow
 from psycopg.types.json import Jsonb
 
-from kms.app.access import credentials_invalid
 from kms.app.ports import Call, Repeat, User
 from kms.app.records import Records
 from kms.certificates.authority import Authority
@@ -209,10 +207,7 @@ class StoredCertificates:
         """See `Certificates.add`."""
         row = Jsonb(await self._json(certificate))
         parameters = {"certificate": row, "issuer_version": None if issuer is None else issuer.version, **_of(call)}
-        try:
-            rows = await self.pool.fetch(_acting(call), ADD, parameters)
-        except pg.InvalidAuthorizationSpecification:
-            raise credentials_invalid() from None
+        rows = await self.pool.fetch(_acting(call), ADD, parameters)
         if rows[0]["verdict"] != "OK":
             raise KmsError(Reason.STALE, "the authority changed meanwhile: try again")
 
@@ -281,10 +276,7 @@ class StoredCertificates:
         return await self._is_done(call, SUPERSEDE, parameters)
 
     async def _is_done(self, call: Call | None, query: LiteralString, parameters: Mapping[str, object]) -> bool:
-        try:
-            rows = await self.pool.fetch(_acting(call), query, parameters)
-        except pg.InvalidAuthorizationSpecification:
-            raise credentials_invalid() from None
+        rows = await self.pool.fetch(_acting(call), query, parameters)
         return bool(rows[0]["verdict"] == "OK")
 
     async def _one(self, acting: Acting, certificate_id: UUID) -> Certificate | None:
