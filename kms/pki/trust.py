@@ -20,7 +20,7 @@ from typing import Final, Generic, TypeVar
 
 import structlog
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPublicKeyTypes
 
@@ -73,7 +73,7 @@ class ClientAuthorities:
         for fingerprint, authority in self.certificates.items():
             try:
                 certificate.verify_directly_issued_by(authority)
-            except Exception:  # noqa: BLE001, S112  # what pyca raises differs with the type of the key
+            except (InvalidSignature, *_UNREADABLE):  # of another authority
                 continue
             return fingerprint
         return None
